@@ -1,0 +1,75 @@
+"""Weights files: safetensors with the configuration in the metadata, read strictly, written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import LGCNConfig
+from .model import LGCN
+
+FORMAT = "lgcn_fast-1"
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors to a file that appears complete or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    os.replace(partial, path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a file.
+
+    Raises:
+        ValueError: not a safetensors file; names it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
+
+
+def save_model(path: Path, model: LGCN, training: dict[str, Any]) -> None:
+    """Write a model for inference: filters in fp16, the rest in fp32, with the configuration.
+
+    Args:
+        path: `.safetensors` file.
+        training: what the model card needs (recipe, seed, commit, errors), JSON.
+    """
+    tensors = {
+        name: tensor.half() if tensor.ndim > 1 else tensor.float()
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    metadata = {"format": FORMAT, "config": model.config.to_json(), "training": json.dumps(training)}
+    save_tensors(path, tensors, metadata)
+
+
+def load_model(path: Path) -> LGCN:
+    """Read a model that `save_model` wrote, in eval mode, fp32.
+
+    Raises:
+        ValueError: another kind of file, or tensors that do not fit the configuration in its metadata.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != FORMAT or "config" not in metadata:
+        raise ValueError(f"{path}: expected the weights of a model ({FORMAT}), got {metadata.get('format')!r}")
+    model = LGCN(LGCNConfig.from_json(metadata["config"]))
+    expected = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    wrong = sorted(expected.keys() ^ tensors.keys())
+    if wrong:
+        raise ValueError(f"{path}: expected the tensors of its configuration, but it has or lacks {', '.join(wrong)}")
+    for name, tensor in expected.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(f"{path}: {name}: expected {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}")
+    batches = {name: t for name, t in model.state_dict().items() if name.endswith("num_batches_tracked")}
+    model.load_state_dict({name: t.to(torch.float32) for name, t in tensors.items()} | batches, strict=True)
+    return model.eval()

@@ -1,0 +1,131 @@
+"""The crop cache: all faces of a training in one compact file, cut out once with room for augmentation."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from .datasets import Face
+from .images import crop, face_box, square_box, to_crop
+
+MARGIN = 1.6
+"""Side of a cached crop over that of the face box: what rotation by 30 degrees and 12.5 % of scale can reach."""
+CROP_SIZE = 180
+"""Side of a cached crop in pixels: the face box is 112 px wide, a bit more than the network's 96."""
+JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class CropCache:
+    """Crops with room around the face box, in memory.
+
+    Background pictures have NaN for points and the middle of the crop for a box.
+    """
+
+    images: list[np.ndarray]
+    """M times (S, S) or (S, S, 3) uint8."""
+    points: np.ndarray
+    """(M, N, 2) float32, pixels of the crops."""
+    boxes: np.ndarray
+    """(M, 4) float32, the face boxes in pixels of the crops."""
+    groups: np.ndarray
+    """(M,) str, see `datasets.Face`."""
+    sets: np.ndarray
+    """(M,) str, the path that a face was read from."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_landmarks(self) -> int:
+        return self.points.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.images[0].ndim == 2 else 3
+
+
+def make_crop(face: Face, num_landmarks: int, color: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut one face, or the middle square of a background picture.
+
+    Returns:
+        image (S, S) or (S, S, 3) uint8, points (num_landmarks, 2), box (4,), both in pixels of the crop.
+    """
+    image = face.image(color)
+    if len(face.points):
+        box = face_box(face.points)
+        square = square_box(box, MARGIN)
+        points = to_crop(face.points, square, CROP_SIZE)
+    else:
+        side = min(image.shape[:2])
+        square = square_box(np.array([(image.shape[1] - side) / 2, (image.shape[0] - side) / 2, side, side]))
+        box = square_box(square, 1 / MARGIN)
+        points = np.full((num_landmarks, 2), np.nan)
+    scale = CROP_SIZE / square[2]
+    box = np.array([*((box[:2] - square[:2]) * scale), *(box[2:] * scale)], np.float32)
+    return crop(image, square, CROP_SIZE), points.astype(np.float32), box
+
+
+def write_cache(path: Path, sets: dict[str, list[Face]], color: bool = False, progress: Iterable | None = None) -> int:
+    """Write the crop cache of several sets of faces.
+
+    Args:
+        path: the file to write, `.npz`; it appears complete or not at all.
+        sets: faces by the name of their set.
+        color: RGB crops instead of grayscale.
+        progress: wraps the iterable of faces (tqdm).
+
+    Returns:
+        Number of crops.
+
+    Raises:
+        ValueError: sets with different numbers of landmarks, no labelled face, or an unreadable picture.
+    """
+    counts = {len(face.points) for faces in sets.values() for face in faces} - {0}
+    if len(counts) != 1:
+        raise ValueError(f"sets: expected one number of landmarks in all labelled faces, got {sorted(counts)}")
+    (num_landmarks,) = counts
+    faces = [(name, face) for name, members in sets.items() for face in members]
+    blobs, points, boxes = [], [], []
+    for _, face in progress(faces) if progress else faces:
+        image, its_points, box = make_crop(face, num_landmarks, color)
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if color else image
+        blobs.append(cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))[1])
+        points.append(its_points)
+        boxes.append(box)
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    with partial.open("wb") as file:
+        np.savez(
+            file,
+            jpegs=np.concatenate(blobs),
+            sizes=np.array([len(blob) for blob in blobs]),
+            points=np.stack(points),
+            boxes=np.stack(boxes),
+            groups=np.array([face.group for _, face in faces]),
+            sets=np.array([name for name, _ in faces]),
+            color=np.array(color),
+        )
+    os.replace(partial, path)
+    return len(faces)
+
+
+def read_cache(path: Path) -> CropCache:
+    """Read a crop cache that `write_cache` wrote.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            flag = cv2.IMREAD_COLOR if file["color"] else cv2.IMREAD_GRAYSCALE
+            blobs = np.split(file["jpegs"], np.cumsum(file["sizes"])[:-1])
+            images = [cv2.imdecode(blob, flag) for blob in blobs]
+            if file["color"]:
+                images = [cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for image in images]
+            return CropCache(images, file["points"], file["boxes"], file["groups"], file["sets"])
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f"{path}: expected a crop cache from `lgcn-fast prepare`, got {error}") from error

@@ -1,0 +1,201 @@
+"""Readers of labelled faces: 300-W folders, CSV of points, Kaggle's facial keypoints; and of background pictures."""
+
+import csv
+import re
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from .images import read_image
+from .landmarks import KAGGLE_NAMES
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+@dataclass(frozen=True)
+class Face:
+    """One labelled face, or a background picture."""
+
+    source: Path | np.ndarray
+    """The picture: a file, or its pixels (H, W) uint8."""
+    points: np.ndarray
+    """(N, 2) float32, pixels; NaN without a label. (0, 2) for a background picture."""
+    group: str
+    """Photo or person: faces of one group never stand on both sides of a split."""
+    name: str
+    """Where the face comes from, for messages and reports."""
+
+    def image(self, color: bool = False) -> np.ndarray:
+        """The picture, (H, W) uint8, with `color` (H, W, 3) in RGB order."""
+        if isinstance(self.source, Path):
+            return read_image(self.source, color)
+        return np.repeat(self.source[..., None], 3, axis=2) if color else self.source
+
+
+def read_faces(path: Path) -> list[Face]:
+    """Read the labelled faces of a folder or file, whatever the format.
+
+    A folder: every `.pts` in it or below, beside a picture of the same name. A `.csv`: Kaggle's facial keypoints if it
+    has a column "Image", otherwise points of the pictures in the folder of the same name beside it.
+
+    Raises:
+        ValueError: nothing there, or not readable as what it seems to be; names the file and line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_300w(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a folder with .pts files or a .csv file, got nothing there")
+    if path.suffix != ".csv":
+        raise ValueError(f"{path}: expected a folder with .pts files or a .csv file, got a file {path.suffix!r}")
+    with path.open(newline="") as file:
+        header = next(csv.reader(file), [])
+    return read_kaggle(path) if "Image" in header else read_csv(path, path.with_suffix(""))
+
+
+def read_300w(folder: Path) -> list[Face]:
+    """Read a folder in the manner of 300-W: `NAME.pts` beside `NAME.jpg` or `.png`, at any depth.
+
+    Raises:
+        ValueError: no `.pts` file, one without a picture, or a malformed one.
+    """
+    folder = Path(folder)
+    labels = sorted(folder.rglob("*.pts"))
+    if not labels:
+        raise ValueError(f"{folder}: expected .pts files in it or below, got none")
+    faces = []
+    for path in labels:
+        pictures = [path.with_suffix(suffix) for suffix in IMAGE_SUFFIXES if path.with_suffix(suffix).is_file()]
+        if not pictures:
+            raise ValueError(f"{path}: expected a picture of the same name beside it, got none")
+        faces.append(Face(pictures[0], read_pts(path), group_of(path.stem), str(path.relative_to(folder))))
+    return faces
+
+
+def read_pts(path: Path) -> np.ndarray:
+    """Read a file of the iBUG format, with or without its `version`, `n_points` and brace lines.
+
+    Returns:
+        (N, 2) float32, pixels, 0-based (the files count from 1).
+
+    Raises:
+        ValueError: no points, a line that is not two numbers, or another count than `n_points`.
+    """
+    points, announced = [], None
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
+        words = line.replace("{", " ").replace("}", " ").split()
+        if not words or words[0].startswith("version"):
+            continue
+        if words[0].startswith("n_points"):
+            announced = int(words[-1])
+            continue
+        try:
+            x, y = (float(word) for word in words)
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: expected two numbers, got {line.strip()!r}") from None
+        points.append((x, y))
+    if not points or announced not in (None, len(points)):
+        raise ValueError(f"{path}: expected {announced or 'some'} points, got {len(points)}")
+    return np.array(points, np.float32) - 1
+
+
+def read_csv(path: Path, images: Path) -> list[Face]:
+    """Read a CSV with the columns `image, x0, y0, x1, y1, ...`, 0-based pixels; an empty cell is no label.
+
+    Args:
+        path: the file.
+        images: folder that the column `image` is relative to.
+
+    Raises:
+        ValueError: another header, a row of another length, a cell that is not a number, a missing picture.
+    """
+    path, images = Path(path), Path(images)
+    with path.open(newline="") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    expected = ["image", *(f"{axis}{i}" for i in range((len(header) - 1) // 2) for axis in "xy")]
+    if len(header) < 3 or header != expected:
+        raise ValueError(f"{path}: expected the columns image, x0, y0, x1, y1, ..., got {', '.join(header[:6])} ...")
+    faces = []
+    for number, row in enumerate(rows, start=2):
+        where = f"{path}, line {number}"
+        picture = images / row[0] if row else images
+        if not picture.is_file():
+            raise ValueError(f"{where}: expected a picture {picture}, got none")
+        points = _cells_to_points(row[1:], len(header) - 1, where)
+        faces.append(Face(picture, points, group_of(picture.stem), row[0]))
+    return faces
+
+
+def read_kaggle(path: Path) -> list[Face]:
+    """Read Kaggle's facial-keypoints CSV: 15 points, some without a label, 96 x 96 pixels in the column `Image`.
+
+    Faces without any label are left out.
+
+    Raises:
+        ValueError: missing columns, cells that are not numbers, another number of pixels.
+    """
+    path = Path(path)
+    columns = [f"{name}_{axis}" for name in KAGGLE_NAMES for axis in "xy"]
+    faces = []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = {*columns, "Image"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path}: expected Kaggle's columns, got none called {', '.join(sorted(missing))}")
+        for number, row in enumerate(reader, start=2):
+            where = f"{path}, line {number}"
+            points = _cells_to_points([row[column] for column in columns], len(columns), where)
+            pixels = _pixels(row["Image"], where)
+            if not np.isnan(points).all():
+                faces.append(Face(pixels, points, f"{path.stem}-{number}", f"{path.name}:{number}"))
+    return faces
+
+
+def read_background(folder: Path) -> list[Face]:
+    """Read a folder of pictures without faces, at any depth.
+
+    Raises:
+        ValueError: no picture.
+    """
+    folder = Path(folder)
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not pictures:
+        raise ValueError(f"{folder}: expected pictures in it or below, got none")
+    nothing = np.empty((0, 2), np.float32)
+    return [Face(path, nothing, path.stem, str(path.relative_to(folder))) for path in pictures]
+
+
+def group_of(stem: str) -> str:
+    """Photo or person of a file name: what stands before a last `_` and one or two digits.
+
+    The second face of a photo is `PHOTO_2`, the eleventh frame of a person `PERSON_11`; `image_0001` stays whole.
+    """
+    return re.sub(r"_\d{1,2}$", "", stem)
+
+
+def is_validation(group: str) -> bool:
+    """Whether a group belongs to the validation tenth: decided by its name alone, the same on every machine."""
+    return int.from_bytes(sha256(group.encode()).digest()[:4]) % 10 == 0
+
+
+def _cells_to_points(cells: list[str], expected: int, where: str) -> np.ndarray:
+    if len(cells) != expected:
+        raise ValueError(f"{where}: expected {expected} coordinates, got {len(cells)}")
+    try:
+        points = np.array([float(cell) if cell else np.nan for cell in cells], np.float32).reshape(-1, 2)
+    except ValueError as error:
+        raise ValueError(f"{where}: expected numbers, got {error}") from None
+    points[np.isnan(points).any(axis=1)] = np.nan
+    return points
+
+
+def _pixels(text: str | None, where: str) -> np.ndarray:
+    try:
+        pixels = np.array((text or "").split(), np.uint8)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{where}: expected pixel values 0..255 in the column Image, got {text[:40]!r} ...") from None
+    if pixels.size != 96 * 96:
+        raise ValueError(f"{where}: expected 96 x 96 pixels in the column Image, got {pixels.size}")
+    return pixels.reshape(96, 96)

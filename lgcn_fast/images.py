@@ -1,0 +1,116 @@
+"""Pictures: reading files, square boxes, crops of one size. Boxes are x, y, width, height in pixels.
+
+A box covers whole pixels: its left edge lies half a pixel left of pixel x, as with slices and `cv2.resize`.
+"""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+BOX_ENLARGEMENT = 1.17
+"""Side of a face box over that of the tight square around the landmarks (paper, section 4)."""
+
+
+def read_image(path: Path, color: bool = False) -> np.ndarray:
+    """Read a picture file.
+
+    Args:
+        path: any format that OpenCV reads; EXIF orientation is applied.
+        color: RGB instead of grayscale.
+
+    Returns:
+        (H, W) uint8, with `color` (H, W, 3) in RGB order.
+
+    Raises:
+        ValueError: not a readable, complete picture; names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a picture file, got {'a directory' if path.is_dir() else 'nothing there'}")
+    data = np.frombuffer(path.read_bytes(), np.uint8)
+    if _is_truncated_jpeg(data):
+        raise ValueError(f"{path}: expected a complete JPEG file, got one that ends in the middle")
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE) if data.size else None
+    except cv2.error:
+        image = None
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+    if image is None:
+        raise ValueError(f"{path}: expected a picture file, got {data.size} bytes that do not decode as one")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if color else image
+
+
+def _is_truncated_jpeg(data: np.ndarray) -> bool:
+    """OpenCV fills the missing part of a cut JPEG with gray and says nothing."""
+    return data[:3].tobytes() == b"\xff\xd8\xff" and b"\xff\xd9" not in data[3:].tobytes()
+
+
+def face_box(points: np.ndarray, enlargement: float = BOX_ENLARGEMENT) -> np.ndarray:
+    """The tight square around landmarks, enlarged by 17 % (paper, section 4).
+
+    Args:
+        points: (N, 2), NaN without a label.
+
+    Returns:
+        (4,) float32: x, y, width, height.
+    """
+    low, high = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
+    side = max(float((high - low).max()) * enlargement, 1.0)
+    return np.array([*((low + high - side + 1) / 2), side, side], np.float32)
+
+
+def square_box(box: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """The square of whole pixels around a box's centre, its side the box's longer one times `scale`.
+
+    Returns:
+        (4,) int64: x, y, side, side.
+    """
+    x, y, width, height = (float(v) for v in box)
+    side = max(round(max(width, height) * scale), 1)
+    return np.array([round(x + (width - side) / 2), round(y + (height - side) / 2), side, side])
+
+
+def crop(image: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
+    """Cut a square of whole pixels out and resize it; beyond the image the border's pixels repeat.
+
+    Args:
+        image: (H, W) or (H, W, 3) uint8 or float32.
+        box: (4,) integers from `square_box`; must meet the image.
+        size: side of the result in pixels.
+
+    Returns:
+        (size, size) or (size, size, 3), dtype of `image`.
+    """
+    height, width = image.shape[:2]
+    x, y, side = (int(v) for v in box[:3])
+    left, top = max(-x, 0), max(-y, 0)
+    right, bottom = max(x + side - width, 0), max(y + side - height, 0)
+    image = image[max(y, 0) : y + side, max(x, 0) : x + side]
+    if left or top or right or bottom:
+        image = cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_REPLICATE)
+    if side == size:
+        return image
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
+
+
+def to_crop(points: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
+    """Image coordinates to coordinates in the crops of `boxes`.
+
+    Args:
+        points: (..., N, 2) pixels.
+        boxes: (..., 4).
+
+    Returns:
+        (..., N, 2) pixels of the crops.
+    """
+    boxes = np.asarray(boxes)[..., None, :]
+    return (points - boxes[..., :2] + 0.5) * (size / boxes[..., 2:]) - 0.5
+
+
+def from_crop(points: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
+    """Inverse of `to_crop`."""
+    boxes = np.asarray(boxes)[..., None, :]
+    return (points + 0.5) * (boxes[..., 2:] / size) + boxes[..., :2] - 0.5

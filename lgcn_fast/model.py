@@ -1,0 +1,139 @@
+"""The network of section 3.2, as plain PyTorch."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import LGCNConfig
+from .operators import gaussian_sum
+
+
+class Heatmaps(NamedTuple):
+    """What the network computes: both are (B, N, H, W)."""
+
+    local: Tensor
+    """K * O^l, the blurred output of the local-context subnet. Part of the loss, not needed for inference."""
+    output: Tensor
+    """Omega = K * O^l + O^g (Eq. 2)."""
+
+
+class ScaledReLU(nn.Module):
+    """ReLU times a constant."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) * self.scale
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+
+class KernelConvolution(nn.Module):
+    """Every channel convolved with K (Eq. 1), times a constant; no parameters."""
+
+    def __init__(self, config: LGCNConfig) -> None:
+        super().__init__()
+        self.kernel_size = config.kernel_size
+        self.sigmas = config.sigmas
+        self.scale = config.blur_scale
+        self.operator = gaussian_sum
+        """`gaussian_sum`, or one that computes the same faster (see `engine.optimise`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operator(x, self.kernel_size, self.sigmas) * self.scale
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, sigmas={self.sigmas}, operator={self.operator.__name__}"
+
+
+def conv_block(in_channels: int, out_channels: int, kernel: int, dilation: int, config: LGCNConfig) -> nn.Sequential:
+    """Zero-padded convolution with bias, batch normalisation, scaled ReLU, dropout."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel, padding=dilation * (kernel // 2), dilation=dilation),
+        nn.BatchNorm2d(out_channels),
+        ScaledReLU(config.activation_scale),
+        nn.Dropout(config.dropout),
+    )
+
+
+class LGCN(nn.Module):
+    """Local-global context network (section 3.2): image in, one heatmap a landmark out.
+
+    >>> model = LGCN(LGCNConfig(filters=16)).eval()
+    >>> model(torch.zeros(1, 1, 96, 96)).output.shape
+    torch.Size([1, 68, 96, 96])
+    """
+
+    def __init__(self, config: LGCNConfig = LGCNConfig()) -> None:  # noqa: B008 (frozen)
+        super().__init__()
+        self.config = config
+        filters, subpixels = config.filters, config.shuffle**2
+        channels = [config.in_channels * subpixels] + [filters] * len(config.local_kernels)
+        self.local_subnet = nn.Sequential(
+            *(conv_block(channels[i], filters, kernel, 1, config) for i, kernel in enumerate(config.local_kernels))
+        )
+        self.main = nn.Conv2d(filters, config.num_landmarks * subpixels, 1)
+        self.side = self._side_branch(config) if config.side_channels else None
+        self.kernel_convolution = KernelConvolution(config)
+        channels = [config.num_landmarks + config.side_channels] + [filters] * config.global_layers
+        self.global_subnet = nn.Sequential(
+            *(conv_block(channels[i], filters, 3, config.dilation, config) for i in range(config.global_layers))
+        )
+        self.refine = nn.Conv2d(filters, config.num_landmarks * subpixels, 1)
+        # Almost all of a heatmap is 0: from there the first steps are not spent on unlearning noise.
+        for head in (self.main, self.refine):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    @staticmethod
+    def _side_branch(config: LGCNConfig) -> nn.Sequential:
+        channels = config.side_channels * config.shuffle**2
+        return nn.Sequential(
+            nn.Conv2d(config.filters, channels, 1), nn.BatchNorm2d(channels), ScaledReLU(config.activation_scale)
+        )
+
+    def forward(self, images: Tensor) -> Heatmaps:
+        """Heatmaps of a batch of images of any size.
+
+        Args:
+            images: (B, in_channels, H, W) pixel values 0..255, any dtype.
+
+        Returns:
+            `Heatmaps` of shape (B, N, H, W).
+
+        Raises:
+            ValueError: another shape.
+        """
+        if images.ndim != 4 or images.shape[1] != self.config.in_channels or 0 in images.shape:
+            raise ValueError(
+                f"images: expected (B, {self.config.in_channels}, H, W) without empty sides, got {tuple(images.shape)}"
+            )
+        step = self.config.shuffle
+        height, width = images.shape[2:]
+        x = (images.to(self.main.weight.dtype) / 128 - 1) * 0.1
+        if step > 1:
+            x = F.pixel_unshuffle(_pad_to_grid(x, step), step)
+        features = self.local_subnet(x)
+        maps = self.main(features)
+        if self.side is not None:
+            maps = torch.cat([maps, self.side(features)], dim=1)
+        # Cropped before the blur: beyond the image there is nothing (zero padding), whatever the grid.
+        blurred = self.kernel_convolution(F.pixel_shuffle(maps, step)[..., :height, :width])
+        local = blurred[:, : self.config.num_landmarks]
+        # Means of step x step pixels lose little: K is a low-pass.
+        context = F.avg_pool2d(_pad_to_grid(blurred, step), step) if step > 1 else blurred
+        refined = F.pixel_shuffle(self.refine(self.global_subnet(context)), step)[..., :height, :width]
+        return Heatmaps(local, local + refined)
+
+
+def _pad_to_grid(x: Tensor, step: int) -> Tensor:
+    """Pad right and bottom with the border's values to multiples of `step`."""
+    height, width = x.shape[2:]
+    if height % step or width % step:
+        x = F.pad(x, (0, -width % step, 0, -height % step), mode="replicate")
+    return x

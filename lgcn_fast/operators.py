@@ -1,0 +1,104 @@
+"""The kernel convolution of section 3.2.2: `gaussian_sum` to be read, `gaussian_sum_banded` to be fast."""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KERNEL_SIZE = 45
+SIGMAS = (1.0, 3.0, 5.0, 7.0, 9.0)
+
+
+def gaussian_taps(kernel_size: int = KERNEL_SIZE, sigmas: tuple[float, ...] = SIGMAS) -> Tensor:
+    """The one-dimensional Gaussians whose outer products add up to the kernel of Eq. 1.
+
+    Eq. 1 (section 3.2.2) for S sigmas, with a maximum of 1 in the centre:
+
+        K = 2 pi / S * sum_s sigma_s^2 N_2(0, sigma_s^2) = 1 / S * sum_s exp(-x^2 / 2 sigma_s^2) exp(-y^2 / 2 sigma_s^2)
+
+    Truncation to a square keeps each term separable, so K is exactly `sum_s outer(taps[s], taps[s])`.
+
+    Returns:
+        (S, kernel_size) float64.
+    """
+    x = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
+    sigma = torch.tensor(sigmas, dtype=torch.float64)[:, None]
+    return torch.exp(-(x**2) / (2 * sigma**2)) / len(sigmas) ** 0.5
+
+
+def gaussian_sum(x: Tensor, kernel_size: int = KERNEL_SIZE, sigmas: tuple[float, ...] = SIGMAS) -> Tensor:
+    """Convolve every channel with the sum of Gaussians K of Eq. 1 (section 3.2.2), zero padded.
+
+    Args:
+        x: (B, C, H, W) floating point.
+        kernel_size: side of the truncated kernel in pixels, odd.
+        sigmas: standard deviations of the Gaussians, in pixels.
+
+    Returns:
+        (B, C, H, W), dtype of `x`.
+    """
+    taps = gaussian_taps(kernel_size, sigmas)
+    kernel = torch.einsum("sy,sx->yx", taps, taps).to(x)
+    channels = x.shape[1]
+    weight = kernel.expand(channels, 1, kernel_size, kernel_size)
+    return F.conv2d(x, weight, padding=kernel_size // 2, groups=channels)
+
+
+def gaussian_sum_banded(x: Tensor, kernel_size: int = KERNEL_SIZE, sigmas: tuple[float, ...] = SIGMAS) -> Tensor:
+    """Convolve every channel with the sum of Gaussians K of Eq. 1 (section 3.2.2), zero padded.
+
+    A zero-padded 1-D convolution of a line of length L is a banded L x L matrix T_s, so that
+    `K * X = sum_s T_s X T_s`: two matrix products. K is symmetric, so the gradient is the same operation.
+
+    Args:
+        x: (B, C, H, W) floating point.
+        kernel_size: side of the truncated kernel in pixels, odd.
+        sigmas: standard deviations of the Gaussians, in pixels.
+
+    Returns:
+        (B, C, H, W), dtype of `x` (under autocast: the autocast dtype).
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _BandedGaussianSum.apply(x, kernel_size, tuple(sigmas))
+
+
+@lru_cache(maxsize=64)
+def band_matrices(
+    length: int, kernel_size: int, sigmas: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The matrices T_s of `gaussian_sum_banded`, symmetric: (S, length, length)."""
+    taps = gaussian_taps(kernel_size, sigmas)
+    index = torch.arange(length)
+    offset = index[:, None] - index[None, :] + kernel_size // 2
+    inside = (offset >= 0) & (offset < kernel_size)
+    with torch.inference_mode(False):
+        return torch.where(inside, taps[:, offset.clamp(0, kernel_size - 1)], 0.0).to(device, dtype)
+
+
+def _banded_product(x: Tensor, kernel_size: int, sigmas: tuple[float, ...]) -> Tensor:
+    batch, channels, height, width = x.shape
+    count = len(sigmas)
+    rows = band_matrices(height, kernel_size, sigmas, x.dtype, x.device)
+    columns = band_matrices(width, kernel_size, sigmas, x.dtype, x.device)
+    # (W, S * W): one product blurs all lines along x with all sigmas.
+    along_x = x.reshape(-1, width) @ columns.permute(1, 0, 2).reshape(width, count * width)
+    along_x = along_x.view(batch * channels, height, count, width).transpose(1, 2)
+    stacked = along_x.reshape(batch * channels, count * height, width)
+    # (H, S * H): one product blurs along y and adds up the sigmas.
+    along_y = torch.matmul(rows.permute(1, 0, 2).reshape(height, count * height), stacked)
+    return along_y.view(batch, channels, height, width)
+
+
+class _BandedGaussianSum(torch.autograd.Function):
+    """`gaussian_sum_banded` for autograd: nothing is saved, the backward pass is the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel_size: int, sigmas: tuple[float, ...]) -> Tensor:
+        ctx.kernel = kernel_size, sigmas
+        return _banded_product(x, kernel_size, sigmas)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _banded_product(gradient, *ctx.kernel), None, None

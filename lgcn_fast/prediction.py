@@ -1,0 +1,173 @@
+"""Landmarks of images: `predict`, the main entry point."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from lgcn_fast_kernels import peak_centroids
+from torch import Tensor
+
+from .checkpoints import load_model
+from .images import crop, from_crop, square_box
+from .losses import probabilities
+from .model import LGCN
+from .operators import gaussian_sum_banded
+
+DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "lgcn-nano.safetensors"
+CHUNK = 32
+"""Crops that go through the network at once."""
+
+
+@dataclass(frozen=True)
+class Landmarks:
+    """Landmarks of a batch of faces."""
+
+    points: np.ndarray
+    """(B, N, 2) float32: x and y in pixels of the input image, pixel centres at integers."""
+    scores: np.ndarray
+    """(B, N) float32 in 0..1: how certain the network is, the height of the heatmap's maximum."""
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+
+def predict(
+    batch: Any,
+    boxes: Any = None,
+    model: LGCN | Path | str | None = None,
+    device: str = "cpu",
+) -> Landmarks:
+    """Find the landmarks of one face in each image.
+
+    Args:
+        batch: NumPy array or torch tensor (B, H, W), (B, H, W, 3) or (B, 1 or 3, H, W); one image (H, W) or (H, W, 3);
+            or a sequence of such single images of any sizes. Colours are RGB. uint8, or floating point in 0..1 or
+            0..255 (where the largest value is above 1).
+        boxes: (B, 4) x, y, width, height of the faces in pixels, about 1.17 times the tight square around the
+            landmarks. Default: the whole image. Boxes that are not square become the square around their centre.
+        model: a network (it is copied, not changed), or the path of its weights. Default: the one in the package.
+        device: where the network runs, a torch device.
+
+    Returns:
+        `Landmarks` of all images, in the order given.
+
+    Raises:
+        ValueError: an empty batch, an image without pixels, a wrong number of channels, NaN, a box outside its image;
+            the message names the argument and says what was expected and what came.
+    """
+    images = as_images(batch)
+    boxes = _square_boxes(boxes, images)
+    if isinstance(model, LGCN):
+        network = _prepared(deepcopy(model), device)
+    else:
+        network = _loaded(Path(model or DEFAULT_WEIGHTS), device)
+    size = network.config.input_size
+    points, scores = [], []
+    for start in range(0, len(images), CHUNK):
+        part = zip(images[start : start + CHUNK], boxes[start : start + CHUNK], strict=True)
+        crops = torch.stack([network_input(image, box, size, network.config.in_channels) for image, box in part])
+        with torch.inference_mode():
+            heatmaps = network(crops.to(device)).output
+            if network.config.loss == "cross_entropy":
+                heatmaps = probabilities(heatmaps)
+        found, values = peak_centroids(heatmaps.float().cpu().contiguous().numpy(), torch.get_num_threads())
+        points.append(found)
+        scores.append(values.clip(0, 1))
+    return Landmarks(from_crop(np.concatenate(points), boxes, size).astype(np.float32), np.concatenate(scores))
+
+
+def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int) -> Tensor:
+    """Cut the face out, resize it and convert it to the network's colours.
+
+    Args:
+        image: (H, W) or (H, W, 3) uint8 or float32 in 0..255.
+        box: (4,) whole pixels, square.
+
+    Returns:
+        (channels, size, size), dtype of `image`.
+    """
+    face = crop(image, box, size)
+    if channels == 1:
+        return torch.from_numpy(face if face.ndim == 2 else cv2.cvtColor(face, cv2.COLOR_RGB2GRAY))[None]
+    face = face if face.ndim == 3 else np.repeat(face[..., None], 3, axis=2)
+    return torch.from_numpy(face).permute(2, 0, 1)
+
+
+def as_images(batch: Any) -> list[np.ndarray]:
+    """Check a batch and split it into images (H, W) or (H, W, 3), uint8 or float32 in 0..255; see `predict`."""
+    if isinstance(batch, Tensor):
+        batch = batch.detach().cpu().float().numpy() if batch.is_floating_point() else batch.detach().cpu().numpy()
+    if isinstance(batch, Sequence):
+        if not batch:
+            raise ValueError("batch: expected at least one image, got none")
+        images = [as_images(image) for image in batch]
+        for index, parts in enumerate(images):
+            if len(parts) != 1:
+                raise ValueError(f"batch[{index}]: expected one image in each item of a sequence, got {len(parts)}")
+        return [image for (image,) in images]
+    if not isinstance(batch, np.ndarray):
+        raise ValueError(f"batch: expected a NumPy array, torch tensor or sequence of them, got {type(batch).__name__}")
+    if 0 in batch.shape:
+        raise ValueError(f"batch: expected at least one image with at least one pixel, got shape {batch.shape}")
+    return list(_as_bytes(_channels_last(batch)))
+
+
+def _channels_last(batch: np.ndarray) -> np.ndarray:
+    """(B, H, W) or (B, H, W, 3) of any accepted shape."""
+    if batch.ndim == 2 or (batch.ndim == 3 and batch.shape[2] in (1, 3)):
+        batch = batch[None]
+    if batch.ndim == 3:
+        return batch
+    if batch.ndim == 4 and batch.shape[1] != 1 and batch.shape[3] in (1, 3):
+        return batch[..., 0] if batch.shape[3] == 1 else batch
+    if batch.ndim == 4 and batch.shape[1] in (1, 3):
+        return batch[:, 0] if batch.shape[1] == 1 else np.ascontiguousarray(batch.transpose(0, 2, 3, 1))
+    raise ValueError(f"batch: expected (B, H, W), (B, H, W, 3), (B, 1, H, W) or (B, 3, H, W), got {batch.shape}")
+
+
+def _as_bytes(batch: np.ndarray) -> np.ndarray:
+    """uint8 as it is, floating point as float32 in 0..255."""
+    if batch.dtype == np.uint8:
+        return batch
+    if not np.issubdtype(batch.dtype, np.floating):
+        raise ValueError(f"batch: expected uint8 or floating point, got {batch.dtype}")
+    batch = batch.astype(np.float32)
+    if not np.isfinite(batch).all():
+        raise ValueError("batch: expected finite pixel values, got NaN or infinity")
+    low, high = float(batch.min()), float(batch.max())
+    if low < 0 or high > 255:
+        raise ValueError(f"batch: expected pixel values in 0..1 or 0..255, got {low:g} to {high:g}")
+    return batch if high > 1 else batch * 255
+
+
+def _square_boxes(boxes: Any, images: list[np.ndarray]) -> np.ndarray:
+    if boxes is None:
+        return np.stack([square_box((0, 0, image.shape[1], image.shape[0])) for image in images])
+    boxes = np.asarray(boxes, np.float64)
+    if boxes.ndim == 1:
+        boxes = boxes[None]
+    if boxes.shape != (len(images), 4):
+        raise ValueError(f"boxes: expected x, y, width, height for {len(images)} images, got shape {boxes.shape}")
+    for index, ((x, y, width, height), image) in enumerate(zip(boxes, images, strict=True)):
+        meets = x < image.shape[1] and y < image.shape[0] and x + width > 0 and y + height > 0
+        if not (width > 0 and height > 0 and meets):
+            size = f"{image.shape[1]} x {image.shape[0]}"
+            got = f"x={x:g}, y={y:g}, width={width:g}, height={height:g}"
+            raise ValueError(f"boxes[{index}]: expected a box that meets the image of {size} pixels, got {got}")
+    return np.stack([square_box(box) for box in boxes])
+
+
+@lru_cache(maxsize=8)
+def _loaded(path: Path, device: str) -> LGCN:
+    return _prepared(load_model(path), device)
+
+
+def _prepared(model: LGCN, device: str) -> LGCN:
+    model.kernel_convolution.operator = gaussian_sum_banded
+    return model.eval().to(device, memory_format=torch.channels_last)

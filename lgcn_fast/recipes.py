@@ -1,0 +1,65 @@
+"""Named training recipes: the paper's, and one that gets furthest in the time there is."""
+
+import math
+from dataclasses import dataclass, field
+
+from torch import nn, optim
+
+from .augmentation import Augmentation
+
+PAPER_RATES = ((11, 1e-3), (21, 5e-4), (31, 2e-4), (41, 1e-4), (51, 5e-5), (math.inf, 2e-5))
+"""Learning rate per sample before each epoch (authors' published configuration)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a training that is neither data nor network."""
+
+    name: str
+    batch_size: int
+    epochs: int
+    augmentation: Augmentation
+    ema_decay: float = 0.0
+    """Decay per step of the averaged weights that are validated and kept; 0: the weights themselves."""
+    clip_value: float | None = None
+    """Gradient elements are truncated at this."""
+    clip_norm: float | None = None
+    """The gradient's norm is truncated at this."""
+    peak_rate: float = field(default=0.0, kw_only=True)
+    """Largest learning rate of AdamW; 0: the paper's SGD."""
+
+    def optimiser(self, model: nn.Module) -> optim.Optimizer:
+        """SGD with momentum as in the paper, or AdamW."""
+        if not self.peak_rate:
+            # The authors' toolkit scales the gradient by 1 - momentum before adding it: "unit gain".
+            return optim.SGD(model.parameters(), lr=1.0, momentum=0.9, dampening=0.9)
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        return optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=1.0, weight_decay=0.01)
+
+    def learning_rate(self, step: int, steps_per_epoch: int, epochs: int) -> float:
+        """Learning rate of a step, counted from 0.
+
+        Paper: constant by epoch, per sample; the loss is a mean over the batch, so the rate is times the batch.
+        Otherwise: up over 3 % of the steps, then down along a cosine to a thousandth.
+        """
+        if not self.peak_rate:
+            epoch = step // steps_per_epoch + 1
+            return self.batch_size * next(rate for end, rate in PAPER_RATES if epoch < end)
+        progress = step / (steps_per_epoch * epochs)
+        warm_up = min(1.0, progress / 0.03 + 1e-2)
+        return self.peak_rate * warm_up * max(0.5 * (1 + math.cos(math.pi * progress)), 1e-3)
+
+
+RECIPES = {
+    "paper": Recipe("paper", batch_size=20, epochs=100, augmentation=Augmentation(fixed=True), clip_value=0.1),
+    "fast": Recipe(
+        "fast",
+        batch_size=8,
+        epochs=100,
+        augmentation=Augmentation(shift=0.05, contrast=0.3, blur=1.0, noise=10.0, occlusion=0.4),
+        ema_decay=0.998,
+        clip_norm=20.0,
+        peak_rate=2e-3,
+    ),
+}

@@ -1,0 +1,387 @@
+"""Training: one loop, resumable after a kill at any moment with the result of an unbroken run.
+
+Every random draw comes from a generator seeded by (seed, epoch), and the state is written after each epoch, so that
+an interrupted epoch is simply run again.
+"""
+
+import csv
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .augmentation import Augmentation, augment
+from .checkpoints import load_tensors, save_model, save_tensors
+from .config import LGCNConfig
+from .crops import CropCache
+from .datasets import is_validation
+from .evaluation import landmark_errors
+from .images import to_crop
+from .landmarks import SCHEMES
+from .losses import lgcn_loss
+from .model import LGCN
+from .operators import gaussian_sum_banded
+from .peaks import peak_centroids
+from .recipes import Recipe
+
+LOG_COLUMNS = ("epoch", "loss", "validation_error", "learning_rate", "samples_per_s", "minutes")
+PLAN_STEPS = 24
+"""Steps that are timed to find how many epochs fit a time budget; the first third does not count."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a training run is made of besides the crop cache; written into the weights' metadata."""
+
+    config: LGCNConfig
+    recipe: Recipe
+    epochs: int | None = None
+    """Length of the schedule. None: what fits `time_budget`, or the recipe's number."""
+    seed: int = 0
+    shares: dict[str, float] = field(default_factory=dict)
+    """Share of a set (as named in the cache) that an epoch draws, where it is not all."""
+    device: str = "cpu"
+    amp: bool = True
+    """bf16 autocast."""
+    workers: int = 0
+    """Processes that prepare batches; 0: none beside this one."""
+
+
+class AugmentedCrops(Dataset):
+    """Crops of a cache by (epoch, index): the same key always gives the same augmented crop."""
+
+    def __init__(self, cache: CropCache, augmentation: Augmentation, size: int, seed: int) -> None:
+        self.cache, self.augmentation, self.size, self.seed = cache, augmentation, size, seed
+        scheme = SCHEMES.get(cache.num_landmarks)
+        self.mirror_order = scheme.mirror if scheme else None
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Image (C, size, size) uint8 and points (1, N, 2) float32."""
+        epoch, index = key
+        random = np.random.default_rng((self.seed, epoch, index))
+        cache = self.cache
+        image, points = augment(
+            cache.images[index], cache.points[index], cache.boxes[index],
+            self.size, self.augmentation, self.mirror_order, random,
+        )  # fmt: skip
+        channels_first = image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
+        return torch.from_numpy(channels_first), torch.from_numpy(points[None])
+
+
+class EpochBatches:
+    """Batches of (epoch, index) keys: a fresh order and a fresh draw of the partly used sets in every epoch."""
+
+    def __init__(self, indices: np.ndarray, shares: np.ndarray, batch_size: int, seed: int) -> None:
+        self.indices, self.shares, self.batch_size, self.seed = indices, shares, batch_size, seed
+        self.epoch = 0
+        self.count = round(float(shares.sum()))
+
+    def __len__(self) -> int:
+        return max(self.count // self.batch_size, 1)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        chosen = random.choice(self.indices, self.count, replace=False, p=self.shares / self.shares.sum())
+        random.shuffle(chosen)
+        for batch in np.array_split(chosen[: len(self) * self.batch_size], len(self)):
+            yield [(self.epoch, int(index)) for index in batch]
+
+
+class Trainer:
+    """A training run in a folder: `checkpoint.safetensors` to go on, `best.safetensors` to use, `log.csv` to read."""
+
+    def __init__(self, cache: CropCache, folder: Path, options: TrainingOptions) -> None:
+        """Set a run up, or take an interrupted one in `folder` up again.
+
+        Raises:
+            ValueError: cache and configuration do not fit, or `folder` holds a run with other options.
+        """
+        check_cache(cache, options)
+        self.cache, self.options, self.folder = cache, options, Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.device = torch.device(options.device)
+        torch.manual_seed(options.seed)
+        self.model = LGCN(options.config)
+        self.model.kernel_convolution.operator = gaussian_sum_banded
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.averaged = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True)
+        self.optimiser = options.recipe.optimiser(self.model)
+        validation = np.array([is_validation(group) for group in cache.groups])
+        shares = np.array([options.shares.get(name, 1.0) for name in cache.sets])
+        self.validation = np.flatnonzero(validation & (shares > 0) & ~np.isnan(cache.points).all((1, 2)))
+        self.validation_shares = shares[self.validation]
+        chosen = np.flatnonzero(~validation & (shares > 0))
+        self.batches = EpochBatches(chosen, shares[chosen], options.recipe.batch_size, options.seed)
+        crops = AugmentedCrops(cache, options.recipe.augmentation, options.config.input_size, options.seed)
+        workers = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
+        pinned = self.device.type == "cuda"
+        self.loader = DataLoader(crops, batch_sampler=self.batches, pin_memory=pinned, **workers)
+        self.epochs, self.commit = options.epochs, commit()
+        self.epoch, self.best, self.log = 0, float("inf"), []
+        if (self.folder / "checkpoint.safetensors").exists():
+            self._restore()
+
+    def run(self, time_budget: float | None = None) -> bool:
+        """Train to the end of the schedule, or until the time is up.
+
+        Args:
+            time_budget: minutes for this call; it stops before an epoch that would not fit.
+
+        Returns:
+            Whether the schedule is finished; otherwise run again to go on.
+        """
+        reuse_freed_memory()
+        start = time.monotonic()
+        if self.epochs is None:
+            self.epochs = self._plan(time_budget) if time_budget else self.options.recipe.epochs
+            self._save()
+        slowest = 0.0
+        while self.epoch < self.epochs:
+            if time_budget and (time.monotonic() - start + slowest) / 60 > time_budget and self.epoch:
+                return False
+            began = time.monotonic()
+            self._run_epoch()
+            slowest = max(slowest, time.monotonic() - began)
+        return True
+
+    def _run_epoch(self) -> None:
+        began = time.monotonic()
+        self.batches.epoch = self.epoch
+        torch.manual_seed(self.options.seed * 1_000_003 + self.epoch)  # dropout
+        self.model.train()
+        losses, samples = [], 0
+        title = f"epoch {self.epoch + 1}/{self.epochs}"
+        with tqdm(self.loader, title, leave=False, unit="batch", mininterval=1, disable=None) as batches:
+            for batch, (images, points) in enumerate(batches):
+                rate = self._step(images, points, self.epoch * len(self.batches) + batch, losses)
+                samples += len(images)
+                speed = samples / (time.monotonic() - began)
+                left = ((self.epochs - self.epoch) * self.batches.count - samples) / speed / 60
+                batches.set_postfix_str(
+                    f"{speed:.0f} samples/s, loss {losses[-1]:.3f}, best {self.best:.2f} %, {left:.0f} min left"
+                )
+        speed = samples / (time.monotonic() - began)
+        error = 100 * self.validate()
+        self.epoch += 1
+        minutes = (self.log[-1]["minutes"] if self.log else 0.0) + (time.monotonic() - began) / 60
+        values = (self.epoch, float(np.mean(losses)), error, rate, speed, minutes)
+        self.log.append(dict(zip(LOG_COLUMNS, values, strict=True)))
+        if error < self.best:
+            self.best = error
+            save_model(self.folder / "best.safetensors", self.averaged.module, self.card())
+        self._save()
+        tqdm.write(
+            f"{title}: loss {values[1]:.3f}, validation {error:.3f} % (best {self.best:.3f}), {speed:.1f} samples/s"
+        )
+
+    def _step(self, images: Tensor, points: Tensor, step: int, losses: list[float]) -> float:
+        recipe = self.options.recipe
+        rate = recipe.learning_rate(step, len(self.batches), self.epochs or recipe.epochs)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        images = images.to(self.device, non_blocking=True)
+        points = points.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+            heatmaps = self.model(images)
+        loss = lgcn_loss(heatmaps, points, self.options.config)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if recipe.clip_value:
+            nn.utils.clip_grad_value_(self.model.parameters(), recipe.clip_value)
+        if recipe.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        self.optimiser.step()
+        self.averaged.update_parameters(self.model)
+        losses.append(loss.item())
+        if not np.isfinite(losses[-1]):
+            raise FloatingPointError(f"loss: expected a finite number, got {losses[-1]} in step {step}")
+        return rate
+
+    @torch.no_grad()
+    def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        """Exponential moving average; the decay grows with the steps, so that the first weights are soon forgotten."""
+        steps = int(count)
+        decay = min(self.options.recipe.ema_decay, (1 + steps) / (10 + steps))
+        for mean, value in zip(averaged, current, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, 1 - decay)
+            else:
+                mean.copy_(value)
+
+    def validate(self) -> float:
+        """Mean inter-ocular error of the averaged weights on the validation faces, each set by its share."""
+        size = self.options.config.input_size
+        crops = AugmentedCrops(self.cache, Augmentation(mirror=False, scale=0, rotation=0), size, 0)
+        self.averaged.module.eval()
+        errors = []
+        for indices in np.array_split(self.validation, -(-len(self.validation) // 32)):
+            images, points = zip(*(crops[0, int(index)] for index in indices), strict=True)
+            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+                heatmaps = self.averaged.module(torch.stack(images).to(self.device)).output
+            found, _ = peak_centroids(heatmaps.float().cpu().numpy())
+            errors.append(landmark_errors(found, torch.cat(points).numpy()))
+        return float(np.average(np.concatenate(errors), weights=self.validation_shares))
+
+    def card(self) -> dict:
+        """What a model card needs to know of this run."""
+        counts = {str(name): int((self.cache.sets == name).sum()) for name in np.unique(self.cache.sets)}
+        return {
+            "recipe": asdict(self.options.recipe),
+            "epochs": self.epochs,
+            "epoch": self.epoch,
+            "seed": self.options.seed,
+            "data": counts,
+            "shares": self.options.shares,
+            "validation_faces": len(self.validation),
+            "validation_error_percent": self.best,
+            "commit": self.commit,
+            "command": " ".join(["lgcn-fast", *sys.argv[1:]]),
+            "torch": torch.__version__,
+            "mean_shape": self._mean_shape().round(5).tolist(),
+        }
+
+    def _mean_shape(self) -> np.ndarray:
+        """Mean of the fully labelled training faces, (N, 2) in units of the face box."""
+        chosen = self.batches.indices
+        shapes = to_crop(self.cache.points[chosen], self.cache.boxes[chosen], 1)
+        return shapes[~np.isnan(shapes).any((1, 2))].mean(axis=0) + 0.5
+
+    def _plan(self, time_budget: float) -> int:
+        """Number of epochs that fit the budget, from the time of a few steps on a throw-away copy of the state."""
+        state = self._state()
+        times = []
+        self.model.train()
+        iterator = iter(self.loader)
+        for step in range(min(PLAN_STEPS, len(self.batches))):
+            images, points = next(iterator)
+            began = time.monotonic()
+            self._step(images, points, step, [])
+            times.append(time.monotonic() - began)
+        self._load_state(state)
+        seconds = float(np.median(times[len(times) // 3 :])) * len(self.batches)
+        began = time.monotonic()
+        self.validate()
+        return max(int(time_budget * 60 * 0.97 / (seconds + time.monotonic() - began)), 1)
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        state |= {f"averaged.{name}": t for name, t in self.averaged.state_dict().items()}
+        for index, slots in self.optimiser.state_dict()["state"].items():
+            state |= {f"optimiser.{index}.{slot}": t for slot, t in slots.items() if t is not None}
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+    def _load_state(self, state: dict[str, Tensor]) -> None:
+        parts: dict[str, dict] = {"model": {}, "averaged": {}, "optimiser": {}}
+        for name, tensor in state.items():
+            part, rest = name.split(".", 1)
+            parts[part][rest] = tensor
+        self.model.load_state_dict(parts["model"], strict=True)
+        self.averaged.load_state_dict(parts["averaged"], strict=True)
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimiser"].items():
+            index, slot = name.split(".")
+            slots.setdefault(int(index), {})[slot] = tensor
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": slots, "param_groups": groups})
+
+    def _save(self) -> None:
+        progress = {"epoch": self.epoch, "epochs": self.epochs, "best": self.best, "log": self.log}
+        metadata = {"run": self._identity(), "progress": json.dumps(progress)}
+        save_tensors(self.folder / "checkpoint.safetensors", self._state(), metadata)
+        write_log(self.folder / "log.csv", self.log)
+        if self.log:
+            draw_log(self.folder / "curve.png", self.log)
+
+    def _restore(self) -> None:
+        path = self.folder / "checkpoint.safetensors"
+        state, metadata = load_tensors(path)
+        if metadata.get("run") != self._identity():
+            raise ValueError(
+                f"{path}: expected a run with {self._identity()}, got {metadata.get('run')}; use another folder"
+            )
+        self._load_state(state)
+        progress = json.loads(metadata["progress"])
+        if self.options.epochs not in (None, progress["epochs"]):
+            raise ValueError(f"{path}: expected a run of {self.options.epochs} epochs, got {progress['epochs']}")
+        self.epoch, self.epochs, self.best, self.log = (progress[k] for k in ("epoch", "epochs", "best", "log"))
+
+    def _identity(self) -> str:
+        options = self.options
+        values = (
+            asdict(options.config),
+            asdict(options.recipe),
+            options.seed,
+            options.shares,
+            options.amp,
+            len(self.cache),
+        )
+        return json.dumps(values)
+
+
+def check_cache(cache: CropCache, options: TrainingOptions) -> None:
+    """Raise ValueError where a crop cache does not fit the options."""
+    config = options.config
+    if cache.num_landmarks != config.num_landmarks:
+        raise ValueError(f"num_landmarks: expected the cache's {cache.num_landmarks}, got {config.num_landmarks}")
+    if cache.channels != config.in_channels:
+        raise ValueError(f"in_channels: expected the cache's {cache.channels}, got {config.in_channels}")
+    unknown = options.shares.keys() - set(cache.sets.tolist())
+    if unknown or not all(0 <= share <= 1 for share in options.shares.values()):
+        known = ", ".join(sorted(set(cache.sets.tolist())))
+        raise ValueError(f"shares: expected numbers in 0..1 for sets among {known}, got {options.shares}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("device: expected a device that torch sees, got 'cuda', but torch finds no CUDA GPU")
+
+
+def write_log(path: Path, log: list[dict[str, float]]) -> None:
+    """Write the log of all epochs so far as CSV."""
+    partial = path.with_name(path.name + ".part")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, LOG_COLUMNS)
+        writer.writeheader()
+        writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in log)
+    os.replace(partial, path)
+
+
+def draw_log(path: Path, log: list[dict[str, float]]) -> None:
+    """Draw loss and validation error over the epochs."""
+    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    epochs = [row["epoch"] for row in log]
+    left.semilogy(epochs, [row["loss"] for row in log], color="tab:gray", label="training loss")
+    right.semilogy(epochs, [row["validation_error"] for row in log], color="tab:blue", label="validation error [%]")
+    left.set(xlabel="epoch", ylabel="training loss")
+    right.set(ylabel="validation error [%]")
+    figure.legend(loc="outside upper center", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def commit() -> str | None:
+    """The project's git commit, where this is a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def reuse_freed_memory() -> None:
+    """Let glibc keep freed memory: giving it back and taking it again costs half of a CPU training step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
