@@ -1,1 +1,13 @@
-"""Facial landmarks with the local-global context network (Merget, Rock, Rigoll, CVPR 2018), made fast."""
+"""Facial landmarks with the local-global context network (Merget, Rock, Rigoll, CVPR 2018), made fast.
+
+>>> landmarks = lgcn_fast.predict(images)  # (B, H, W) or (B, H, W, 3), one face in each
+>>> landmarks.points  # (B, 68, 2), pixels
+"""
+
+from .checkpoints import load_model
+from .config import LGCNConfig
+from .model import LGCN, Heatmaps
+from .operators import gaussian_sum
+from .prediction import Landmarks, predict
+
+__all__ = ["LGCN", "Heatmaps", "LGCNConfig", "Landmarks", "gaussian_sum", "load_model", "predict"]

@@ -60,9 +60,11 @@ def load_model(path: Path) -> LGCN:
         ValueError: another kind of file, or tensors that do not fit the configuration in its metadata.
     """
     tensors, metadata = load_tensors(path)
-    if metadata.get("format") != FORMAT or "config" not in metadata:
-        raise ValueError(f"{path}: expected the weights of a model ({FORMAT}), got {metadata.get('format')!r}")
-    model = LGCN(LGCNConfig.from_json(metadata["config"]))
+    _check_format(path, metadata)
+    try:
+        model = LGCN(LGCNConfig.from_json(metadata["config"]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected a configuration in its metadata, got {error}") from None
     expected = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     wrong = sorted(expected.keys() ^ tensors.keys())
     if wrong:
@@ -73,3 +75,19 @@ def load_model(path: Path) -> LGCN:
     batches = {name: t for name, t in model.state_dict().items() if name.endswith("num_batches_tracked")}
     model.load_state_dict({name: t.to(torch.float32) for name, t in tensors.items()} | batches, strict=True)
     return model.eval()
+
+
+def load_card(path: Path) -> dict[str, Any]:
+    """What `save_model` was told of the training.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    _, metadata = load_tensors(path)
+    _check_format(path, metadata)
+    return json.loads(metadata["training"])
+
+
+def _check_format(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT or not {"config", "training"} <= metadata.keys():
+        raise ValueError(f"{path}: expected the weights of a model ({FORMAT}), got {metadata.get('format')!r}")

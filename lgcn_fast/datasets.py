@@ -89,7 +89,7 @@ def read_pts(path: Path) -> np.ndarray:
         if not words or words[0].startswith("version"):
             continue
         if words[0].startswith("n_points"):
-            announced = int(words[-1])
+            announced = int(line.split(":")[-1])
             continue
         try:
             x, y = (float(word) for word in words)

@@ -31,8 +31,10 @@ def peak_centroids(heatmaps: np.ndarray, num_threads: int = 0) -> tuple[np.ndarr
         window = heatmap[y - dy : y + dy + 1, x - dx : x + dx + 1].astype(np.float64)
         values[b, n] = heatmap[y, x]
         points[b, n] = x, y
+        if not np.isfinite(window).all():
+            continue
         weights = window - window.min()
-        if np.isfinite(window).all() and weights.sum() > 0:
+        if weights.sum() > 0:
             rows, columns = np.mgrid[-dy : dy + 1, -dx : dx + 1]
             points[b, n] += (weights * columns).sum() / weights.sum(), (weights * rows).sum() / weights.sum()
     return points, values

@@ -1,6 +1,5 @@
 """Landmarks of images: `predict`, the main entry point."""
 
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,8 +9,9 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from lgcn_fast_kernels import peak_centroids
 from torch import Tensor
+
+from lgcn_fast_kernels import peak_centroids
 
 from .checkpoints import load_model
 from .images import crop, from_crop, square_box
@@ -47,7 +47,7 @@ def predict(
 
     Args:
         batch: NumPy array or torch tensor (B, H, W), (B, H, W, 3) or (B, 1 or 3, H, W); one image (H, W) or (H, W, 3);
-            or a sequence of such single images of any sizes. Colours are RGB. uint8, or floating point in 0..1 or
+            or a list of such single images of any sizes. Colours are RGB. uint8, or floating point in 0..1 or
             0..255 (where the largest value is above 1).
         boxes: (B, 4) x, y, width, height of the faces in pixels, about 1.17 times the tight square around the
             landmarks. Default: the whole image. Boxes that are not square become the square around their centre.
@@ -99,26 +99,27 @@ def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int) 
     return torch.from_numpy(face).permute(2, 0, 1)
 
 
-def as_images(batch: Any) -> list[np.ndarray]:
+def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
     """Check a batch and split it into images (H, W) or (H, W, 3), uint8 or float32 in 0..255; see `predict`."""
     if isinstance(batch, Tensor):
-        batch = batch.detach().cpu().float().numpy() if batch.is_floating_point() else batch.detach().cpu().numpy()
-    if isinstance(batch, Sequence):
+        batch = batch.detach().cpu()
+        batch = (batch.float() if batch.is_floating_point() else batch).numpy()
+    if isinstance(batch, list | tuple):
         if not batch:
-            raise ValueError("batch: expected at least one image, got none")
-        images = [as_images(image) for image in batch]
+            raise ValueError(f"{name}: expected at least one image, got none")
+        images = [as_images(image, f"{name}[{index}]") for index, image in enumerate(batch)]
         for index, parts in enumerate(images):
             if len(parts) != 1:
-                raise ValueError(f"batch[{index}]: expected one image in each item of a sequence, got {len(parts)}")
+                raise ValueError(f"{name}[{index}]: expected one image, got {len(parts)}")
         return [image for (image,) in images]
     if not isinstance(batch, np.ndarray):
-        raise ValueError(f"batch: expected a NumPy array, torch tensor or sequence of them, got {type(batch).__name__}")
+        raise ValueError(f"{name}: expected a NumPy array, torch tensor or list of them, got {type(batch).__name__}")
     if 0 in batch.shape:
-        raise ValueError(f"batch: expected at least one image with at least one pixel, got shape {batch.shape}")
-    return list(_as_bytes(_channels_last(batch)))
+        raise ValueError(f"{name}: expected at least one image with at least one pixel, got shape {batch.shape}")
+    return list(_in_bytes_range(_channels_last(batch, name), name))
 
 
-def _channels_last(batch: np.ndarray) -> np.ndarray:
+def _channels_last(batch: np.ndarray, name: str) -> np.ndarray:
     """(B, H, W) or (B, H, W, 3) of any accepted shape."""
     if batch.ndim == 2 or (batch.ndim == 3 and batch.shape[2] in (1, 3)):
         batch = batch[None]
@@ -128,21 +129,21 @@ def _channels_last(batch: np.ndarray) -> np.ndarray:
         return batch[..., 0] if batch.shape[3] == 1 else batch
     if batch.ndim == 4 and batch.shape[1] in (1, 3):
         return batch[:, 0] if batch.shape[1] == 1 else np.ascontiguousarray(batch.transpose(0, 2, 3, 1))
-    raise ValueError(f"batch: expected (B, H, W), (B, H, W, 3), (B, 1, H, W) or (B, 3, H, W), got {batch.shape}")
+    raise ValueError(f"{name}: expected (B, H, W), (B, H, W, 3), (B, 1, H, W) or (B, 3, H, W), got {batch.shape}")
 
 
-def _as_bytes(batch: np.ndarray) -> np.ndarray:
+def _in_bytes_range(batch: np.ndarray, name: str) -> np.ndarray:
     """uint8 as it is, floating point as float32 in 0..255."""
     if batch.dtype == np.uint8:
         return batch
     if not np.issubdtype(batch.dtype, np.floating):
-        raise ValueError(f"batch: expected uint8 or floating point, got {batch.dtype}")
+        raise ValueError(f"{name}: expected uint8 or floating point, got {batch.dtype}")
     batch = batch.astype(np.float32)
     if not np.isfinite(batch).all():
-        raise ValueError("batch: expected finite pixel values, got NaN or infinity")
+        raise ValueError(f"{name}: expected finite pixel values, got NaN or infinity")
     low, high = float(batch.min()), float(batch.max())
     if low < 0 or high > 255:
-        raise ValueError(f"batch: expected pixel values in 0..1 or 0..255, got {low:g} to {high:g}")
+        raise ValueError(f"{name}: expected pixel values in 0..1 or 0..255, got {low:g} to {high:g}")
     return batch if high > 1 else batch * 255
 
 
@@ -156,7 +157,7 @@ def _square_boxes(boxes: Any, images: list[np.ndarray]) -> np.ndarray:
         raise ValueError(f"boxes: expected x, y, width, height for {len(images)} images, got shape {boxes.shape}")
     for index, ((x, y, width, height), image) in enumerate(zip(boxes, images, strict=True)):
         meets = x < image.shape[1] and y < image.shape[0] and x + width > 0 and y + height > 0
-        if not (width > 0 and height > 0 and meets):
+        if not (np.isfinite(boxes[index]).all() and width > 0 and height > 0 and meets):
             size = f"{image.shape[1]} x {image.shape[0]}"
             got = f"x={x:g}, y={y:g}, width={width:g}, height={height:g}"
             raise ValueError(f"boxes[{index}]: expected a box that meets the image of {size} pixels, got {got}")

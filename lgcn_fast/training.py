@@ -274,7 +274,7 @@ class Trainer:
         seconds = float(np.median(times[len(times) // 3 :])) * len(self.batches)
         began = time.monotonic()
         self.validate()
-        return max(int(time_budget * 60 * 0.97 / (seconds + time.monotonic() - began)), 1)
+        return max(int(time_budget * 60 * 0.95 / (seconds + time.monotonic() - began)), 1)
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"model.{name}": t for name, t in self.model.state_dict().items()}
@@ -342,6 +342,8 @@ def check_cache(cache: CropCache, options: TrainingOptions) -> None:
     if unknown or not all(0 <= share <= 1 for share in options.shares.values()):
         known = ", ".join(sorted(set(cache.sets.tolist())))
         raise ValueError(f"shares: expected numbers in 0..1 for sets among {known}, got {options.shares}")
+    if options.epochs is not None and options.epochs < 1:
+        raise ValueError(f"epochs: expected at least 1, got {options.epochs}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device: expected a device that torch sees, got 'cuda', but torch finds no CUDA GPU")
 

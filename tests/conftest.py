@@ -1,0 +1,37 @@
+"""Shared fixtures. Tests marked `data` read real faces from $LGCN_DATA or ../shared/data and skip elsewhere."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("LGCN_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DATA.is_dir():
+        return
+    skip = pytest.mark.skip(reason=f"no face data in {DATA} (set LGCN_DATA)")
+    for item in items:
+        if "data" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    return DATA
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    """Fresh inputs in every run; the seed is printed where a test fails."""
+    seed = int.from_bytes(os.urandom(4))
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def demo_picture() -> Path:
+    return ROOT / "lgcn_fast" / "demo.jpg"

@@ -1,0 +1,120 @@
+import csv
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from lgcn_fast.checkpoints import load_card
+from lgcn_fast.cli import main
+from lgcn_fast.datasets import read_csv
+
+
+def test_demo(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "new" / "demo.png")]) == 0
+    assert "68 landmarks" in capsys.readouterr().out
+    assert cv2.imread(str(tmp_path / "new" / "demo.png")).shape == (600, 600, 3)
+
+
+def test_predict_goes_on_after_bad_files(tmp_path, demo_picture, capsys):
+    text = tmp_path / "text.jpg"
+    text.write_text("no picture")
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(demo_picture.read_bytes()[:8000])
+    small = tmp_path / "small.png"
+    cv2.imwrite(str(small), np.zeros((20, 20), np.uint8))
+    twin = tmp_path / "folder" / "demo.jpg"
+    twin.parent.mkdir()
+    twin.write_bytes(demo_picture.read_bytes())
+    files = [text, demo_picture, tmp_path, cut, small, tmp_path / "missing.png", twin]
+    out = tmp_path / "out"
+    assert main(["predict", *map(str, files), "--box", "82,70,124,124", "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert "landmarks of 2 of 7 files" in captured.out
+    errors = captured.err.splitlines()
+    assert len(errors) == 5
+    for path, error in zip([text, tmp_path, cut, small, tmp_path / "missing.png"], errors, strict=True):
+        assert str(path) in error
+        assert "expected" in error
+        assert "got" in error
+    found = json.loads((out / "landmarks.json").read_text())
+    assert list(found) == [str(demo_picture), str(twin)]
+    assert found[str(demo_picture)]["points"] == found[str(twin)]["points"]
+    assert len({entry["picture"] for entry in found.values()}) == 2
+    for entry in found.values():
+        assert np.array(entry["points"]).shape == (68, 2)
+        assert np.array(entry["scores"]).shape == (68,)
+        assert (out / entry["picture"]).is_file()
+
+
+def test_predicted_csv_can_be_trained_on(tmp_path, demo_picture):
+    assert main(["predict", str(demo_picture), "--format", "csv", "--out", str(tmp_path)]) == 0
+    (face,) = read_csv(tmp_path / "landmarks.csv", demo_picture.parent)
+    assert face.points.shape == (68, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "a.png", "--out", "o", "--box", "1,2,3"], "expected four numbers x,y,width,height, got '1,2,3'"),
+        (["predict", "--out", "o"], "the following arguments are required: FILE"),
+        (["train", "c.npz", "--out", "o", "--share", "a"], "expected SET=SHARE"),
+        (["train", "c.npz", "--out", "o", "--network", "17"], "invalid choice: '17'"),
+        (["nothing"], "invalid choice"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "{demo}", "--out", "{tmp}/o", "--model", "{demo}"], "demo.jpg: expected a safetensors file"),
+        (["predict", "{demo}", "--out", "{tmp}/file"], "file"),
+        (["prepare", "{tmp}/nowhere", "--out", "{tmp}/c.npz"], "nowhere: expected a folder"),
+        (["train", "{demo}", "--out", "{tmp}/run"], "demo.jpg: expected a crop cache"),
+        (["evaluate", "{tmp}", "--out", "{tmp}/o"], "expected .pts files"),
+    ],
+)
+def test_bad_input_exits_with_2(tmp_path, demo_picture, arguments, message, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([text.format(tmp=tmp_path, demo=demo_picture) for text in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def faces(tmp_path, random):
+    """A 300-W style folder with eleven labelled pictures of blobs."""
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for index in range(11):
+        points = random.uniform(40, 110, (68, 2))
+        cv2.imwrite(str(folder / f"p{index}.png"), random.integers(0, 256, (150, 150), np.uint8))
+        lines = "\n".join(f"{x + 1:.3f} {y + 1:.3f}" for x, y in points)
+        (folder / f"p{index}.pts").write_text(f"version: 1\nn_points: 68\n{{\n{lines}\n}}\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_from_labels_to_report(tmp_path, faces, capsys):
+    cache, run, out = tmp_path / "cache" / "c.npz", tmp_path / "run", tmp_path / "report"
+    background = tmp_path / "background"
+    background.mkdir()
+    cv2.imwrite(str(background / "b.jpg"), np.zeros((80, 60), np.uint8))
+    assert main(["prepare", str(faces), "--background", str(background), "--out", str(cache)]) == 0
+    train = ["train", str(cache), "--out", str(run), "--epochs", "2", "--share", f"{faces}=0.9", "--no-amp"]
+    assert main([*train, "--time-budget", "1e-6"]) == 0
+    assert "the same command goes on" in capsys.readouterr().out
+    assert main(train) == 0
+    assert "finished" in capsys.readouterr().out
+    with (run / "log.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    card = load_card(run / "best.safetensors")
+    assert card["data"] == {str(faces): 11, str(background): 1}
+    assert card["recipe"]["name"] == "fast"
+    assert main(["evaluate", str(faces), "--model", str(run / "best.safetensors"), "--out", str(out)]) == 0
+    assert json.loads((out / "evaluation.json").read_text())["percent"]["all points"]["faces"] == 11
+    assert {path.name for path in out.iterdir()} == {"evaluation.json", "curve.png", "sheet.png"}

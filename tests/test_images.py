@@ -1,0 +1,85 @@
+import cv2
+import numpy as np
+import pytest
+
+from lgcn_fast.images import crop, face_box, from_crop, read_image, square_box, to_crop
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])
+def test_reads_gray_and_rgb(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    red = np.zeros((16, 24, 3), np.uint8)
+    red[..., 2] = 255  # OpenCV writes BGR
+    cv2.imwrite(str(path), red)
+    image = read_image(path, color=True)
+    assert image.shape == (16, 24, 3)
+    assert image[8, 8, 0] > 200
+    assert image[8, 8, 2] < 50
+    assert read_image(path).shape == (16, 24)
+
+
+def damaged(tmp_path, demo_picture, kind):
+    path = tmp_path / "a.jpg"
+    content = {
+        "text": b"hello, this is no picture",
+        "empty": b"",
+        "truncated": demo_picture.read_bytes()[:9000],
+        "cut in the header": demo_picture.read_bytes()[:20],
+    }
+    if kind == "directory":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(content[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "cut in the header", "directory", "missing"])
+def test_unreadable_files_are_named(tmp_path, demo_picture, kind, capfd):
+    with pytest.raises(ValueError, match=r"a\.jpg: expected a (complete JPEG|picture) file, got"):
+        read_image(damaged(tmp_path, demo_picture, kind))
+    assert capfd.readouterr().err == ""  # OpenCV's own complaint would only puzzle
+
+
+def test_truncated_png_is_an_error(tmp_path, random):
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), random.integers(0, 256, (64, 64), np.uint8))
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"a\.png"):
+        read_image(path)
+
+
+def test_face_box_is_the_enlarged_tight_square():
+    points = np.array([[10, 20], [50, 40], [30, 60], [np.nan, np.nan]])
+    x, y, width, height = face_box(points)
+    assert width == height == pytest.approx(40 * 1.17)
+    # Centre of the box, whose left edge lies half a pixel left of pixel x.
+    assert x - 0.5 + width / 2 == pytest.approx(30)
+    assert y - 0.5 + height / 2 == pytest.approx(40)
+
+
+@pytest.mark.parametrize("box", [(10, 20, 30, 30), (-20, -10, 60, 60), (50, 40, 40, 40), (0, 0, 96, 96)])
+@pytest.mark.parametrize("size", [96, 33])
+def test_coordinates_follow_the_pixels(box, size):
+    """A bright spot in the image is where `to_crop` says in the crop, and `from_crop` leads back."""
+    spot = np.array([[25.0, 35.0]]) if box[0] < 40 else np.array([[60.0, 50.0]])
+    y, x = np.mgrid[:72, :80]
+    image = (255 * np.exp(-((x - spot[0, 0]) ** 2 + (y - spot[0, 1]) ** 2) / 18)).astype(np.float32)
+    box = square_box(np.array(box))
+    found = crop(image, box, size)
+    expected = to_crop(spot, box, size)
+    rows, columns = np.mgrid[:size, :size]
+    weights = found / found.sum()
+    centroid = [(columns * weights).sum(), (rows * weights).sum()]
+    np.testing.assert_allclose(centroid, expected[0], atol=0.2 * size / 30)
+    np.testing.assert_allclose(from_crop(expected, box, size), spot)
+
+
+def test_beyond_the_image_the_border_repeats():
+    image = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    result = crop(image, np.array([-1, -1, 5, 5]), 5)
+    np.testing.assert_array_equal(result, np.pad(image, ((1, 1), (1, 0)), mode="edge"))
+
+
+def test_square_box_keeps_the_centre():
+    np.testing.assert_array_equal(square_box(np.array([10, 20, 30, 10])), [10, 10, 30, 30])
+    np.testing.assert_array_equal(square_box(np.array([0, 0, 0.2, 0.2])), [0, 0, 1, 1])

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+
+from lgcn_fast.operators import band_matrices, gaussian_sum, gaussian_sum_banded, gaussian_taps
+
+SHAPES = [(1, 1, 1, 1), (2, 3, 96, 96), (1, 2, 7, 113), (1, 1, 44, 46), (2, 1, 45, 1), (1, 5, 23, 97)]
+KERNELS = [(45, (1.0, 3.0, 5.0, 7.0, 9.0)), (9, (2.0,)), (1, (1.0, 4.0))]
+
+
+def kernel_of_equation_1(size: int, sigmas: tuple[float, ...]) -> np.ndarray:
+    """Eq. 1 written out, with the normal distribution's own factor."""
+    y, x = np.mgrid[-(size // 2) : size // 2 + 1, -(size // 2) : size // 2 + 1].astype(float)
+    terms = [s**2 * np.exp(-(x**2 + y**2) / (2 * s**2)) / (2 * np.pi * s**2) for s in sigmas]
+    return 2 * np.pi / len(sigmas) * sum(terms)
+
+
+def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Zero-padded convolution in float64, one tap at a time."""
+    radius = kernel.shape[0] // 2
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (radius, radius), (radius, radius)))
+    result = np.zeros(x.shape)
+    for j, i in np.ndindex(kernel.shape):
+        result += kernel[j, i] * padded[:, :, j : j + x.shape[2], i : i + x.shape[3]]
+    return result
+
+
+@pytest.mark.parametrize("operator", [gaussian_sum, gaussian_sum_banded])
+@pytest.mark.parametrize(("size", "sigmas"), KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_equation_1_in_float64(operator, size, sigmas, shape, random):
+    x = random.normal(size=shape)
+    expected = convolve(x, kernel_of_equation_1(size, sigmas))
+    result = operator(torch.from_numpy(x).float(), size, sigmas)
+    assert result.dtype == torch.float32
+    # fp32 sums over 2025 taps up to 1.
+    np.testing.assert_allclose(result.numpy(), expected, atol=5e-5 * max(1, np.abs(expected).max()))
+
+
+def test_kernel_is_one_in_the_centre():
+    taps = gaussian_taps()
+    assert torch.einsum("sy,sx->yx", taps, taps)[22, 22] == pytest.approx(1, abs=1e-12)
+
+
+def test_banded_gradient_is_right(random):
+    x = torch.from_numpy(random.normal(size=(1, 2, 5, 7))).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: gaussian_sum_banded(x, 5, (1.0, 2.0)), x)
+
+
+def test_banded_bf16_is_no_worse_than_twice_the_grouped_convolution(random):
+    x = torch.from_numpy(random.normal(size=(1, 4, 96, 96))).float()
+    exact = gaussian_sum(x.double())
+    errors = [
+        (operator(x.bfloat16()).double() - exact).abs().mean() for operator in (gaussian_sum_banded, gaussian_sum)
+    ]
+    assert errors[0] <= 2 * errors[1]
+
+
+def test_banded_follows_autocast(random):
+    x = torch.from_numpy(random.normal(size=(1, 1, 8, 8))).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gaussian_sum_banded(x).dtype == torch.bfloat16
+
+
+def test_band_matrices_made_in_inference_mode_serve_training():
+    band_matrices.cache_clear()
+    with torch.inference_mode():
+        gaussian_sum_banded(torch.ones(1, 1, 8, 8))
+    x = torch.ones(1, 1, 8, 8, requires_grad=True)
+    gaussian_sum_banded(x).sum().backward()
+    assert torch.isfinite(x.grad).all()

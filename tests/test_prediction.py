@@ -1,0 +1,180 @@
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import lgcn_fast
+from lgcn_fast import LGCN, LGCNConfig, predict
+from lgcn_fast.datasets import read_300w
+from lgcn_fast.evaluation import evaluate, summary
+from lgcn_fast.images import crop, face_box, read_image, square_box
+
+FACE = [82, 70, 124, 124]
+
+
+@pytest.fixture
+def image(demo_picture):
+    return read_image(demo_picture, color=True)
+
+
+@pytest.fixture
+def gray(image):
+    return crop(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), square_box(np.array(FACE)), 96)
+
+
+def test_the_five_line_example(image):
+    landmarks = predict(image, [FACE])
+    assert landmarks.points.shape == (1, 68, 2)
+    assert landmarks.points.dtype == landmarks.scores.dtype == np.float32
+    assert landmarks.scores.shape == (1, 68)
+    assert 0 <= landmarks.scores.min() <= landmarks.scores.max() <= 1
+    # Where a person sees them, in pixels of the picture: eyes, nose tip, mouth, chin.
+    expected = {36: (114, 101), 45: (177, 105), 33: (146, 136), 57: (146, 153), 8: (139, 177)}
+    for index, place in expected.items():
+        assert np.linalg.norm(landmarks.points[0, index] - place) < 6, index
+
+
+def test_all_forms_of_a_batch_give_the_same_points(gray):
+    expected = predict(gray).points
+    assert expected.shape == (1, 68, 2)
+    rgb = np.repeat(gray[..., None], 3, axis=2)
+    forms = {
+        "(1, H, W)": gray[None],
+        "(1, 1, H, W)": gray[None, None],
+        "(H, W, 1)": gray[..., None],
+        "(H, W, 3)": rgb,
+        "(1, H, W, 3)": rgb[None],
+        "(1, 3, H, W)": rgb.transpose(2, 0, 1)[None],
+        "float 0..255": gray.astype(np.float64),
+        "float 0..1": gray.astype(np.float32) / 255,
+        "torch uint8": torch.from_numpy(gray),
+        "torch bf16": torch.from_numpy(gray).bfloat16(),
+        "list": [gray],
+        "list of torch": [torch.from_numpy(rgb)],
+        "not contiguous": np.repeat(gray, 2, axis=1)[:, ::2],
+    }
+    for name, form in forms.items():
+        np.testing.assert_allclose(predict(form).points, expected, atol=0.02, err_msg=name)
+
+
+def test_three_gray_images_are_not_one_in_colour(gray):
+    assert len(predict(np.stack([gray] * 3))) == 3
+
+
+def test_images_of_any_sizes_in_one_call(image, gray):
+    both = predict([image, gray, image[:, 50:]], [FACE, [0, 0, 96, 96], [32, 70, 124, 124]])
+    np.testing.assert_allclose(both.points[2] + (50, 0), both.points[0], atol=1e-2)
+    # Gray before or after resizing makes a last bit of difference, which may move the peak of a flat heatmap.
+    assert np.median(np.abs(both.points[1] * (124 / 96) + (82.15, 70.15) - both.points[0])) < 0.05
+
+
+def test_without_box_the_whole_image_is_the_face(gray):
+    wide = np.pad(gray, ((0, 0), (20, 20)), mode="edge")
+    np.testing.assert_allclose(predict(wide).points, predict(wide, [[0, -20, 136, 136]]).points, atol=1e-3)
+
+
+def test_a_given_model_is_used_and_not_changed(gray):
+    model = LGCN(LGCNConfig.nano(filters=8, num_landmarks=5)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert predict(gray, model=model).points.shape == (1, 5, 2)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_rgb_and_cross_entropy_models(gray):
+    config = LGCNConfig.nano(filters=8, num_landmarks=5, in_channels=3, loss="cross_entropy")
+    landmarks = predict(gray, model=LGCN(config))
+    # Untrained logits are 0: each landmark and the background are equally likely.
+    np.testing.assert_allclose(landmarks.scores, 1 / 6, rtol=1e-5)
+
+
+NAN_IMAGE = np.full((9, 9), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([], "batch: expected at least one image, got none"),
+        (np.zeros((0, 96, 96), np.uint8), "at least one pixel, got shape"),
+        (np.zeros((2, 0, 96), np.uint8), "at least one pixel, got shape"),
+        (np.zeros((2, 2, 9, 9), np.uint8), r"batch: expected \(B, H, W\).* got \(2, 2, 9, 9\)"),
+        (np.zeros((2, 9, 9, 4), np.uint8), r"got \(2, 9, 9, 4\)"),
+        (np.zeros(9, np.uint8), r"got \(9,\)"),
+        (np.zeros((9, 9), np.int64), "expected uint8 or floating point, got int64"),
+        (NAN_IMAGE, "expected finite pixel values"),
+        (np.full((9, 9), -1.0), "expected pixel values in 0..1 or 0..255, got -1 to -1"),
+        (np.full((9, 9), 300.0), "got 300 to 300"),
+        ("face.jpg", "expected a NumPy array, torch tensor or list of them, got str"),
+        ([np.zeros((2, 9, 9), np.uint8)], r"batch\[0\]: expected one image, got 2"),
+        ([np.zeros((9, 9), np.uint8), NAN_IMAGE], r"batch\[1\]: expected finite"),
+    ],
+)
+def test_bad_batches_are_named(batch, message):
+    with pytest.raises(ValueError, match=message):
+        predict(batch)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([[96, 0, 10, 10]], r"boxes\[0\]: expected a box that meets the image of 96 x 96"),
+        ([[-10, 0, 10, 10]], r"boxes\[0\]"),
+        ([[0, 0, 0, 10]], r"boxes\[0\]"),
+        ([[0, 0, np.nan, 10]], r"boxes\[0\]"),
+        ([[0, 0, np.inf, 10]], r"boxes\[0\]"),
+        ([[0, 0, 10]], r"boxes: expected x, y, width, height for 1 images, got shape \(1, 3\)"),
+        ([[0, 0, 10, 10]] * 2, r"got shape \(2, 4\)"),
+    ],
+)
+def test_bad_boxes_are_named(gray, boxes, message):
+    with pytest.raises(ValueError, match=message):
+        predict(gray, boxes)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (500, 3), (97, 95)])
+def test_images_of_odd_sizes(shape, random):
+    landmarks = predict(random.integers(0, 256, shape, np.uint8)[None])
+    assert np.isfinite(landmarks.points).all()
+
+
+def test_import_is_light():
+    """No GPU packages, no training code that nobody asked for, and quickly."""
+    code = (
+        "import sys, time; t = time.perf_counter(); import lgcn_fast; s = time.perf_counter() - t;"
+        "assert not {'triton', 'cupy'} & set(sys.modules), 'GPU packages'; print(s)"
+    )
+    seconds = min(
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    )
+    assert seconds < 2, f"import lgcn_fast took {seconds:.2f} s"
+
+
+def test_public_names_exist():
+    assert all(hasattr(lgcn_fast, name) for name in lgcn_fast.__all__)
+
+
+@pytest.mark.data
+def test_batch_and_one_by_one_agree(data):
+    faces = read_300w(data / "300w" / "lfpw" / "testset")[:100]
+    images = [face.image() for face in faces]
+    boxes = np.stack([face_box(face.points) for face in faces])
+    together = predict(images, boxes)
+    for index in range(100):
+        alone = predict(images[index], boxes[index])
+        np.testing.assert_allclose(alone.points[0], together.points[index], atol=1e-3)
+        np.testing.assert_allclose(alone.scores[0], together.scores[index], atol=1e-4)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_accuracy_of_the_shipped_model_on_lfpw(data):
+    evaluation = evaluate(read_300w(data / "300w" / "lfpw" / "testset"))
+    points, inner = (summary(evaluation.errors(outline)) for outline in (True, False))
+    assert points["faces"] == 224
+    assert points["median"] <= 3.7
+    assert inner["median"] <= 3.0
+    assert points["failures"] < 2

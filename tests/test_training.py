@@ -1,0 +1,173 @@
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lgcn_fast import LGCNConfig, load_model
+from lgcn_fast.augmentation import Augmentation
+from lgcn_fast.checkpoints import load_tensors
+from lgcn_fast.crops import CropCache
+from lgcn_fast.recipes import RECIPES
+from lgcn_fast.training import EpochBatches, Trainer, TrainingOptions
+
+CONFIG = LGCNConfig.nano(filters=8, num_landmarks=15, local_kernels=(3, 3), global_layers=1, input_size=48, dropout=0.1)
+FAST = replace(RECIPES["fast"], batch_size=8, augmentation=Augmentation(), peak_rate=5e-3)
+OPTIONS = TrainingOptions(CONFIG, FAST, epochs=3, amp=False)
+
+
+@pytest.fixture(scope="module")
+def cache() -> CropCache:
+    """ "Faces": 15 blobs of different heights that keep their arrangement while the whole moves and grows."""
+    random = np.random.default_rng(0)
+    shape = random.uniform(-0.4, 0.4, (15, 2))
+    y, x = np.mgrid[:90, :90]
+    images, points = [], []
+    for _ in range(60):
+        points.append(shape * random.uniform(50, 60) + 45 + random.uniform(-4, 4, 2))
+        image = np.full((90, 90), 60.0)
+        for height, (px, py) in zip(np.linspace(-60, 190, 15), points[-1], strict=True):
+            image += height * np.exp(-((x - px) ** 2 + (y - py) ** 2) / 8)
+        images.append(image.clip(0, 255).astype(np.uint8))
+    boxes = np.tile(np.array([15, 15, 60, 60], np.float32), (60, 1))
+    groups = np.array([f"photo{i}" for i in range(60)])
+    sets = np.array(["clean"] * 40 + ["noisy"] * 20)
+    return CropCache(images, np.stack(points).astype(np.float32), boxes, groups, sets)
+
+
+def log_of(folder):
+    with (folder / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(folder):
+    return load_tensors(folder / "checkpoint.safetensors")[0]
+
+
+def assert_same_run(one, two):
+    for name, tensor in weights_of(one).items():
+        assert torch.equal(tensor, weights_of(two)[name]), name
+    for a, b in zip(log_of(one), log_of(two), strict=True):
+        assert [a[key] for key in ("epoch", "loss", "validation_error")] == [
+            b[key] for key in ("epoch", "loss", "validation_error")
+        ]
+
+
+@pytest.mark.parametrize("recipe", [FAST, replace(RECIPES["paper"], batch_size=8)], ids=["fast", "paper"])
+def test_killed_in_the_middle_goes_on_as_if_never_stopped(cache, tmp_path, monkeypatch, recipe):
+    options = replace(OPTIONS, recipe=recipe)
+    assert Trainer(cache, tmp_path / "whole", options).run()
+
+    class PowerCut(Exception):
+        pass
+
+    step = Trainer._step
+    steps_left = iter(range(9))  # 7 steps make an epoch: the cut comes within the second
+
+    def cut(self, *arguments):
+        if next(steps_left, None) is None:
+            raise PowerCut
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", cut)
+    with pytest.raises(PowerCut):
+        Trainer(cache, tmp_path / "cut", options).run()
+    monkeypatch.setattr(Trainer, "_step", step)
+    assert Trainer(cache, tmp_path / "cut", options).run()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_time_budget_stops_and_goes_on(cache, tmp_path):
+    Trainer(cache, tmp_path / "whole", OPTIONS).run()
+    calls = 0
+    while not Trainer(cache, tmp_path / "parts", OPTIONS).run(time_budget=1e-6):
+        calls += 1
+        assert calls <= 3
+    assert calls == 2
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_time_budget_plans_the_schedule(cache, tmp_path):
+    options = replace(OPTIONS, epochs=None)
+    trainer = Trainer(cache, tmp_path, options)
+    trainer.run(time_budget=0.05)
+    planned = trainer.epochs
+    assert 1 <= planned < 200
+    assert trainer.epoch >= planned / 4
+    again = Trainer(cache, tmp_path, options)
+    assert again.epochs == planned
+    assert again.run()
+    assert len(log_of(tmp_path)) == planned
+
+
+@pytest.mark.slow
+def test_learns_and_keeps_the_best(cache, tmp_path):
+    trainer = Trainer(cache, tmp_path, replace(OPTIONS, epochs=40))
+    untrained = 100 * trainer.validate()
+    trainer.run()
+    errors = [float(row["validation_error"]) for row in log_of(tmp_path)]
+    assert len(errors) == 40
+    assert trainer.best == pytest.approx(min(errors), rel=1e-4)
+    assert trainer.best < 0.2 * untrained
+    best = load_model(tmp_path / "best.safetensors")
+    trainer.averaged.module.load_state_dict(best.state_dict())
+    # The file holds fp16 filters.
+    assert 100 * trainer.validate() == pytest.approx(trainer.best, abs=0.1)
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_cross_entropy_trains(cache, tmp_path):
+    config = replace(CONFIG, loss="cross_entropy")
+    trainer = Trainer(cache, tmp_path, replace(OPTIONS, config=config))
+    trainer.run()
+    assert trainer.log[-1]["loss"] < trainer.log[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": replace(CONFIG, num_landmarks=68)}, "num_landmarks: expected the cache's 15, got 68"),
+        ({"config": replace(CONFIG, in_channels=3)}, "in_channels: expected the cache's 1, got 3"),
+        ({"shares": {"nothing": 0.5}}, "shares: expected numbers in 0..1 for sets among clean, noisy"),
+        ({"shares": {"noisy": 1.5}}, "shares: expected"),
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(cache, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(cache, tmp_path, replace(OPTIONS, **changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_gpu_is_named(cache, tmp_path):
+    with pytest.raises(ValueError, match=r"device: expected .* got 'cuda'"):
+        Trainer(cache, tmp_path, replace(OPTIONS, device="cuda"))
+
+
+def test_a_folder_with_another_run_is_refused(cache, tmp_path):
+    Trainer(cache, tmp_path, replace(OPTIONS, epochs=1)).run()
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="use another folder"):
+        Trainer(cache, tmp_path, replace(OPTIONS, seed=1))
+    with pytest.raises(ValueError, match="expected a run of 3 epochs, got 1"):
+        Trainer(cache, tmp_path, OPTIONS)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_partly_used_sets_change_between_epochs():
+    shares = np.array([1.0] * 10 + [0.2] * 50)
+    batches = EpochBatches(np.arange(60), shares, batch_size=4, seed=0)
+    drawn = []
+    for batches.epoch in range(20):
+        keys = [key for batch in batches for key in batch]
+        assert len({index for _, index in keys}) == len(keys) == 20
+        drawn.append({index for _, index in keys})
+    assert drawn[0] != drawn[1]
+    assert 7 < np.mean([len([i for i in epoch if i < 10]) for epoch in drawn]) <= 10
+
+
+def test_validation_groups_are_not_trained_on(cache, tmp_path):
+    trainer = Trainer(cache, tmp_path, OPTIONS)
+    assert set(trainer.validation).isdisjoint(trainer.batches.indices)
+    assert len(trainer.validation) + len(trainer.batches.indices) == len(cache)
