@@ -1,43 +1,39 @@
 """Training: one loop, resumable after a kill at any moment with the result of an unbroken run.
 
 Every random draw comes from a generator seeded by (seed, epoch), and the state is written after each epoch, so that
-an interrupted epoch is simply run again.
+an interrupted epoch is simply run again. (To the last bit on a CPU; CUDA's kernels do not promise that.)
 """
 
-import csv
 import ctypes
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import matplotlib.figure
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .augmentation import Augmentation, augment
+from .augmentation import Augmentation
+from .batches import AugmentedCrops, EpochBatches
 from .checkpoints import load_tensors, save_model, save_tensors
 from .config import LGCNConfig
 from .crops import CropCache
 from .datasets import is_validation
 from .evaluation import landmark_errors
 from .images import to_crop
-from .landmarks import SCHEMES
 from .losses import lgcn_loss
 from .model import LGCN
 from .operators import gaussian_sum_banded
 from .peaks import peak_centroids
 from .recipes import Recipe
+from .training_log import COLUMNS, draw_log, write_log
 
-LOG_COLUMNS = ("epoch", "loss", "validation_error", "learning_rate", "samples_per_s", "minutes")
 PLAN_STEPS = 24
 """Steps that are timed to find how many epochs fit a time budget; the first third does not count."""
 
@@ -58,46 +54,6 @@ class TrainingOptions:
     """bf16 autocast."""
     workers: int = 0
     """Processes that prepare batches; 0: none beside this one."""
-
-
-class AugmentedCrops(Dataset):
-    """Crops of a cache by (epoch, index): the same key always gives the same augmented crop."""
-
-    def __init__(self, cache: CropCache, augmentation: Augmentation, size: int, seed: int) -> None:
-        self.cache, self.augmentation, self.size, self.seed = cache, augmentation, size, seed
-        scheme = SCHEMES.get(cache.num_landmarks)
-        self.mirror_order = scheme.mirror if scheme else None
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Image (C, size, size) uint8 and points (1, N, 2) float32."""
-        epoch, index = key
-        random = np.random.default_rng((self.seed, epoch, index))
-        cache = self.cache
-        image, points = augment(
-            cache.images[index], cache.points[index], cache.boxes[index],
-            self.size, self.augmentation, self.mirror_order, random,
-        )  # fmt: skip
-        channels_first = image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
-        return torch.from_numpy(channels_first), torch.from_numpy(points[None])
-
-
-class EpochBatches:
-    """Batches of (epoch, index) keys: a fresh order and a fresh draw of the partly used sets in every epoch."""
-
-    def __init__(self, indices: np.ndarray, shares: np.ndarray, batch_size: int, seed: int) -> None:
-        self.indices, self.shares, self.batch_size, self.seed = indices, shares, batch_size, seed
-        self.epoch = 0
-        self.count = round(float(shares.sum()))
-
-    def __len__(self) -> int:
-        return max(self.count // self.batch_size, 1)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        random = np.random.default_rng((self.seed, self.epoch))
-        chosen = random.choice(self.indices, self.count, replace=False, p=self.shares / self.shares.sum())
-        random.shuffle(chosen)
-        for batch in np.array_split(chosen[: len(self) * self.batch_size], len(self)):
-            yield [(self.epoch, int(index)) for index in batch]
 
 
 class Trainer:
@@ -123,8 +79,8 @@ class Trainer:
         shares = np.array([options.shares.get(name, 1.0) for name in cache.sets])
         self.validation = np.flatnonzero(validation & (shares > 0) & ~np.isnan(cache.points).all((1, 2)))
         self.validation_shares = shares[self.validation]
-        chosen = np.flatnonzero(~validation & (shares > 0))
-        self.batches = EpochBatches(chosen, shares[chosen], options.recipe.batch_size, options.seed)
+        self.chosen = np.flatnonzero(~validation & (shares > 0))
+        self.batches = EpochBatches(self.chosen, shares[self.chosen], options.recipe.batch_size, options.seed)
         crops = AugmentedCrops(cache, options.recipe.augmentation, options.config.input_size, options.seed)
         workers = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
         pinned = self.device.type == "cuda"
@@ -169,7 +125,11 @@ class Trainer:
                 rate = self._step(images, points, self.epoch * len(self.batches) + batch, losses)
                 samples += len(images)
                 speed = samples / (time.monotonic() - began)
-                left = ((self.epochs - self.epoch) * self.batches.count - samples) / speed / 60
+                left = (
+                    ((self.epochs - self.epoch) * len(self.batches) * self.options.recipe.batch_size - samples)
+                    / speed
+                    / 60
+                )
                 batches.set_postfix_str(
                     f"{speed:.0f} samples/s, loss {losses[-1]:.3f}, best {self.best:.2f} %, {left:.0f} min left"
                 )
@@ -178,7 +138,7 @@ class Trainer:
         self.epoch += 1
         minutes = (self.log[-1]["minutes"] if self.log else 0.0) + (time.monotonic() - began) / 60
         values = (self.epoch, float(np.mean(losses)), error, rate, speed, minutes)
-        self.log.append(dict(zip(LOG_COLUMNS, values, strict=True)))
+        self.log.append(dict(zip(COLUMNS, values, strict=True)))
         if error < self.best:
             self.best = error
             save_model(self.folder / "best.safetensors", self.averaged.module, self.card())
@@ -255,8 +215,7 @@ class Trainer:
 
     def _mean_shape(self) -> np.ndarray:
         """Mean of the fully labelled training faces, (N, 2) in units of the face box."""
-        chosen = self.batches.indices
-        shapes = to_crop(self.cache.points[chosen], self.cache.boxes[chosen], 1)
+        shapes = to_crop(self.cache.points[self.chosen], self.cache.boxes[self.chosen], 1)
         return shapes[~np.isnan(shapes).any((1, 2))].mean(axis=0) + 0.5
 
     def _plan(self, time_budget: float) -> int:
@@ -346,30 +305,6 @@ def check_cache(cache: CropCache, options: TrainingOptions) -> None:
         raise ValueError(f"epochs: expected at least 1, got {options.epochs}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device: expected a device that torch sees, got 'cuda', but torch finds no CUDA GPU")
-
-
-def write_log(path: Path, log: list[dict[str, float]]) -> None:
-    """Write the log of all epochs so far as CSV."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, LOG_COLUMNS)
-        writer.writeheader()
-        writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in log)
-    os.replace(partial, path)
-
-
-def draw_log(path: Path, log: list[dict[str, float]]) -> None:
-    """Draw loss and validation error over the epochs."""
-    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
-    left = figure.subplots()
-    right = left.twinx()
-    epochs = [row["epoch"] for row in log]
-    left.semilogy(epochs, [row["loss"] for row in log], color="tab:gray", label="training loss")
-    right.semilogy(epochs, [row["validation_error"] for row in log], color="tab:blue", label="validation error [%]")
-    left.set(xlabel="epoch", ylabel="training loss")
-    right.set(ylabel="validation error [%]")
-    figure.legend(loc="outside upper center", ncols=2)
-    figure.savefig(path, dpi=120)
 
 
 def commit() -> str | None:

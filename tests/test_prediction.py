@@ -32,7 +32,7 @@ def test_the_five_line_example(image):
     assert landmarks.scores.shape == (1, 68)
     assert 0 <= landmarks.scores.min() <= landmarks.scores.max() <= 1
     # Where a person sees them, in pixels of the picture: eyes, nose tip, mouth, chin.
-    expected = {36: (114, 101), 45: (177, 105), 33: (146, 136), 57: (146, 153), 8: (139, 177)}
+    expected = {36: (114, 101), 45: (177, 105), 33: (146, 136), 57: (146, 153), 8: (143, 178)}
     for index, place in expected.items():
         assert np.linalg.norm(landmarks.points[0, index] - place) < 6, index
 

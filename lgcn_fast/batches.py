@@ -1,0 +1,56 @@
+"""Batches for training: which crops an epoch draws, and the augmented crop behind each key."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .augmentation import Augmentation, augment
+from .crops import CropCache
+from .landmarks import SCHEMES
+
+
+class AugmentedCrops(Dataset):
+    """Crops of a cache by (epoch, index): the same key always gives the same augmented crop."""
+
+    def __init__(self, cache: CropCache, augmentation: Augmentation, size: int, seed: int) -> None:
+        self.cache, self.augmentation, self.size, self.seed = cache, augmentation, size, seed
+        scheme = SCHEMES.get(cache.num_landmarks)
+        self.mirror_order = scheme.mirror if scheme else None
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Image (C, size, size) uint8 and points (1, N, 2) float32."""
+        epoch, index = key
+        random = np.random.default_rng((self.seed, epoch, index))
+        cache = self.cache
+        image, points = augment(
+            cache.images[index], cache.points[index], cache.boxes[index],
+            self.size, self.augmentation, self.mirror_order, random,
+        )  # fmt: skip
+        channels_first = image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
+        return torch.from_numpy(channels_first), torch.from_numpy(points[None])
+
+
+class EpochBatches:
+    """Batches of (epoch, index) keys: a fresh order and a fresh draw of the partly used sets in every epoch."""
+
+    def __init__(self, indices: np.ndarray, shares: np.ndarray, batch_size: int, seed: int) -> None:
+        """Args:
+        indices: (M,) crops to draw from.
+        shares: (M,) share of the crops with the same share that an epoch draws.
+        """
+        self.parts = [(indices[shares == share], round(share * (shares == share).sum())) for share in np.unique(shares)]
+        self.batch_size, self.seed = batch_size, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return max(sum(count for _, count in self.parts) // self.batch_size, 1)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        chosen = np.concatenate([random.choice(part, count, replace=False) for part, count in self.parts])
+        random.shuffle(chosen)
+        for batch in np.array_split(chosen[: len(self) * self.batch_size], len(self)):
+            yield [(self.epoch, int(index)) for index in batch]

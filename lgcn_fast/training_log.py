@@ -1,0 +1,33 @@
+"""The log of a training: a CSV file and a picture, one row and one point an epoch."""
+
+import csv
+import os
+from pathlib import Path
+
+import matplotlib.figure
+
+COLUMNS = ("epoch", "loss", "validation_error", "learning_rate", "samples_per_s", "minutes")
+
+
+def write_log(path: Path, log: list[dict[str, float]]) -> None:
+    """Write the log of all epochs so far as CSV."""
+    partial = path.with_name(path.name + ".part")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in log)
+    os.replace(partial, path)
+
+
+def draw_log(path: Path, log: list[dict[str, float]]) -> None:
+    """Draw loss and validation error over the epochs."""
+    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    epochs = [row["epoch"] for row in log]
+    left.semilogy(epochs, [row["loss"] for row in log], color="tab:gray", label="training loss")
+    right.semilogy(epochs, [row["validation_error"] for row in log], color="tab:blue", label="validation error [%]")
+    left.set(xlabel="epoch", ylabel="training loss")
+    right.set(ylabel="validation error [%]")
+    figure.legend(loc="outside upper center", ncols=2)
+    figure.savefig(path, dpi=120)
