@@ -1,4 +1,4 @@
-// Per-heatmap maximum with sub-pixel position. Plain C++17, no Python: the reference is lgcn_fast/peaks.py.
+// Heatmaps to points and moments. Plain C++17, no Python; the references are in lgcn_fast/peaks.py.
 #pragma once
 
 #include <algorithm>
@@ -10,86 +10,198 @@
 
 namespace lgcn {
 
+// One heatmap: row-major pixels. NaN counts as minus infinity.
+struct Heatmap {
+    const float* data;
+    std::int64_t height, width;
+
+    float at(std::int64_t y, std::int64_t x) const {
+        const float value = data[y * width + x];
+        return std::isnan(value) ? -std::numeric_limits<float>::infinity() : value;
+    }
+};
+
 struct Peak {
     float x, y;   // pixels, pixel centres at integers
-    float value;  // of the largest pixel
+    float value;  // of the peak's pixel
+};
+
+// Sums of w^2, w^2 x and w^2 y over pixels with value w.
+struct Moments {
+    double w2 = 0, w2x = 0, w2y = 0;
 };
 
 // The window around a peak reaches this many pixels to each side.
 constexpr std::int64_t kRadius = 2;
 
-namespace detail {
-
-inline float rank(float value) { return std::isnan(value) ? -std::numeric_limits<float>::infinity() : value; }
-
-// The first largest pixel, rows first. A maximum per row is a reduction that compilers vectorise; only a row that beats
-// all rows before it is searched for the position.
-inline std::int64_t first_maximum(const float* heatmap, std::int64_t height, std::int64_t width) {
-    float best = -std::numeric_limits<float>::infinity();
-    std::int64_t best_index = 0;
-    for (std::int64_t y = 0; y < height; ++y) {
-        const float* row = heatmap + y * width;
-        float largest = -std::numeric_limits<float>::infinity();
-        for (std::int64_t x = 0; x < width; ++x) largest = row[x] > largest ? row[x] : largest;
-        if (largest > best) {
-            best = largest;
-            best_index = y * width + (std::find(row, row + width, largest) - row);
-        }
-    }
-    return best_index;
-}
-
-}  // namespace detail
-
-// Maximum of one heatmap and the centroid of the window around it: weights are the values minus the window's smallest,
-// the window is cut at the border to one that is symmetric about the pixel. NaN counts as minus infinity.
-inline Peak peak_centroid(const float* heatmap, std::int64_t height, std::int64_t width) {
-    const std::int64_t index = detail::first_maximum(heatmap, height, width);
-    const std::int64_t y = index / width, x = index % width;
-    const std::int64_t dy = std::min({kRadius, y, height - 1 - y});
-    const std::int64_t dx = std::min({kRadius, x, width - 1 - x});
-    Peak peak{static_cast<float>(x), static_cast<float>(y), detail::rank(heatmap[index])};
-
+// Centroid of the window around a pixel: weights are the values minus the window's smallest, the window is cut at the
+// border to one that is symmetric about the pixel. In a constant window, or one with an infinite value, the pixel.
+inline Peak centroid(const Heatmap& map, std::int64_t y, std::int64_t x) {
+    const std::int64_t dy = std::min({kRadius, y, map.height - 1 - y});
+    const std::int64_t dx = std::min({kRadius, x, map.width - 1 - x});
+    Peak peak{static_cast<float>(x), static_cast<float>(y), map.at(y, x)};
     double smallest = peak.value;
     for (std::int64_t j = -dy; j <= dy; ++j)
-        for (std::int64_t i = -dx; i <= dx; ++i)
-            smallest = std::min<double>(smallest, detail::rank(heatmap[(y + j) * width + x + i]));
+        for (std::int64_t i = -dx; i <= dx; ++i) smallest = std::min<double>(smallest, map.at(y + j, x + i));
     if (!std::isfinite(smallest) || !std::isfinite(peak.value)) return peak;
-
     double sum = 0, sum_x = 0, sum_y = 0;
     for (std::int64_t j = -dy; j <= dy; ++j)
         for (std::int64_t i = -dx; i <= dx; ++i) {
-            const double weight = heatmap[(y + j) * width + x + i] - smallest;
+            const double weight = map.at(y + j, x + i) - smallest;
             sum += weight;
-            sum_x += weight * i;
-            sum_y += weight * j;
+            sum_x += weight * static_cast<double>(i);
+            sum_y += weight * static_cast<double>(j);
         }
-    if (sum > 0) {
-        peak.x += static_cast<float>(sum_x / sum);
-        peak.y += static_cast<float>(sum_y / sum);
+    if (sum > 0 && std::isfinite(sum)) {
+        peak.x = static_cast<float>(static_cast<double>(x) + sum_x / sum);
+        peak.y = static_cast<float>(static_cast<double>(y) + sum_y / sum);
     }
     return peak;
 }
 
-// Peaks of `count` contiguous heatmaps; points gets x, y of each, values the largest pixels. Every heatmap is worked on
-// by one thread, so the result does not depend on their number.
-inline void peak_centroids(const float* heatmaps, std::int64_t count, std::int64_t height, std::int64_t width,
-                           int num_threads, float* points, float* values) {
-    const auto work = [=](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-            const Peak peak = peak_centroid(heatmaps + i * height * width, height, width);
-            points[2 * i] = peak.x;
-            points[2 * i + 1] = peak.y;
-            values[i] = peak.value;
+// The first largest pixel, rows first, with its centroid. A maximum per row is a reduction that compilers vectorise;
+// only a row that beats all rows before it is searched for the position.
+inline Peak peak_centroid(const Heatmap& map) {
+    float best = -std::numeric_limits<float>::infinity();
+    std::int64_t index = 0;
+    for (std::int64_t y = 0; y < map.height; ++y) {
+        const float* row = map.data + y * map.width;
+        float largest = -std::numeric_limits<float>::infinity();
+        for (std::int64_t x = 0; x < map.width; ++x) largest = row[x] > largest ? row[x] : largest;
+        if (largest > best) {
+            best = largest;
+            index = y * map.width + (std::find(row, row + map.width, largest) - row);
         }
+    }
+    return centroid(map, index / map.width, index % map.width);
+}
+
+// Larger than the neighbours before it (rows first), not smaller than those after it, of eight.
+inline bool is_local_maximum(const Heatmap& map, std::int64_t y, std::int64_t x) {
+    const float value = map.at(y, x);
+    if (value == -std::numeric_limits<float>::infinity()) return false;
+    for (std::int64_t j = std::max<std::int64_t>(y - 1, 0); j <= std::min(y + 1, map.height - 1); ++j)
+        for (std::int64_t i = std::max<std::int64_t>(x - 1, 0); i <= std::min(x + 1, map.width - 1); ++i) {
+            if (j == y && i == x) continue;
+            const bool before = j < y || (j == y && i < x);
+            const float neighbour = map.at(j, i);
+            if (before ? !(value > neighbour) : !(value >= neighbour)) return false;
+        }
+    return true;
+}
+
+// Calls found(y, x) for every local maximum above the threshold, rows first.
+template <typename Found>
+void for_each_local_maximum(const Heatmap& map, float threshold, Found found) {
+    for (std::int64_t y = 0; y < map.height; ++y) {
+        const float* row = map.data + y * map.width;
+        for (std::int64_t x = 0; x < map.width; ++x) {
+            // Cheap tests first: most pixels fail one of them.
+            if (!(row[x] > threshold)) continue;
+            if (x + 1 < map.width && row[x + 1] > row[x]) continue;
+            if (x > 0 && row[x - 1] >= row[x]) continue;
+            if (is_local_maximum(map, y, x)) found(y, x);
+        }
+    }
+}
+
+// The local maximum above the threshold nearest to a target, searched in squares that grow around it; the target
+// itself, with value 0, where there is none.
+inline Peak nearest_peak(const Heatmap& map, double target_x, double target_y, float threshold) {
+    const auto clamped = [](double v, std::int64_t length) {
+        return static_cast<std::int64_t>(std::clamp(std::round(v), 0.0, static_cast<double>(length - 1)));
     };
+    const std::int64_t middle_y = clamped(target_y, map.height), middle_x = clamped(target_x, map.width);
+    double best = std::numeric_limits<double>::infinity();
+    std::int64_t best_y = -1, best_x = -1;
+    const auto look = [&](std::int64_t y, std::int64_t x) {
+        if (!(map.data[y * map.width + x] > threshold)) return;
+        const double dy = static_cast<double>(y) - target_y, dx = static_cast<double>(x) - target_x;
+        const double distance = dy * dy + dx * dx;
+        const bool first = y < best_y || (y == best_y && x < best_x);
+        if (distance > best || (distance == best && !first) || !is_local_maximum(map, y, x)) return;
+        best = distance;
+        best_y = y;
+        best_x = x;
+    };
+    const std::int64_t furthest =
+        std::max({middle_y, map.height - 1 - middle_y, middle_x, map.width - 1 - middle_x});
+    for (std::int64_t ring = 0; ring <= furthest; ++ring) {
+        // A pixel of this ring is at least this far from the middle's pixel, which is the one nearest to the target.
+        const double reach = static_cast<double>(ring) - 0.5;
+        if (reach > 0 && reach * reach > best) break;
+        for (std::int64_t y = std::max<std::int64_t>(middle_y - ring, 0); y <= std::min(middle_y + ring, map.height - 1);
+             ++y) {
+            const bool edge = y == middle_y - ring || y == middle_y + ring;
+            const std::int64_t step = edge || ring == 0 ? 1 : 2 * ring;
+            for (std::int64_t x = middle_x - ring; x <= middle_x + ring; x += step)
+                if (x >= 0 && x < map.width) look(y, x);
+        }
+    }
+    if (best_y < 0) return {static_cast<float>(target_x), static_cast<float>(target_y), 0.0f};
+    return centroid(map, best_y, best_x);
+}
+
+// Moments of the pixels above the threshold in the rows [y0, y1) and columns [x0, x1).
+inline Moments window_moments(const Heatmap& map, std::int64_t y0, std::int64_t y1, std::int64_t x0, std::int64_t x1,
+                              float threshold) {
+    // Rows are summed in fp32 (at most some hundred pixels a lane) with positions relative to the window, exact there;
+    // rows add up in double. A fixed number of lanes lets the compiler use SIMD and fixes the order of additions.
+    constexpr std::int64_t kLanes = 16;
+    Moments moments;
+    for (std::int64_t y = y0; y < y1; ++y) {
+        const float* row = map.data + y * map.width + x0;
+        const std::int64_t length = x1 - x0;
+        float sums[kLanes] = {}, sums_x[kLanes] = {};
+        std::int64_t x = 0;
+        for (; x + kLanes <= length; x += kLanes)
+            for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+                const float w = row[x + lane] > threshold ? row[x + lane] : 0.0f;
+                sums[lane] += w * w;
+                sums_x[lane] += w * w * static_cast<float>(x + lane);
+            }
+        for (std::int64_t lane = 0; x < length; ++x, ++lane) {
+            const float w = row[x] > threshold ? row[x] : 0.0f;
+            sums[lane] += w * w;
+            sums_x[lane] += w * w * static_cast<float>(x);
+        }
+        double sum = 0, sum_x = 0;
+        for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+            sum += sums[lane];
+            sum_x += sums_x[lane];
+        }
+        moments.w2 += sum;
+        moments.w2x += sum_x + sum * static_cast<double>(x0);
+        moments.w2y += sum * static_cast<double>(y);
+    }
+    return moments;
+}
+
+// The same in the window of pixels at most `radius` from a centre along x and along y.
+inline Moments window_moments(const Heatmap& map, double centre_x, double centre_y, double radius, float threshold) {
+    const auto bound = [](double v, std::int64_t length) {
+        return static_cast<std::int64_t>(std::clamp(v, 0.0, static_cast<double>(length)));
+    };
+    return window_moments(map, bound(std::ceil(centre_y - radius), map.height),
+                          bound(std::floor(centre_y + radius) + 1, map.height),
+                          bound(std::ceil(centre_x - radius), map.width),
+                          bound(std::floor(centre_x + radius) + 1, map.width), threshold);
+}
+
+// Calls work(i) for i in [0, count) on several threads, each index on one of them, so that results do not depend on
+// their number; `pixels` is the work behind one index. Starting a thread costs about as much as 200,000 pixels.
+template <typename Work>
+void parallel_for(std::int64_t count, std::int64_t pixels, int num_threads, const Work& work) {
     const std::int64_t available = num_threads > 0 ? num_threads : std::thread::hardware_concurrency();
-    // Starting a thread costs about as much as a hundred thousand pixels.
-    const std::int64_t useful = count * height * width / 500000 + 1;
-    const std::int64_t threads = std::clamp<std::int64_t>(available, 1, std::min(useful, std::max<std::int64_t>(count, 1)));
+    const std::int64_t useful = std::min(count, count * pixels / 200000 + 1);
+    const std::int64_t threads = std::max<std::int64_t>(std::min(available, useful), 1);
+    const auto part = [&](std::int64_t t) {
+        for (std::int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i) work(i);
+    };
     std::vector<std::thread> pool;
-    for (std::int64_t t = 1; t < threads; ++t) pool.emplace_back(work, count * t / threads, count * (t + 1) / threads);
-    work(0, count / threads);
+    pool.reserve(static_cast<std::size_t>(threads));
+    for (std::int64_t t = 1; t < threads; ++t) pool.emplace_back(part, t);
+    part(0);
     for (std::thread& thread : pool) thread.join();
 }
 

@@ -1,27 +1,64 @@
-"""Fast functions of lgcn_fast, on plain arrays; the reference of each has the same name in `lgcn_fast`."""
+"""Fast functions of lgcn_fast on plain arrays: C++ on several threads, without the GIL.
+
+Each has the name, the signature and the meaning of its reference in `lgcn_fast.peaks`. All take heatmaps (B, N, H, W)
+float32, of which contiguous ones are not copied; `num_threads=0` is all cores, and results do not depend on it. They
+raise ValueError for another dtype or number of dimensions, heatmaps without pixels, or points that are not finite.
+"""
 
 import numpy as np
 
 from . import _native
 
-__all__ = ["peak_centroids"]
+__all__ = ["local_maxima", "nearest_peaks", "peak_centroids", "window_moments"]
 
 
 def peak_centroids(heatmaps: np.ndarray, num_threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Find the maximum of every heatmap, to a fraction of a pixel; the reference is `lgcn_fast.peaks.peak_centroids`.
-
-    C++ on several threads, without the GIL.
-
-    Args:
-        heatmaps: (B, N, H, W) float32; contiguous input is not copied.
-        num_threads: 0 for all cores; the result does not depend on it.
+    """Find the maximum of every heatmap, to a fraction of a pixel.
 
     Returns:
         points (B, N, 2) float32, x and y in pixels; values (B, N) float32 of the largest pixels.
-
-    Raises:
-        ValueError: another dtype or number of dimensions, or heatmaps without pixels.
     """
+    return _native.peak_centroids(_contiguous(heatmaps), num_threads)
+
+
+def nearest_peaks(
+    heatmaps: np.ndarray, targets: np.ndarray, threshold: float = 0.0, num_threads: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the local maximum above a threshold that is nearest to a target in every heatmap.
+
+    Returns:
+        points (B, N, 2) float32, pixels; values (B, N) float32. Without a maximum the target and 0.
+    """
+    return _native.nearest_peaks(_contiguous(heatmaps), targets, threshold, num_threads)
+
+
+def local_maxima(
+    heatmaps: np.ndarray, threshold: float, num_threads: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find all local maxima above a threshold.
+
+    Returns:
+        maps (M, 2) int64, face and landmark; points (M, 2) float32, pixels; values (M,) float32.
+    """
+    return _native.local_maxima(_contiguous(heatmaps), threshold, num_threads)
+
+
+def window_moments(
+    heatmaps: np.ndarray,
+    centres: np.ndarray | None = None,
+    radius: float = 0,
+    threshold: float = 0.01,
+    num_threads: int = 0,
+) -> np.ndarray:
+    """Sums of w^2, w^2 x and w^2 y over the pixels with a value w above a threshold, in square windows.
+
+    Returns:
+        (B, N, 3) float64.
+    """
+    return _native.window_moments(_contiguous(heatmaps), centres, radius, threshold, num_threads)
+
+
+def _contiguous(heatmaps: np.ndarray) -> np.ndarray:
     if heatmaps.dtype != np.float32:
         raise ValueError(f"heatmaps: expected float32, got {heatmaps.dtype}")
-    return _native.peak_centroids(np.ascontiguousarray(heatmaps), num_threads)
+    return np.ascontiguousarray(heatmaps)

@@ -9,5 +9,6 @@ from .config import LGCNConfig
 from .model import LGCN, Heatmaps
 from .operators import gaussian_sum
 from .prediction import Landmarks, predict
+from .shape import ShapeModel
 
-__all__ = ["LGCN", "Heatmaps", "LGCNConfig", "Landmarks", "gaussian_sum", "load_model", "predict"]
+__all__ = ["LGCN", "Heatmaps", "LGCNConfig", "Landmarks", "ShapeModel", "gaussian_sum", "load_model", "predict"]

@@ -1,4 +1,4 @@
-"""The command line: `lgcn-fast predict | demo | evaluate | prepare | train`."""
+"""The command line: `lgcn-fast predict | demo | evaluate | prepare | train | fit-shape`."""
 
 import argparse
 import csv
@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from .checkpoints import load_card
 from .config import LOSSES, LGCNConfig
-from .crops import read_cache, write_cache
-from .datasets import read_background, read_faces
+from .crops import read_cache, training_shapes, write_cache
+from .datasets import read_background, read_faces, read_shapes
 from .drawing import draw_landmarks
-from .evaluation import evaluate, report
+from .evaluation import evaluate, report, with_mean_shape
 from .images import read_image
 from .prediction import DEFAULT_WEIGHTS, predict
 from .recipes import RECIPES
+from .shape import ShapeModel
 from .training import Trainer, TrainingOptions
 
 DEMO_BOX = (82, 70, 124, 124)
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="lgcn-fast", description="Facial landmarks with the LGCN (CVPR 2018).")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_predict, _add_demo, _add_evaluate, _add_prepare, _add_train):
+    for add in (_add_predict, _add_demo, _add_evaluate, _add_prepare, _add_train, _add_fit_shape):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_command(commands, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(run.__name__.removeprefix("_run_"), help=text, description=text)
+    parser = commands.add_parser(run.__name__.removeprefix("_run_").replace("_", "-"), help=text, description=text)
     parser.set_defaults(run=run)
     return parser
 
@@ -63,8 +64,14 @@ def _add_predict(commands) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and numbers")
     parser.add_argument("--format", choices=["json", "csv"], default="json", help="of the numbers")
-    parser.add_argument("--model", type=Path, default=DEFAULT_WEIGHTS, help="weights; default: those of the package")
+    _add_model_options(parser)
+    parser.add_argument("--fit", action=argparse.BooleanOptionalAction, default=True, help="the shape fit")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=DEFAULT_WEIGHTS, help="weights; default: those of the package")
+    parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
 
 
 def _run_predict(options: argparse.Namespace) -> int:
@@ -73,7 +80,8 @@ def _run_predict(options: argparse.Namespace) -> int:
     for path in options.files:
         try:
             image = read_image(path, color=True)
-            result = predict(image, [options.box] if options.box else None, options.model, options.device)
+            boxes = [options.box] if options.box else None
+            result = predict(image, boxes, options.model, options.fit, options.shape, options.device)
         except ValueError as error:
             # The other files are not at fault.
             message = str(error) if str(path) in str(error) else f"{path}: {error}"
@@ -140,15 +148,20 @@ def _add_evaluate(commands) -> None:
     parser = _add_command(commands, _run_evaluate, "Errors of a model on labelled faces: numbers, curve, pictures.")
     parser.add_argument("faces", type=Path, nargs="+", help="folder with .pts files, or a .csv file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
-    parser.add_argument("--model", type=Path, default=DEFAULT_WEIGHTS, help="weights; default: those of the package")
+    _add_model_options(parser)
     parser.add_argument("--normalisation", choices=["inter-ocular", "face-size"], default="inter-ocular")
 
 
 def _run_evaluate(options: argparse.Namespace) -> int:
-    mean_shape = load_card(options.model).get("mean_shape")
     faces = [face for path in options.faces for face in read_faces(path)]
-    evaluation = evaluate(faces, options.model, options.normalisation)
-    values = report(evaluation, options.out, None if mean_shape is None else np.array(mean_shape))
+    evaluations = {
+        "fit": evaluate(faces, options.model, options.normalisation, fit=True, shape=options.shape),
+        "heatmap maxima": evaluate(faces, options.model, options.normalisation, fit=False),
+    }
+    mean_shape = load_card(options.model).get("mean_shape")
+    if mean_shape is not None:
+        evaluations["mean shape"] = with_mean_shape(evaluations["fit"], np.array(mean_shape))
+    values = report(evaluations, options.out)
     print(f"{'':<28}{'faces':>7}{'median':>9}{'mean':>9}{'failures':>10}{'AUC':>8}   [%, {options.normalisation}]")
     for name, row in values["percent"].items():
         numbers = f"{row['median']:>9.2f}{row['mean']:>9.2f}{row['failures']:>10.2f}{row['auc']:>8.1f}"
@@ -220,6 +233,27 @@ def _network(name: str, num_landmarks: int, in_channels: int, loss: str) -> LGCN
     if name == "nano":
         return LGCNConfig.nano(**common)
     return LGCNConfig(filters=int(name), side_channels=num_landmarks, **common)
+
+
+def _add_fit_shape(commands) -> None:
+    parser = _add_command(commands, _run_fit_shape, "Learn the shape model that predictions are fitted with.")
+    parser.add_argument("cache", type=Path, help="file from `lgcn-fast prepare`; its validation faces are left out")
+    parser.add_argument("--sets", nargs="+", metavar="SET", help="sets of the cache to learn from; default: all")
+    parser.add_argument("--shapes", type=Path, nargs="+", default=[], metavar="NPZ",
+                        help="more shapes: .npz files with `landmarks` (M, N, 2)")  # fmt: skip
+    parser.add_argument("--modes", type=int, default=12, help="number of principal components")
+    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file; a picture goes beside it")
+
+
+def _run_fit_shape(options: argparse.Namespace) -> int:
+    shapes = training_shapes(read_cache(options.cache), options.sets)
+    shapes = np.concatenate([shapes, *(read_shapes(path, shapes.shape[1]) for path in options.shapes)])
+    model = ShapeModel.fit(shapes, options.modes)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    model.save(options.out)
+    model.draw(options.out.with_suffix(".png"))
+    print(f"{options.out}: {len(model.modes)} modes of {len(shapes)} shapes")
+    return 0
 
 
 def _box(text: str) -> tuple[float, ...]:

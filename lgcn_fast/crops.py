@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .datasets import Face
+from .datasets import Face, is_validation
 from .images import crop, face_box, square_box, to_crop
 
 MARGIN = 1.6
@@ -129,3 +129,16 @@ def read_cache(path: Path) -> CropCache:
             return CropCache(images, file["points"], file["boxes"], file["groups"], file["sets"])
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise ValueError(f"{path}: expected a crop cache from `lgcn-fast prepare`, got {error}") from error
+
+
+def training_shapes(cache: CropCache, sets: list[str] | None = None) -> np.ndarray:
+    """Landmarks of the crops that are not for validation, of some sets or all: (M, N, 2) float32.
+
+    Raises:
+        ValueError: a set that the cache does not have.
+    """
+    known = sorted(set(cache.sets.tolist()))
+    if sets is not None and not set(sets) <= set(known):
+        raise ValueError(f"sets: expected some of {', '.join(known)}, got {', '.join(sets)}")
+    chosen = np.array([not is_validation(group) for group in cache.groups])
+    return cache.points[chosen & np.isin(cache.sets, known if sets is None else sets)]

@@ -167,6 +167,22 @@ def read_background(folder: Path) -> list[Face]:
     return [Face(path, nothing, path.stem, str(path.relative_to(folder))) for path in pictures]
 
 
+def read_shapes(path: Path, num_landmarks: int) -> np.ndarray:
+    """Read landmarks without pictures: a `.npz` file with an array `landmarks` (M, N, 2).
+
+    Raises:
+        ValueError: another kind of file, or another number of landmarks.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            shapes = file["landmarks"]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f"{path}: expected a .npz file with an array `landmarks`, got {error}") from None
+    if shapes.ndim != 3 or shapes.shape[1:] != (num_landmarks, 2):
+        raise ValueError(f"{path}: expected landmarks (M, {num_landmarks}, 2), got {shapes.shape}")
+    return shapes
+
+
 def group_of(stem: str) -> str:
     """Photo or person of a file name: what stands before a last `_` and one or two digits.
 

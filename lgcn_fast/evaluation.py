@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
 import matplotlib.image
@@ -92,8 +93,13 @@ def summary(errors: np.ndarray) -> dict[str, float]:
     }
 
 
-def evaluate(faces: list[Face], model: Path | str | None = None, normalisation: str = "inter-ocular") -> Evaluation:
+def evaluate(
+    faces: list[Face], model: Path | str | None = None, normalisation: str = "inter-ocular", **options: Any
+) -> Evaluation:
     """Predict the landmarks of labelled faces, each in the box of its labels enlarged by 17 %.
+
+    Args:
+        options: passed on to `predict`: fit, shape, device.
 
     Raises:
         ValueError: no labelled face, or a model with another number of landmarks.
@@ -102,7 +108,7 @@ def evaluate(faces: list[Face], model: Path | str | None = None, normalisation: 
     if not faces:
         raise ValueError("faces: expected at least one labelled face, got none")
     boxes = np.stack([face_box(face.points) for face in faces])
-    predicted = predict([face.image(color=True) for face in faces], boxes, model).points
+    predicted = predict([face.image(color=True) for face in faces], boxes, model, **options).points
     return Evaluation(faces, predicted, np.stack([face.points for face in faces]), normalisation)
 
 
@@ -117,32 +123,34 @@ def with_mean_shape(evaluation: Evaluation, mean_shape: np.ndarray) -> Evaluatio
     return Evaluation(evaluation.faces, predicted, evaluation.labelled, evaluation.normalisation)
 
 
-def report(evaluation: Evaluation, folder: Path, mean_shape: np.ndarray | None = None) -> dict:
+def report(evaluations: dict[str, Evaluation], folder: Path) -> dict:
     """Write `evaluation.json`, `curve.png` (Figure 4) and `sheet.png` (Figure 5).
 
     Args:
+        evaluations: of the same faces, by the name of the method; the first one's are drawn on the sheet.
         folder: made where it is not there.
-        mean_shape: (N, 2) in units of the box, for the baseline.
 
     Returns:
-        What the JSON holds: summaries by name, and the error of each face.
+        What the JSON holds: summaries by method and set of points, and the error of each face by the first method.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    results = {"all points": evaluation.errors()}
-    if SCHEMES[evaluation.labelled.shape[1]].outline:
-        results["without outline"] = evaluation.errors(outline=False)
-    if mean_shape is not None:
-        baseline = with_mean_shape(evaluation, mean_shape)
-        results |= {f"mean shape, {name}": baseline.errors(name == "all points") for name in list(results)}
+    results = {}
+    for name, evaluation in evaluations.items():
+        count = evaluation.labelled.shape[1]
+        outline = len(SCHEMES[count].outline)
+        results[f"{name}, {count} points"] = evaluation.errors()
+        if outline:
+            results[f"{name}, {count - outline} points"] = evaluation.errors(outline=False)
+    first = next(iter(evaluations.values()))
     values = {
-        "normalisation": evaluation.normalisation,
+        "normalisation": first.normalisation,
         "percent": {name: summary(errors) for name, errors in results.items()},
-        "faces": {face.name: 100 * float(e) for face, e in zip(evaluation.faces, results["all points"], strict=True)},
+        "faces": {face.name: 100 * float(e) for face, e in zip(first.faces, first.errors(), strict=True)},
     }
     (folder / "evaluation.json").write_text(json.dumps(values, indent=1))
-    draw_curve(results, folder / "curve.png", evaluation.normalisation)
-    draw_sheet(evaluation, folder / "sheet.png")
+    draw_curve(results, folder / "curve.png", first.normalisation)
+    draw_sheet(first, folder / "sheet.png")
     return values
 
 

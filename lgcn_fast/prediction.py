@@ -11,15 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lgcn_fast_kernels import peak_centroids
+import lgcn_fast_kernels
 
 from .checkpoints import load_model
+from .fitting import fit as fit_shape
 from .images import crop, from_crop, square_box
 from .losses import probabilities
 from .model import LGCN
 from .operators import gaussian_sum_banded
+from .shape import ShapeModel
 
-DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "lgcn-nano.safetensors"
+WEIGHTS = Path(__file__).parent / "weights"
+DEFAULT_WEIGHTS = WEIGHTS / "lgcn-nano.safetensors"
 CHUNK = 32
 """Crops that go through the network at once."""
 
@@ -31,7 +34,8 @@ class Landmarks:
     points: np.ndarray
     """(B, N, 2) float32: x and y in pixels of the input image, pixel centres at integers."""
     scores: np.ndarray
-    """(B, N) float32 in 0..1: how certain the network is, the height of the heatmap's maximum."""
+    """(B, N) float32 in 0..1: how certain the network is, the height of the heatmap's maximum (with the fit: of the
+    local maximum nearest to the shape)."""
 
     def __len__(self) -> int:
         return len(self.points)
@@ -41,6 +45,8 @@ def predict(
     batch: Any,
     boxes: Any = None,
     model: LGCN | Path | str | None = None,
+    fit: bool = True,
+    shape: ShapeModel | Path | str | None = None,
     device: str = "cpu",
 ) -> Landmarks:
     """Find the landmarks of one face in each image.
@@ -52,14 +58,17 @@ def predict(
         boxes: (B, 4) x, y, width, height of the faces in pixels, about 1.17 times the tight square around the
             landmarks. Default: the whole image. Boxes that are not square become the square around their centre.
         model: a network (it is copied, not changed), or the path of its weights. Default: the one in the package.
+        fit: fit a shape model to the heatmaps, which filters outliers and reconstructs hidden points (section 3.3);
+            otherwise each point is the maximum of its heatmap.
+        shape: the shape model, or its file. Default: the one in the package for the model's number of landmarks.
         device: where the network runs, a torch device.
 
     Returns:
         `Landmarks` of all images, in the order given.
 
     Raises:
-        ValueError: an empty batch, an image without pixels, a wrong number of channels, NaN, a box outside its image;
-            the message names the argument and says what was expected and what came.
+        ValueError: an empty batch, an image without pixels, a wrong number of channels, NaN, a box outside its image,
+            no shape model for the number of landmarks; the message names the argument, what was expected and what came.
     """
     images = as_images(batch)
     boxes = _square_boxes(boxes, images)
@@ -67,7 +76,9 @@ def predict(
         network = _prepared(deepcopy(model), device)
     else:
         network = _loaded(Path(model or DEFAULT_WEIGHTS), device)
-    size = network.config.input_size
+    if fit and not isinstance(shape, ShapeModel):
+        shape = _loaded_shape(_shape_path(shape, network.config.num_landmarks))
+    size, threads = network.config.input_size, torch.get_num_threads()
     points, scores = [], []
     for start in range(0, len(images), CHUNK):
         part = zip(images[start : start + CHUNK], boxes[start : start + CHUNK], strict=True)
@@ -76,9 +87,14 @@ def predict(
             heatmaps = network(crops.to(device)).output
             if network.config.loss == "cross_entropy":
                 heatmaps = probabilities(heatmaps)
-        found, values = peak_centroids(heatmaps.float().cpu().contiguous().numpy(), torch.get_num_threads())
+        heatmaps = heatmaps.float().cpu().contiguous().numpy()
+        if fit:
+            fitted = fit_shape(shape, heatmaps, lgcn_fast_kernels, threads)
+            found, values = fitted.points, fitted.certainties
+        else:
+            found, values = lgcn_fast_kernels.peak_centroids(heatmaps, threads)
         points.append(found)
-        scores.append(values.clip(0, 1))
+        scores.append(values.clip(0, 1).astype(np.float32))
     return Landmarks(from_crop(np.concatenate(points), boxes, size).astype(np.float32), np.concatenate(scores))
 
 
@@ -162,6 +178,19 @@ def _square_boxes(boxes: Any, images: list[np.ndarray]) -> np.ndarray:
             got = f"x={x:g}, y={y:g}, width={width:g}, height={height:g}"
             raise ValueError(f"boxes[{index}]: expected a box that meets the image of {size} pixels, got {got}")
     return np.stack([square_box(box) for box in boxes])
+
+
+def _shape_path(shape: Path | str | None, num_landmarks: int) -> Path:
+    path = Path(shape) if shape else WEIGHTS / f"shape-{num_landmarks}.safetensors"
+    if not shape and not path.exists():
+        expected = f"the shape model of the {num_landmarks} landmarks (from `lgcn-fast fit-shape`) or fit=False"
+        raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")
+    return path
+
+
+@lru_cache(maxsize=8)
+def _loaded_shape(path: Path) -> ShapeModel:
+    return ShapeModel.load(path)
 
 
 @lru_cache(maxsize=8)

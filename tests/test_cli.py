@@ -115,6 +115,17 @@ def test_from_labels_to_report(tmp_path, faces, capsys):
     card = load_card(run / "best.safetensors")
     assert card["data"] == {str(faces): 11, str(background): 1}
     assert card["recipe"]["name"] == "fast"
-    assert main(["evaluate", str(faces), "--model", str(run / "best.safetensors"), "--out", str(out)]) == 0
-    assert json.loads((out / "evaluation.json").read_text())["percent"]["all points"]["faces"] == 11
+    shape = tmp_path / "shape" / "shape.safetensors"
+    np.savez(tmp_path / "more.npz", landmarks=np.ones((3, 68, 2)) * np.arange(2) + np.arange(68)[:, None])
+    more = ["--shapes", str(tmp_path / "more.npz"), "--modes", "2"]
+    assert main(["fit-shape", str(cache), "--sets", str(faces), *more, "--out", str(shape)]) == 0
+    assert {path.name for path in shape.parent.iterdir()} == {"shape.safetensors", "shape.png"}
+    assert main(["fit-shape", str(cache), "--sets", "nothing", "--out", str(shape)]) == 2
+    assert (
+        main(
+            ["evaluate", str(faces), "--model", str(run / "best.safetensors"), "--shape", str(shape), "--out", str(out)]
+        )
+        == 0
+    )
+    assert json.loads((out / "evaluation.json").read_text())["percent"]["fit, 68 points"]["faces"] == 11
     assert {path.name for path in out.iterdir()} == {"evaluation.json", "curve.png", "sheet.png"}

@@ -64,14 +64,11 @@ def test_report_writes_numbers_curve_and_sheet(tmp_path, random):
     points = random.uniform(30, 90, (20, 68, 2)).astype(np.float32)
     faces = [Face(random.integers(0, 256, (120, 120), np.uint8), p, f"f{i}", f"f{i}") for i, p in enumerate(points)]
     evaluation = Evaluation(faces, points + 1, points, "inter-ocular")
-    values = report(evaluation, tmp_path / "out", mean_shape=random.uniform(0, 1, (68, 2)))
+    baseline = with_mean_shape(evaluation, random.uniform(0, 1, (68, 2)))
+    values = report({"fit": evaluation, "mean shape": baseline}, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == values
-    assert set(values["percent"]) == {
-        "all points",
-        "without outline",
-        "mean shape, all points",
-        "mean shape, without outline",
-    }
+    names = {"fit, 68 points", "fit, 51 points", "mean shape, 68 points", "mean shape, 51 points"}
+    assert set(values["percent"]) == names
     assert len(values["faces"]) == 20
     for name in ("curve.png", "sheet.png"):
         picture = cv2.imread(str(tmp_path / "out" / name))

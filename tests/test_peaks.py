@@ -1,20 +1,22 @@
+import array_api_strict
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 
 import lgcn_fast_kernels
+from lgcn_fast import peaks
 from lgcn_fast.heatmaps import blurred_ground_truth
-from lgcn_fast.peaks import peak_centroids as reference
 
 FAST = lgcn_fast_kernels.peak_centroids
-BOTH = pytest.mark.parametrize("find", [reference, FAST], ids=["reference", "native"])
+BOTH = pytest.mark.parametrize("find", [peaks.peak_centroids, FAST], ids=["reference", "native"])
 SHAPES = [(2, 3, 96, 96), (1, 1, 1, 1), (1, 4, 1, 7), (3, 1, 500, 3), (1, 2, 5, 5), (1, 300, 13, 17), (0, 3, 4, 4)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_native_equals_reference(shape, random):
     heatmaps = random.normal(size=shape).astype(np.float32)
-    for expected, found in zip(reference(heatmaps), FAST(heatmaps), strict=True):
+    for expected, found in zip(peaks.peak_centroids(heatmaps), FAST(heatmaps), strict=True):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=2e-5, strict=True)
 
@@ -31,7 +33,7 @@ def test_native_equals_reference_on_odd_values(kind, random):
         heatmaps[places] = {"infinite": np.inf, "minus infinite": -np.inf}.get(kind, np.nan)
         if kind == "all nan":
             heatmaps[0] = np.nan
-    for expected, found in zip(reference(heatmaps), FAST(heatmaps), strict=True):
+    for expected, found in zip(peaks.peak_centroids(heatmaps), FAST(heatmaps), strict=True):
         assert not np.isnan(found).any()
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -98,3 +100,117 @@ def test_native_takes_other_layouts(random):
 def test_native_refuses_what_it_cannot_read(heatmaps, message):
     with pytest.raises(ValueError, match=message):
         FAST(heatmaps)
+
+
+def batch_of(kind, shape, random):
+    if kind == "levels":
+        return random.integers(0, 4, shape).astype(np.float32)
+    heatmaps = random.normal(size=shape).astype(np.float32)
+    if kind in ("nan", "inf", "-inf"):
+        heatmaps[random.random(shape) < 0.2] = float(kind)
+    return heatmaps
+
+
+KINDS = pytest.mark.parametrize("kind", ["random", "levels", "nan", "inf", "-inf"])
+
+
+@KINDS
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_native_local_maxima_equal_reference(kind, shape, threads, random):
+    heatmaps = batch_of(kind, shape, random)
+    expected, found = peaks.local_maxima(heatmaps, 0.5), lgcn_fast_kernels.local_maxima(heatmaps, 0.5, threads)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], atol=5e-5)
+    np.testing.assert_array_equal(found[2], expected[2])
+
+
+@KINDS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_native_nearest_peaks_equal_reference(kind, shape, random):
+    heatmaps = batch_of(kind, shape, random)
+    targets = random.uniform(-5, 20, (*shape[:2], 2))
+    targets[..., :1] = targets[..., :1].round()  # equal distances happen
+    for threshold in (0.0, 2.5):
+        expected = peaks.nearest_peaks(heatmaps, targets, threshold)
+        found = lgcn_fast_kernels.nearest_peaks(heatmaps, targets, threshold)
+        np.testing.assert_allclose(found[0], expected[0], atol=5e-5)
+        np.testing.assert_array_equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("radius", [None, 0, 7, 20.5])
+def test_native_moments_equal_reference(shape, radius, random):
+    heatmaps = random.uniform(-0.5, 1, shape).astype(np.float32)
+    centres = None if radius is None else random.uniform(-30, 120, (*shape[:2], 2))
+    expected = peaks.window_moments(heatmaps, centres, radius or 0)
+    found = lgcn_fast_kernels.window_moments(heatmaps, centres, radius or 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_moments_by_hand():
+    heatmap = np.zeros((1, 1, 4, 5), np.float32)
+    heatmap[0, 0, 1, 2], heatmap[0, 0, 3, 4], heatmap[0, 0, 0, 0] = 0.5, 1, 0.01  # the last is not above 1 %
+    np.testing.assert_allclose(peaks.window_moments(heatmap)[0, 0], [1.25, 0.25 * 2 + 4, 0.25 * 1 + 3])
+    near = peaks.window_moments(heatmap, np.array([[[2.4, 1.0]]]), 1)
+    np.testing.assert_allclose(near[0, 0], [0.25, 0.5, 0.25])
+
+
+def test_local_maxima_are_scipys(random):
+    """Without equal values, a local maximum is a pixel that a 3 x 3 maximum filter leaves as it is."""
+    heatmaps = random.normal(size=(2, 3, 40, 50)).astype(np.float32)
+    filtered = scipy.ndimage.maximum_filter(heatmaps, size=(1, 1, 3, 3), mode="constant", cval=-np.inf)
+    expected = np.argwhere((heatmaps == filtered) & (heatmaps > 0.5))
+    maps, points, values = lgcn_fast_kernels.local_maxima(heatmaps, 0.5)
+    np.testing.assert_array_equal(maps, expected[:, :2])
+    assert np.abs(points - expected[:, :1:-1]).max() < 2
+    np.testing.assert_array_equal(values, heatmaps[tuple(expected.T)])
+
+
+def test_a_flat_top_is_one_peak_and_a_constant_map_one_in_the_corner():
+    heatmaps = np.zeros((1, 2, 9, 9), np.float32)
+    heatmaps[0, 0, 3:6, 4:7] = 1
+    heatmaps[0, 1] = 1
+    for find in (peaks.local_maxima, lgcn_fast_kernels.local_maxima):
+        maps, points, _ = find(heatmaps, 0.5)
+        np.testing.assert_array_equal(maps, [[0, 0], [0, 1]])
+        np.testing.assert_array_equal(points[1], [0, 0])
+
+
+def test_nearest_peak_without_any_is_the_target():
+    points, values = lgcn_fast_kernels.nearest_peaks(np.zeros((1, 1, 5, 5), np.float32), np.array([[[1.5, 9.0]]]))
+    np.testing.assert_array_equal(points, [[[1.5, 9.0]]])
+    assert values[0, 0] == 0
+
+
+@pytest.mark.parametrize("namespace", ["array_api_strict", "torch"])
+def test_references_run_on_any_array_namespace(namespace, random):
+    heatmaps, targets = random.normal(size=(2, 3, 11, 13)), random.uniform(0, 10, (2, 3, 2))
+    convert = array_api_strict.asarray if namespace == "array_api_strict" else torch.from_numpy
+    for name, arguments in (
+        ("peak_centroids", ()),
+        ("nearest_peaks", (targets, 0.5)),
+        ("window_moments", (targets, 3)),
+        ("local_maxima", (0.5,)),
+    ):
+        function = getattr(peaks, name)
+        converted = [convert(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        expected, found = function(heatmaps, *arguments), function(convert(heatmaps), *converted)
+        for a, b in zip(expected if isinstance(expected, tuple) else (expected,),
+                        found if isinstance(found, tuple) else (found,), strict=True):  # fmt: skip
+            np.testing.assert_allclose(np.from_dlpack(b), a, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda k, h: k.nearest_peaks(h, np.zeros((1, 1, 2))), r"targets: expected \(1, 2, 2\)"),
+        (lambda k, h: k.nearest_peaks(h, np.full((1, 2, 2), np.nan)), "targets: expected finite"),
+        (lambda k, h: k.window_moments(h, np.full((1, 2, 2), np.inf), 3), "centres: expected finite"),
+        (lambda k, h: k.window_moments(h, np.zeros((1, 2, 2)), -1), "radius: expected 0 or more"),
+        (lambda k, h: k.local_maxima(h[0], 0.5), "got 3 dimensions"),
+    ],
+)
+def test_native_names_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(lgcn_fast_kernels, np.zeros((1, 2, 5, 5), np.float32))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lgcn_fast
-from lgcn_fast import LGCN, LGCNConfig, predict
+from lgcn_fast import LGCN, LGCNConfig, ShapeModel, predict
 from lgcn_fast.datasets import read_300w
 from lgcn_fast.evaluation import evaluate, summary
 from lgcn_fast.images import crop, face_box, read_image, square_box
@@ -79,14 +79,26 @@ def test_without_box_the_whole_image_is_the_face(gray):
 def test_a_given_model_is_used_and_not_changed(gray):
     model = LGCN(LGCNConfig.nano(filters=8, num_landmarks=5)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert predict(gray, model=model).points.shape == (1, 5, 2)
+    assert predict(gray, model=model, fit=False).points.shape == (1, 5, 2)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_shape_model_of_ones_own(gray, random, tmp_path):
+    network = LGCN(LGCNConfig.nano(filters=8, num_landmarks=5))
+    with pytest.raises(ValueError, match=r"shape: expected the shape model of the 5 landmarks .* or fit=False"):
+        predict(gray, model=network)
+    shape = ShapeModel.fit(random.normal(size=(20, 5, 2)), 2)
+    shape.save(tmp_path / "shape.safetensors")
+    points = predict(gray, model=network, shape=shape).points
+    np.testing.assert_array_equal(predict(gray, model=network, shape=tmp_path / "shape.safetensors").points, points)
+    with pytest.raises(ValueError, match=r"heatmaps: expected \(B, 5, H, W\)"):
+        predict(gray, shape=shape)
+
+
 def test_rgb_and_cross_entropy_models(gray):
     config = LGCNConfig.nano(filters=8, num_landmarks=5, in_channels=3, loss="cross_entropy")
-    landmarks = predict(gray, model=LGCN(config))
+    landmarks = predict(gray, model=LGCN(config), fit=False)
     # Untrained logits are 0: each landmark and the background are equally likely.
     np.testing.assert_allclose(landmarks.scores, 1 / 6, rtol=1e-5)
 
@@ -172,7 +184,7 @@ def test_batch_and_one_by_one_agree(data):
 @pytest.mark.data
 @pytest.mark.slow
 def test_accuracy_of_the_shipped_model_on_lfpw(data):
-    evaluation = evaluate(read_300w(data / "300w" / "lfpw" / "testset"))
+    evaluation = evaluate(read_300w(data / "300w" / "lfpw" / "testset"), fit=False)
     points, inner = (summary(evaluation.errors(outline)) for outline in (True, False))
     assert points["faces"] == 224
     assert points["median"] <= 3.7

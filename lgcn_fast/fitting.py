@@ -1,0 +1,248 @@
+"""The fit of section 3.3: heatmaps to landmarks by weighted least squares with a shape model, batched over faces.
+
+Written once for any array namespace (NumPy, CuPy, torch): nothing in it waits for a device or branches on values.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+from . import peaks
+from .shape import ShapeModel, similarity_basis
+
+Array = Any
+RADII = (None, 20.0, 7.0)
+"""Half sides of the windows of the three rounds, in pixels: all pixels, then those near the last prediction."""
+CERTAIN = 0.1
+"""Heatmap maxima of at least this value give the first rotation and size."""
+FALLBACK = 10
+"""The best maxima that do, where fewer than two are certain."""
+NOISE = 200.0
+"""What a pixel's equation is worth against the prior: square pixels, times the sum of squared weights of a landmark.
+A clear heatmap has a sum of about 90 within 7 px: it places its landmark to about 1.5 px."""
+SIZE_SPREAD, SHIFT_SPREAD = 0.3, 1.0
+"""Prior standard deviations: of size and turn, as a share of the first guess; of the position, as a share of the
+heatmap's side."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Landmarks of a batch of faces, fitted to their heatmaps."""
+
+    points: Array
+    """(B, N, 2), pixels: the shape where the network is not certain, the heatmap's maximum where it is."""
+    shapes: Array
+    """(B, N, 2), pixels: the shape model's own points."""
+    coefficients: Array
+    """(B, K): of the modes, in units of their standard deviations in the training shapes."""
+    certainties: Array
+    """(B, N) in 0..1: the heatmap's value at the local maximum nearest to the shape."""
+    residuals: Array
+    """(B,): root mean square distance from the shape to the nearest local maxima, weighted by the certainties, over
+    the face's size; infinite where no landmark has any certainty."""
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """Where the faces are thought to be before a round, as a prior on its unknowns."""
+
+    cos: Array
+    sin: Array
+    """(B,) of the rotation R of the shape model's frame against the image."""
+    size: Array
+    """(B,) of the faces, see `ShapeModel`."""
+
+
+def fit(model: ShapeModel, heatmaps: Array, reductions: ModuleType = peaks, num_threads: int = 0) -> Fit:
+    """Fit a shape model to heatmaps (section 3.3): rotation, then least squares over all pixels, 20 px and 7 px.
+
+    Args:
+        model: shape model with N landmarks.
+        heatmaps: (B, N, H, W) floating point, at least one pixel.
+        reductions: what provides `peak_centroids`, `window_moments` and `nearest_peaks`: `lgcn_fast.peaks` for any
+            arrays, `lgcn_fast_kernels` for NumPy float32.
+        num_threads: passed on to `reductions`.
+
+    Returns:
+        `Fit` with arrays of the heatmaps' namespace, finite for any finite heatmaps; without any evidence it is the
+        mean face in the middle.
+
+    Raises:
+        ValueError: another number of landmarks, dimensions or pixels.
+    """
+
+    def solve(basis: Array, guess: _Guess, prior: Array, precision: Array, centres: Array, radius: float) -> Array:
+        moments = reductions.window_moments(heatmaps, centres, radius, num_threads=num_threads)
+        return solve_moments(basis, guess.cos, guess.sin, prior, precision, moments)
+
+    return _fit(model, heatmaps, reductions, num_threads, solve)
+
+
+def fit_reference(model: ShapeModel, heatmaps: np.ndarray) -> Fit:
+    """What `fit` computes, with the equations of all pixels written out and solved one face at a time in float64."""
+
+    def solve(basis, guess, prior, precision, centres, radius):
+        per_face = zip(guess.cos, guess.sin, prior, precision, heatmaps, strict=True)
+        windows = [None] * len(heatmaps) if centres is None else centres
+        return np.stack([solve_pixels(basis, *face, c, radius) for face, c in zip(per_face, windows, strict=True)])
+
+    return _fit(model, heatmaps, peaks, 0, solve)
+
+
+def solve_moments(basis: Array, cos: Array, sin: Array, prior: Array, precision: Array, moments: Array) -> Array:
+    """Weighted least squares over pixels, from their moments alone.
+
+    In the frame of the shape model, turned by R against the image, the point of landmark i is `q_i = B_i theta` with
+    the (2, P) rows B_i of the basis. Every pixel at x with value w is an equation `w q_i = w R^T x`, so the error is
+
+        sum_i sum_pixels w^2 |B_i theta - R^T x|^2 + (theta - prior)^T diag(precision) (theta - prior)
+
+    and setting its derivative to zero leaves P equations. All pixels of a landmark share B_i, so only sums over them
+    remain: with S_i = sum w^2 and V_i = sum w^2 x,
+
+        (sum_i S_i B_i^T B_i + diag(precision)) theta = sum_i B_i^T R^T V_i + diag(precision) prior.
+
+    Args:
+        basis: (P, N, 2).
+        cos: (B,) of the rotation R.
+        sin: (B,).
+        prior: (B, P).
+        precision: (B, P), positive.
+        moments: (B, N, 3): S_i and the two parts of V_i, see `peaks.window_moments`.
+
+    Returns:
+        theta (B, P).
+    """
+    xp = array_namespace(basis, moments)
+    count = basis.shape[0]
+    products = xp.sum(basis[:, None, ...] * basis[None, ...], axis=3)  # (P, P, N): B_i^T B_i
+    products = xp.matrix_transpose(xp.reshape(products, (count * count, -1)))
+    left = xp.reshape(xp.matmul(moments[..., 0], products), (-1, count, count))
+    left = left + precision[:, :, None] * xp.eye(count, dtype=basis.dtype, device=device(basis))
+    cos, sin = cos[:, None], sin[:, None]
+    turned_x = cos * moments[..., 1] + sin * moments[..., 2]
+    turned_y = cos * moments[..., 2] - sin * moments[..., 1]
+    right = xp.matmul(turned_x, xp.matrix_transpose(basis[..., 0]))
+    right = right + xp.matmul(turned_y, xp.matrix_transpose(basis[..., 1])) + precision * prior
+    return xp.linalg.solve(left, right[..., None])[..., 0]
+
+
+def solve_pixels(
+    basis: np.ndarray,
+    cos: float,
+    sin: float,
+    prior: np.ndarray,
+    precision: np.ndarray,
+    heatmaps: np.ndarray,
+    centres: np.ndarray | None,
+    radius: float,
+) -> np.ndarray:
+    """What `solve_moments` computes for one face, with one pair of equations for each pixel.
+
+    Args:
+        heatmaps: (N, H, W).
+        centres: (N, 2) and `radius` choose the pixels, see `peaks.window_moments`.
+
+    Returns:
+        theta (P,).
+    """
+    rows, values = [np.diag(np.sqrt(precision))], [np.sqrt(precision) * prior]
+    for index, heatmap in enumerate(heatmaps.astype(np.float64)):
+        y, x = np.nonzero(heatmap > 0.01)
+        if centres is not None:
+            near = (np.abs(x - centres[index, 0]) <= radius) & (np.abs(y - centres[index, 1]) <= radius)
+            y, x = y[near], x[near]
+        w = heatmap[y, x]
+        for axis, target in enumerate((cos * x + sin * y, cos * y - sin * x)):
+            rows.append(w[:, None] * basis[None, :, index, axis])
+            values.append(w * target)
+    return np.linalg.lstsq(np.concatenate(rows), np.concatenate(values))[0]
+
+
+def _fit(model: ShapeModel, heatmaps: Array, reductions: ModuleType, num_threads: int, solve: Callable) -> Fit:
+    if heatmaps.ndim != 4 or heatmaps.shape[1] != model.num_landmarks or 0 in heatmaps.shape[2:]:
+        expected = f"(B, {model.num_landmarks}, H, W) with at least one pixel"
+        raise ValueError(f"heatmaps: expected {expected}, got {tuple(heatmaps.shape)}")
+    xp = array_namespace(heatmaps)
+    kind = {"dtype": xp.float64, "device": device(heatmaps)}
+    basis = xp.asarray(np.concatenate([similarity_basis(model.mean), model.modes]), **kind)
+    variances = xp.asarray(model.variances, **kind)
+    height, width = heatmaps.shape[2:]
+    guess = _first_guess(model, *reductions.peak_centroids(heatmaps, num_threads=num_threads), max(height, width))
+    shapes = None
+    for radius in RADII:
+        prior, precision = _prior(guess, variances, height, width)
+        theta = solve(basis, guess, prior, precision, shapes, radius or 0.0)
+        shapes = _shapes(basis, guess, theta)
+        coefficients = theta[:, 4:] / (guess.size[:, None] * variances**0.5)
+        guess = _next_guess(guess, theta)
+    points, values = reductions.nearest_peaks(heatmaps, shapes, threshold=0.01, num_threads=num_threads)
+    points = xp.astype(points, xp.float64)
+    certainties = xp.clip(xp.astype(values, xp.float64), 0.0, 1.0)
+    total = xp.sum(certainties, axis=1)
+    squared = xp.sum(certainties * xp.sum((points - shapes) ** 2, axis=2), axis=1) / xp.where(total > 0, total, 1.0)
+    return Fit(
+        points=certainties[..., None] * points + (1 - certainties[..., None]) * shapes,
+        shapes=shapes,
+        coefficients=coefficients,
+        certainties=certainties,
+        residuals=xp.where(total > 0, xp.sqrt(squared) / guess.size, xp.inf),
+    )
+
+
+def _first_guess(model: ShapeModel, points: Array, values: Array, side: int) -> _Guess:
+    """Rotation and size by Kabsch's algorithm from the certain maxima, or the best where fewer than two are."""
+    xp = array_namespace(points)
+    points, mean = xp.astype(points, xp.float64), xp.asarray(model.mean, dtype=xp.float64, device=device(points))
+    rank = min(FALLBACK, values.shape[1]) - 1
+    best = values >= xp.sort(values, axis=1, descending=True)[:, rank, None]
+    certain = values >= CERTAIN
+    enough = xp.sum(xp.astype(certain, xp.int64), axis=1, keepdims=True) >= 2
+    chosen = xp.astype(xp.where(enough, certain, best), xp.float64)[..., None]
+    count = xp.sum(chosen, axis=1, keepdims=True)
+    target = chosen * (points - xp.sum(chosen * points, axis=1, keepdims=True) / count)
+    source = chosen * (mean - xp.sum(chosen * mean, axis=1, keepdims=True) / count)
+    along = xp.sum(source * target, axis=(1, 2))
+    across = xp.sum(source[..., 0] * target[..., 1] - source[..., 1] * target[..., 0], axis=1)
+    length = xp.hypot(along, across)
+    spread = xp.sum(source**2, axis=(1, 2))
+    # The size of a face that fills the heatmap; one that is far from it is no guess to build on.
+    nominal = side / 1.17 / max(float(np.ptp(model.mean, axis=0).max()), 1e-6)
+    size = xp.clip(length / xp.where(spread > 0, spread, 1.0), nominal / 4, nominal * 2)
+    known = length > 1e-9
+    length = xp.where(known, length, 1.0)
+    return _Guess(xp.where(known, along / length, 1.0), xp.where(known, across / length, 0.0), size)
+
+
+def _prior(guess: _Guess, variances: Array, height: int, width: int) -> tuple[Array, Array]:
+    """Means (B, P) and precisions (B, P) of the unknowns: size, turn, position and coefficients."""
+    xp = array_namespace(variances)
+    middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
+    size, zero = guess.size, xp.zeros_like(guess.size)
+    x, y = guess.cos * middle_x + guess.sin * middle_y, guess.cos * middle_y - guess.sin * middle_x
+    modes = size[:, None] * variances**0.5
+    similarity = xp.stack([size, zero, x, y], axis=1)
+    shift = zero + SHIFT_SPREAD * max(height, width)
+    spreads = xp.stack([SIZE_SPREAD * size, SIZE_SPREAD * size, shift, shift], axis=1)
+    prior = xp.concat([similarity, xp.zeros_like(modes)], axis=1)
+    return prior, NOISE / xp.concat([spreads, modes], axis=1) ** 2
+
+
+def _next_guess(guess: _Guess, theta: Array) -> _Guess:
+    """The rotation and size that the solution of a round found."""
+    xp = array_namespace(theta)
+    size = xp.hypot(theta[:, 0], theta[:, 1])
+    cos, sin = theta[:, 0] / size, theta[:, 1] / size
+    return _Guess(guess.cos * cos - guess.sin * sin, guess.sin * cos + guess.cos * sin, size)
+
+
+def _shapes(basis: Array, guess: _Guess, theta: Array) -> Array:
+    """Points (B, N, 2) in the image."""
+    xp = array_namespace(theta)
+    x, y = xp.matmul(theta, basis[..., 0]), xp.matmul(theta, basis[..., 1])
+    cos, sin = guess.cos[:, None], guess.sin[:, None]
+    return xp.stack([cos * x - sin * y, sin * x + cos * y], axis=2)

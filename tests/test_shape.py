@@ -1,0 +1,105 @@
+import cv2
+import numpy as np
+import pytest
+
+from lgcn_fast import ShapeModel
+from lgcn_fast.prediction import WEIGHTS
+from lgcn_fast.shape import similarity_basis
+
+
+def similar(points, size, angle, shift):
+    cos, sin = np.cos(angle), np.sin(angle)
+    return size * points @ np.array([[cos, sin], [-sin, cos]]) + shift
+
+
+@pytest.fixture
+def shapes(random):
+    """Faces of 10 points with two modes, anywhere, of any size, turned by up to 40 degrees."""
+    base, modes = random.normal(size=(10, 2)), random.normal(size=(2, 10, 2)) * 0.1
+    return np.stack(
+        [
+            similar(
+                base + np.tensordot(random.normal(size=2) * (1, 0.5), modes, 1),
+                random.uniform(10, 100),
+                random.uniform(-0.7, 0.7),
+                random.uniform(-200, 200, 2),
+            )
+            for _ in range(300)
+        ]
+    )
+
+
+def test_finds_the_modes_and_nothing_else(shapes):
+    model = ShapeModel.fit(shapes, modes=6)
+    # Two modes make nearly all of the variance; what is left is the curvature of aligning sizes and turns.
+    assert model.variances[:2].sum() > 0.98 * model.variances.sum()
+    assert np.all(np.diff(model.variances) <= 0)
+    assert len(ShapeModel.fit(shapes, modes=0.9).modes) <= 2
+
+
+def test_modes_are_orthonormal_and_free_of_position_size_and_turn(shapes):
+    model = ShapeModel.fit(shapes, modes=6)
+    flat = model.modes.reshape(len(model.modes), -1)
+    np.testing.assert_allclose(flat @ flat.T, np.eye(len(flat)), atol=1e-10)
+    np.testing.assert_allclose(flat @ similarity_basis(model.mean).reshape(4, -1).T, 0, atol=1e-9)
+    np.testing.assert_allclose(model.mean.mean(axis=0), 0, atol=1e-12)
+    assert (model.mean**2).sum(axis=1).mean() == pytest.approx(1)
+
+
+def test_does_not_depend_on_where_faces_are(shapes, random):
+    moved = np.stack(
+        [similar(s, random.uniform(0.1, 9), random.uniform(-0.3, 0.3), random.normal(size=2)) for s in shapes]
+    )
+    one, two = ShapeModel.fit(shapes, 2), ShapeModel.fit(np.stack(moved), 2)
+    np.testing.assert_allclose(one.variances, two.variances, rtol=1e-6)
+
+
+def test_partly_labelled_shapes_are_left_out(shapes):
+    holes = shapes.copy()
+    holes[::3, 4] = np.nan
+    complete = np.delete(shapes, np.s_[::3], axis=0)
+    np.testing.assert_allclose(ShapeModel.fit(holes, 2).variances, ShapeModel.fit(complete, 2).variances)
+
+
+def test_no_more_modes_than_the_shapes_have(random):
+    assert len(ShapeModel.fit(random.normal(size=(4, 3, 2)), 12).modes) <= 2  # 6 coordinates, 4 similarities
+    single = ShapeModel.fit(random.normal(size=(5, 1, 2)), 12)
+    assert single.modes.shape == (0, 1, 2)
+    assert np.isfinite(single.mean).all()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "modes", "message"),
+    [
+        (np.zeros((3, 4)), 1, r"shapes: expected \(M, N, 2\), got \(3, 4\)"),
+        (np.full((3, 4, 2), np.nan), 1, "at least two complete ones, got 0"),
+        (np.eye(8).reshape(8, 4, 2), -1, "modes: expected 0 or more, got -1"),
+        (np.eye(8).reshape(8, 4, 2), 1.5, r"modes: expected a share .* got 1.5"),
+    ],
+)
+def test_bad_input_is_named(shapes, modes, message):
+    with pytest.raises(ValueError, match=message):
+        ShapeModel.fit(shapes, modes)
+
+
+def test_round_trip_and_picture(shapes, tmp_path):
+    model = ShapeModel.fit(shapes, 3)
+    model.save(tmp_path / "shape.safetensors")
+    loaded = ShapeModel.load(tmp_path / "shape.safetensors")
+    for name in ("mean", "modes", "variances"):
+        np.testing.assert_array_equal(getattr(model, name), getattr(loaded, name))
+    model.draw(tmp_path / "modes.png")
+    assert cv2.imread(str(tmp_path / "modes.png")).std() > 5
+
+
+def test_other_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"lgcn-nano\.safetensors: expected a shape model"):
+        ShapeModel.load(WEIGHTS / "lgcn-nano.safetensors")
+
+
+def test_shipped_model_is_a_face():
+    model = ShapeModel.load(WEIGHTS / "shape-68.safetensors")
+    assert model.mean.shape == (68, 2)
+    eyes, mouth = model.mean[36:48].mean(axis=0), model.mean[48:].mean(axis=0)
+    assert eyes[1] < 0 < mouth[1]
+    assert model.mean[36, 0] < model.mean[45, 0]
