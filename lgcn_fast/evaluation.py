@@ -13,7 +13,7 @@ from .datasets import Face
 from .drawing import contact_sheet, draw_landmarks
 from .images import crop, face_box, square_box, to_crop
 from .landmarks import SCHEMES
-from .prediction import predict
+from .prediction import CHUNK, predict
 
 FAILURE = 0.1
 """Faces with an error above this share of the inter-ocular distance count as failures."""
@@ -107,9 +107,12 @@ def evaluate(
     faces = [face for face in faces if np.isfinite(face.points).any()]
     if not faces:
         raise ValueError("faces: expected at least one labelled face, got none")
-    boxes = np.stack([face_box(face.points) for face in faces])
-    predicted = predict([face.image(color=True) for face in faces], boxes, model, **options).points
-    return Evaluation(faces, predicted, np.stack([face.points for face in faces]), normalisation)
+    predicted = []
+    for start in range(0, len(faces), CHUNK):
+        part = faces[start : start + CHUNK]
+        boxes = [face_box(face.points) for face in part]
+        predicted.append(predict([face.image(color=True) for face in part], boxes, model, **options).points)
+    return Evaluation(faces, np.concatenate(predicted), np.stack([face.points for face in faces]), normalisation)
 
 
 def with_mean_shape(evaluation: Evaluation, mean_shape: np.ndarray) -> Evaluation:

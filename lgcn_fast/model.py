@@ -137,3 +137,19 @@ def _pad_to_grid(x: Tensor, step: int) -> Tensor:
     if height % step or width % step:
         x = F.pad(x, (0, -width % step, 0, -height % step), mode="replicate")
     return x
+
+
+def checked_device(name: str) -> torch.device:
+    """A torch device that is there.
+
+    Raises:
+        ValueError: an unknown name, or CUDA where torch finds no GPU.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        build = "this PyTorch is built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA GPU"
+        raise ValueError(f"device: expected one that is there, got {name!r}, but {build}")
+    return device

@@ -28,7 +28,7 @@ from .datasets import is_validation
 from .evaluation import landmark_errors
 from .images import to_crop
 from .losses import lgcn_loss
-from .model import LGCN
+from .model import LGCN, checked_device
 from .operators import gaussian_sum_banded
 from .peaks import peak_centroids
 from .recipes import Recipe
@@ -68,7 +68,7 @@ class Trainer:
         check_cache(cache, options)
         self.cache, self.options, self.folder = cache, options, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.device = torch.device(options.device)
+        self.device = checked_device(options.device)
         torch.manual_seed(options.seed)
         self.model = LGCN(options.config)
         self.model.kernel_convolution.operator = gaussian_sum_banded
@@ -303,8 +303,6 @@ def check_cache(cache: CropCache, options: TrainingOptions) -> None:
         raise ValueError(f"shares: expected numbers in 0..1 for sets among {known}, got {options.shares}")
     if options.epochs is not None and options.epochs < 1:
         raise ValueError(f"epochs: expected at least 1, got {options.epochs}")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("device: expected a device that torch sees, got 'cuda', but torch finds no CUDA GPU")
 
 
 def commit() -> str | None:

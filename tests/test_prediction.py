@@ -121,6 +121,7 @@ NAN_IMAGE = np.full((9, 9), np.nan, np.float32)
         (np.full((9, 9), 300.0), "got 300 to 300"),
         ("face.jpg", "expected a NumPy array, torch tensor or list of them, got str"),
         ([np.zeros((2, 9, 9), np.uint8)], r"batch\[0\]: expected one image, got 2"),
+        (np.zeros((1, 1, 17000), np.uint8), r"boxes\[0\]: expected a face of at most 16384"),
         ([np.zeros((9, 9), np.uint8), NAN_IMAGE], r"batch\[1\]: expected finite"),
     ],
 )
@@ -137,6 +138,7 @@ def test_bad_batches_are_named(batch, message):
         ([[0, 0, 0, 10]], r"boxes\[0\]"),
         ([[0, 0, np.nan, 10]], r"boxes\[0\]"),
         ([[0, 0, np.inf, 10]], r"boxes\[0\]"),
+        ([[0, 0, 1e9, 1e9]], r"boxes\[0\]: expected a face of at most 16384 pixels a side, got 1000000000"),
         ([[0, 0, 10]], r"boxes: expected x, y, width, height for 1 images, got shape \(1, 3\)"),
         ([[0, 0, 10, 10]] * 2, r"got shape \(2, 4\)"),
     ],
@@ -144,6 +146,18 @@ def test_bad_batches_are_named(batch, message):
 def test_bad_boxes_are_named(gray, boxes, message):
     with pytest.raises(ValueError, match=message):
         predict(gray, boxes)
+
+
+def test_kinds_of_images_may_mix(gray):
+    points = predict([gray, gray.astype(np.float32), torch.from_numpy(gray) / 255]).points
+    np.testing.assert_allclose(points[1:], points[:1].repeat(2, axis=0), atol=0.02)
+
+
+@pytest.mark.parametrize("device", ["cuda", "nothing", "cuda:99"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_devices_that_are_not_there_are_named(gray, device):
+    with pytest.raises(ValueError, match=f"device: expected .* got '{device}'"):
+        predict(gray, device=device)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (500, 3), (97, 95)])

@@ -1,0 +1,76 @@
+"""Times measured side by side: rounds of A, B, A, B, ..., medians with 20/80 quantiles, and ratios."""
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lgcn_fast.training import commit
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def compare(functions: dict[str, Callable[[], object]], rounds: int = 15, seconds: float = 0.05) -> dict[str, dict]:
+    """Time functions in turns; each turn runs a function until `seconds` are over.
+
+    Returns:
+        By name: median, 20 and 80 % quantile of the time of one call in milliseconds, and `ratio`, how many times
+        longer the first function takes.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            calls, start = 0, time.perf_counter()
+            while calls == 0 or time.perf_counter() - start < seconds:
+                function()
+                calls += 1
+            times[name].append(1e3 * (time.perf_counter() - start) / calls)
+    first = np.median(next(iter(times.values())))
+    rows = {}
+    for name, values in times.items():
+        low, median, high = np.quantile(values, (0.2, 0.5, 0.8))
+        rows[name] = {"median_ms": median, "q20_ms": low, "q80_ms": high, "ratio": first / median}
+    return rows
+
+
+def show(title: str, rows: dict[str, dict]) -> None:
+    """Print a table of `compare`."""
+    print(f"\n{title}\n{'':<44}{'median ms':>11}{'20 %':>10}{'80 %':>10}{'ratio':>9}")
+    for name, row in rows.items():
+        print(f"{name:<44}{row['median_ms']:>11.3f}{row['q20_ms']:>10.3f}{row['q80_ms']:>10.3f}{row['ratio']:>8.1f}x")
+
+
+def save(name: str, results: dict) -> None:
+    """Write results with machine, versions and commit where `--save` is given."""
+    parser = argparse.ArgumentParser(description=f"Benchmark {name}.")
+    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}/{name}.json")
+    if parser.parse_args().save:
+        machine = {
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "commit": commit(),
+        }
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    """Model and flags of the processor that matter here, as `lscpu` has them."""
+    text = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    flags = set(fields.get("Flags", "").split())
+    extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return (
+        f"{fields.get('Model name', platform.machine()).strip()}, {fields['CPU(s)'].strip()} cores, {' '.join(extras)}"
+    )
