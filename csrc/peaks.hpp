@@ -188,13 +188,16 @@ inline Moments window_moments(const Heatmap& map, double centre_x, double centre
                           bound(std::floor(centre_x + radius) + 1, map.width), threshold);
 }
 
+inline std::int64_t thread_count(int num_threads) {
+    return std::max<std::int64_t>(num_threads > 0 ? num_threads : std::thread::hardware_concurrency(), 1);
+}
+
 // Calls work(i) for i in [0, count) on several threads, each index on one of them, so that results do not depend on
 // their number; `pixels` is the work behind one index. Starting a thread costs about as much as 200,000 pixels.
 template <typename Work>
 void parallel_for(std::int64_t count, std::int64_t pixels, int num_threads, const Work& work) {
-    const std::int64_t available = num_threads > 0 ? num_threads : std::thread::hardware_concurrency();
     const std::int64_t useful = std::min(count, count * pixels / 200000 + 1);
-    const std::int64_t threads = std::max<std::int64_t>(std::min(available, useful), 1);
+    const std::int64_t threads = std::max<std::int64_t>(std::min(thread_count(num_threads), useful), 1);
     const auto part = [&](std::int64_t t) {
         for (std::int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i) work(i);
     };

@@ -1,15 +1,32 @@
 """Fast functions of lgcn_fast on plain arrays: C++ on several threads, without the GIL.
 
-Each has the name, the signature and the meaning of its reference in `lgcn_fast.peaks`. All take heatmaps (B, N, H, W)
-float32, of which contiguous ones are not copied; `num_threads=0` is all cores, and results do not depend on it. They
-raise ValueError for another dtype or number of dimensions, heatmaps without pixels, or points that are not finite.
+Each has the name, the signature and the meaning of its reference in `lgcn_fast.peaks` or `lgcn_fast.operators`. All
+take heatmaps (B, N, H, W) float32, of which contiguous ones are not copied; `num_threads=0` is all cores, and results
+do not depend on it. They raise ValueError for another dtype or number of dimensions, heatmaps without pixels, or points
+that are not finite.
 """
 
 import numpy as np
 
 from . import _native
 
-__all__ = ["local_maxima", "nearest_peaks", "peak_centroids", "window_moments"]
+__all__ = ["gaussian_sum", "local_maxima", "nearest_peaks", "peak_centroids", "window_moments"]
+
+
+def gaussian_sum(
+    x: np.ndarray,
+    kernel_size: int = 45,
+    sigmas: tuple[float, ...] = (1.0, 3.0, 5.0, 7.0, 9.0),
+    num_threads: int = 0,
+) -> np.ndarray:
+    """Convolve every map with the sum of Gaussians K of Eq. 1; the reference is `lgcn_fast.gaussian_sum`.
+
+    Separable passes in fp32 with SIMD; a Gaussian ends where its taps are below the rounding of fp32.
+
+    Returns:
+        (B, C, H, W) float32.
+    """
+    return _native.gaussian_sum(_contiguous(x), kernel_size, sigmas, num_threads)
 
 
 def peak_centroids(heatmaps: np.ndarray, num_threads: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+import lgcn_fast_kernels
 from lgcn_fast.operators import band_matrices, gaussian_sum, gaussian_sum_banded, gaussian_taps
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 96, 96), (1, 2, 7, 113), (1, 1, 44, 46), (2, 1, 45, 1), (1, 5, 23, 97)]
-KERNELS = [(45, (1.0, 3.0, 5.0, 7.0, 9.0)), (9, (2.0,)), (1, (1.0, 4.0))]
+KERNELS = [(45, (1.0, 3.0, 5.0, 7.0, 9.0)), (9, (2.0,)), (1, (1.0, 4.0)), (101, (0.2, 30.0, 2.0))]
 
 
 def kernel_of_equation_1(size: int, sigmas: tuple[float, ...]) -> np.ndarray:
@@ -25,7 +26,11 @@ def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize("operator", [gaussian_sum, gaussian_sum_banded])
+def native(x: torch.Tensor, kernel_size: int = 45, sigmas=(1.0, 3.0, 5.0, 7.0, 9.0)) -> torch.Tensor:
+    return torch.from_numpy(lgcn_fast_kernels.gaussian_sum(x.numpy(), kernel_size, sigmas))
+
+
+@pytest.mark.parametrize("operator", [gaussian_sum, gaussian_sum_banded, native])
 @pytest.mark.parametrize(("size", "sigmas"), KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_equation_1_in_float64(operator, size, sigmas, shape, random):
@@ -69,3 +74,19 @@ def test_band_matrices_made_in_inference_mode_serve_training():
     x = torch.ones(1, 1, 8, 8, requires_grad=True)
     gaussian_sum_banded(x).sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+def test_native_does_not_depend_on_threads(random):
+    x = random.normal(size=(2, 5, 33, 40)).astype(np.float32)
+    expected = lgcn_fast_kernels.gaussian_sum(x, num_threads=1)
+    for threads in (0, 3, 64):
+        np.testing.assert_array_equal(lgcn_fast_kernels.gaussian_sum(x, num_threads=threads), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((44,), "kernel_size: expected an odd"), ((45, ()), "sigmas: expected"), ((45, (0.0,)), "sigmas: expected")],
+)
+def test_native_names_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lgcn_fast_kernels.gaussian_sum(np.zeros((1, 1, 4, 4), np.float32), *arguments)

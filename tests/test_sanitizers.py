@@ -28,6 +28,8 @@ for shape in shapes:
         for threads in (1, 5):
             _native.peak_centroids(maps, threads)
             _native.local_maxima(maps, 0.5, threads)
+            for size, sigmas in ((45, (1.0, 9.0)), (1, (2.0,)), (101, (0.1, 50.0, 3.0))):
+                _native.gaussian_sum(maps, size, sigmas, threads)
             _native.window_moments(maps, None, 0.0, 0.01, threads)
             for spread in (1, 1e3, 1e300):
                 points = random.normal(size=(*shape[:2], 2)) * spread

@@ -1,0 +1,152 @@
+// The kernel convolution (Eq. 1) on heatmaps: a sum of separable Gaussians. C++17 with GCC's or Clang's vector types, no
+// Python; the reference is lgcn_fast/operators.py.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+// One binary for all x86-64 processors: the loader picks the version for the widest registers there are.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define LGCN_EVERY_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define LGCN_EVERY_SIMD
+#endif
+
+namespace lgcn {
+
+// Sixteen floats at any address; compilers split them where registers are narrower.
+typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+constexpr std::int64_t kLaneCount = 16;
+constexpr std::int64_t kBlock = 2 * kLaneCount;
+// Rows that a pass along y computes together: a row that is read serves all of them.
+constexpr std::int64_t kRows = 4;
+
+inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
+inline void store(float* p, Lanes lanes) { *reinterpret_cast<Lanes*>(p) = lanes; }
+
+// The 1-D Gaussians whose outer products add up to K.
+struct Gaussians {
+    std::int64_t radius;              // of the truncated kernel, pixels
+    std::vector<std::int64_t> reach;  // of each: beyond it all taps are less than the rounding of fp32
+    std::vector<float> taps;          // (S, 2 radius + 1 + 2 kRows), centred, zero beyond reach
+
+    Gaussians(std::int64_t kernel_size, const std::vector<double>& sigmas) : radius(kernel_size / 2) {
+        const double scale = 1 / std::sqrt(static_cast<double>(sigmas.size()));
+        for (const double sigma : sigmas) {
+            std::vector<float> line(static_cast<std::size_t>(2 * (radius + kRows) + 1), 0.0f);
+            std::int64_t furthest = 0;
+            for (std::int64_t k = 0; k <= radius; ++k) {
+                const double tap = std::exp(-static_cast<double>(k * k) / (2 * sigma * sigma));
+                if (tap < 1.0 / (1 << 25)) break;
+                line[static_cast<std::size_t>(radius + kRows + k)] = static_cast<float>(tap * scale);
+                line[static_cast<std::size_t>(radius + kRows - k)] = static_cast<float>(tap * scale);
+                furthest = k;
+            }
+            reach.push_back(furthest);
+            taps.insert(taps.end(), line.begin(), line.end());
+        }
+    }
+
+    const float* centre_of(std::size_t s) const {
+        return taps.data() + static_cast<std::int64_t>(s) * (2 * (radius + kRows) + 1) + radius + kRows;
+    }
+};
+
+namespace detail {
+
+// pairs[k] = row shifted by k to the left + row shifted by k to the right (k = 0: the row): all Gaussians need the same.
+LGCN_EVERY_SIMD inline void add_pairs(const float* row, std::int64_t radius, std::int64_t stride, float* pairs) {
+    for (std::int64_t x = 0; x < stride; x += kLaneCount) {
+        store(pairs + x, load(row + x));
+        for (std::int64_t k = 1; k <= radius; ++k) store(pairs + k * stride + x, load(row + x - k) + load(row + x + k));
+    }
+}
+
+// Two or eight sums side by side, here and below, keep the arithmetic units busy while each waits for its last addition.
+LGCN_EVERY_SIMD inline void blur_along_x(const float* pairs, const float* taps, std::int64_t reach, std::int64_t stride,
+                                         float* out) {
+    for (std::int64_t x = 0; x < stride; x += kBlock) {
+        Lanes left = {}, right = {};
+        for (std::int64_t k = 0; k <= reach; ++k) {
+            left += taps[k] * load(pairs + k * stride + x);
+            right += taps[k] * load(pairs + k * stride + x + kLaneCount);
+        }
+        store(out + x, left);
+        store(out + x + kLaneCount, right);
+    }
+}
+
+// Adds kRows rows, blurred along y, to out.
+LGCN_EVERY_SIMD inline void blur_along_y(const float* rows, const float* taps, std::int64_t reach, std::int64_t stride,
+                                         float* out) {
+    for (std::int64_t x = 0; x < stride; x += kBlock) {
+        Lanes left[kRows], right[kRows];
+        for (std::int64_t r = 0; r < kRows; ++r) {
+            left[r] = load(out + r * stride + x);
+            right[r] = load(out + r * stride + x + kLaneCount);
+        }
+        for (std::int64_t j = -reach; j < reach + kRows; ++j) {
+            const Lanes row_left = load(rows + j * stride + x), row_right = load(rows + j * stride + x + kLaneCount);
+            for (std::int64_t r = 0; r < kRows; ++r) {
+                left[r] += taps[j - r] * row_left;
+                right[r] += taps[j - r] * row_right;
+            }
+        }
+        for (std::int64_t r = 0; r < kRows; ++r) {
+            store(out + r * stride + x, left[r]);
+            store(out + r * stride + x + kLaneCount, right[r]);
+        }
+    }
+}
+
+}  // namespace detail
+
+// K * map for maps of one size; holds the buffers of one thread.
+class GaussianSum {
+public:
+    GaussianSum(const Gaussians& gaussians, std::int64_t height, std::int64_t width)
+        : gaussians_(gaussians),
+          height_(height),
+          width_(width),
+          stride_((width + kBlock - 1) / kBlock * kBlock),
+          plane_((height + 2 * gaussians.radius + kRows) * stride_),
+          row_(static_cast<std::size_t>(stride_ + 2 * gaussians.radius)),
+          pairs_(static_cast<std::size_t>((gaussians.radius + 1) * stride_)),
+          // Rows above and below the map are never written: the zero padding along y.
+          blurred_(gaussians.reach.size() * static_cast<std::size_t>(plane_)),
+          sum_(static_cast<std::size_t>((height + kRows) * stride_)) {}
+
+    void operator()(const float* map, float* out) {
+        const std::int64_t radius = gaussians_.radius;
+        const std::size_t width_bytes = static_cast<std::size_t>(width_) * sizeof(float);
+        for (std::int64_t y = 0; y < height_; ++y) {
+            std::memcpy(row_.data() + radius, map + y * width_, width_bytes);
+            detail::add_pairs(row_.data() + radius, radius, stride_, pairs_.data());
+            for (std::size_t s = 0; s < gaussians_.reach.size(); ++s)
+                detail::blur_along_x(pairs_.data(), gaussians_.centre_of(s), gaussians_.reach[s], stride_,
+                                     plane(s) + y * stride_);
+        }
+        std::fill(sum_.begin(), sum_.end(), 0.0f);
+        for (std::int64_t y = 0; y < height_; y += kRows)
+            for (std::size_t s = 0; s < gaussians_.reach.size(); ++s)
+                detail::blur_along_y(plane(s) + y * stride_, gaussians_.centre_of(s), gaussians_.reach[s], stride_,
+                                     sum_.data() + y * stride_);
+        for (std::int64_t y = 0; y < height_; ++y)
+            std::memcpy(out + y * width_, sum_.data() + y * stride_, width_bytes);
+    }
+
+private:
+    float* plane(std::size_t s) {
+        return blurred_.data() + static_cast<std::int64_t>(s) * plane_ + gaussians_.radius * stride_;
+    }
+
+    const Gaussians& gaussians_;
+    std::int64_t height_, width_, stride_, plane_;
+    std::vector<float> row_, pairs_, blurred_, sum_;
+};
+
+}  // namespace lgcn
