@@ -6,9 +6,20 @@
 
 from .checkpoints import load_model
 from .config import LGCNConfig
+from .engine import Engine
 from .model import LGCN, Heatmaps
 from .operators import gaussian_sum
 from .prediction import Landmarks, predict
 from .shape import ShapeModel
 
-__all__ = ["LGCN", "Heatmaps", "LGCNConfig", "Landmarks", "ShapeModel", "gaussian_sum", "load_model", "predict"]
+__all__ = [
+    "LGCN",
+    "Engine",
+    "Heatmaps",
+    "LGCNConfig",
+    "Landmarks",
+    "ShapeModel",
+    "gaussian_sum",
+    "load_model",
+    "predict",
+]

@@ -109,15 +109,12 @@ class LGCN(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        if images.ndim != 4 or images.shape[1] != self.config.in_channels or 0 in images.shape:
-            raise ValueError(
-                f"images: expected (B, {self.config.in_channels}, H, W) without empty sides, got {tuple(images.shape)}"
-            )
+        check_images(images, self.config.in_channels)
         step = self.config.shuffle
         height, width = images.shape[2:]
         x = (images.to(self.main.weight.dtype) / 128 - 1) * 0.1
         if step > 1:
-            x = F.pixel_unshuffle(_pad_to_grid(x, step), step)
+            x = F.pixel_unshuffle(pad_to_grid(x, step), step)
         features = self.local_subnet(x)
         maps = self.main(features)
         if self.side is not None:
@@ -126,12 +123,18 @@ class LGCN(nn.Module):
         blurred = self.kernel_convolution(F.pixel_shuffle(maps, step)[..., :height, :width])
         local = blurred[:, : self.config.num_landmarks]
         # Means of step x step pixels lose little: K is a low-pass.
-        context = F.avg_pool2d(_pad_to_grid(blurred, step), step) if step > 1 else blurred
+        context = F.avg_pool2d(pad_to_grid(blurred, step), step) if step > 1 else blurred
         refined = F.pixel_shuffle(self.refine(self.global_subnet(context)), step)[..., :height, :width]
         return Heatmaps(local, local + refined)
 
 
-def _pad_to_grid(x: Tensor, step: int) -> Tensor:
+def check_images(images: Tensor, channels: int) -> None:
+    """Raise ValueError where a batch is not what a network takes."""
+    if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape:
+        raise ValueError(f"images: expected (B, {channels}, H, W) without empty sides, got {tuple(images.shape)}")
+
+
+def pad_to_grid(x: Tensor, step: int) -> Tensor:
     """Pad right and bottom with the border's values to multiples of `step`."""
     height, width = x.shape[2:]
     if height % step or width % step:

@@ -1,6 +1,5 @@
 """Landmarks of images: `predict`, the main entry point."""
 
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,11 +13,10 @@ from torch import Tensor
 import lgcn_fast_kernels
 
 from .checkpoints import load_model
+from .engine import Engine
 from .fitting import fit as fit_shape
 from .images import crop, from_crop, square_box
-from .losses import probabilities
-from .model import LGCN, checked_device
-from .operators import gaussian_sum_banded
+from .model import LGCN
 from .shape import ShapeModel
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -46,7 +44,7 @@ class Landmarks:
 def predict(
     batch: Any,
     boxes: Any = None,
-    model: LGCN | Path | str | None = None,
+    model: Engine | LGCN | Path | str | None = None,
     fit: bool = True,
     shape: ShapeModel | Path | str | None = None,
     device: str = "cpu",
@@ -59,11 +57,12 @@ def predict(
             0..255 (where the largest value is above 1).
         boxes: (B, 4) x, y, width, height of the faces in pixels, about 1.17 times the tight square around the
             landmarks. Default: the whole image. Boxes that are not square become the square around their centre.
-        model: a network (it is copied, not changed), or the path of its weights. Default: the one in the package.
+        model: an engine, a network, or the path of its weights. Default: the one in the package. Engines of files are
+            kept and used again; one for a network is built in every call.
         fit: fit a shape model to the heatmaps, which filters outliers and reconstructs hidden points (section 3.3);
             otherwise each point is the maximum of its heatmap.
         shape: the shape model, or its file. Default: the one in the package for the model's number of landmarks.
-        device: where the network runs, a torch device.
+        device: where the network runs, "cpu" or "cuda"; an engine brings its own.
 
     Returns:
         `Landmarks` of all images, in the order given.
@@ -75,22 +74,15 @@ def predict(
     images = as_images(batch)
     boxes = _square_boxes(boxes, images)
     _check_sides(boxes)
-    if isinstance(model, LGCN):
-        network = _prepared(deepcopy(model), device)
-    else:
-        network = _loaded(Path(model or DEFAULT_WEIGHTS), device)
+    engine = _engine(model, device)
     if fit and not isinstance(shape, ShapeModel):
-        shape = _loaded_shape(_shape_path(shape, network.config.num_landmarks))
-    size, threads = network.config.input_size, torch.get_num_threads()
+        shape = _loaded_shape(_shape_path(shape, engine.config.num_landmarks))
+    size, threads = engine.config.input_size, torch.get_num_threads()
     points, scores = [], []
     for start in range(0, len(images), CHUNK):
         part = zip(images[start : start + CHUNK], boxes[start : start + CHUNK], strict=True)
-        crops = torch.stack([network_input(image, box, size, network.config.in_channels) for image, box in part])
-        with torch.inference_mode():
-            heatmaps = network(crops.to(device)).output
-            if network.config.loss == "cross_entropy":
-                heatmaps = probabilities(heatmaps)
-        heatmaps = heatmaps.float().cpu().contiguous().numpy()
+        crops = torch.stack([network_input(image, box, size, engine.config.in_channels) for image, box in part])
+        heatmaps = engine.heatmaps(crops).cpu().numpy()
         if fit:
             fitted = fit_shape(shape, heatmaps, lgcn_fast_kernels, threads)
             found, values = fitted.points, fitted.certainties
@@ -203,11 +195,12 @@ def _loaded_shape(path: Path) -> ShapeModel:
     return ShapeModel.load(path)
 
 
+def _engine(model: Engine | LGCN | Path | str | None, device: str) -> Engine:
+    if isinstance(model, Engine):
+        return model
+    return Engine(model, device) if isinstance(model, LGCN) else _loaded(Path(model or DEFAULT_WEIGHTS), device)
+
+
 @lru_cache(maxsize=8)
-def _loaded(path: Path, device: str) -> LGCN:
-    return _prepared(load_model(path), device)
-
-
-def _prepared(model: LGCN, device: str) -> LGCN:
-    model.kernel_convolution.operator = gaussian_sum_banded
-    return model.eval().to(checked_device(device), memory_format=torch.channels_last)
+def _loaded(path: Path, device: str) -> Engine:
+    return Engine(load_model(path), device)

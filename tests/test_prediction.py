@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import lgcn_fast
-from lgcn_fast import LGCN, LGCNConfig, ShapeModel, predict
+from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model, predict
 from lgcn_fast.datasets import read_300w
 from lgcn_fast.evaluation import evaluate, summary
 from lgcn_fast.images import crop, face_box, read_image, square_box
+from lgcn_fast.prediction import DEFAULT_WEIGHTS
 
 FACE = [82, 70, 124, 124]
 
@@ -82,6 +83,12 @@ def test_a_given_model_is_used_and_not_changed(gray):
     assert predict(gray, model=model, fit=False).points.shape == (1, 5, 2)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_given_engine_is_used(gray):
+    engine = Engine(load_model(DEFAULT_WEIGHTS), precision="fp32")
+    difference = np.abs(predict(gray, model=engine).points - predict(gray, model=DEFAULT_WEIGHTS).points)
+    assert np.median(difference) < 0.05  # the default may be bf16
 
 
 def test_a_shape_model_of_ones_own(gray, random, tmp_path):
