@@ -61,6 +61,7 @@ def network(name: str, config: LGCNConfig | None, rates: dict[str, float]) -> di
 def kernel_convolution() -> dict[str, dict]:
     """136 maps of 96 x 96."""
     maps = torch.randn(1, 136, 96, 96)
+    half = maps.bfloat16()
     threads = torch.get_num_threads()
     with torch.inference_mode():
         ours = lgcn_fast_kernels.gaussian_sum(maps.numpy())
@@ -68,7 +69,7 @@ def kernel_convolution() -> dict[str, dict]:
         functions = {
             "grouped convolution (gaussian_sum)": lambda: gaussian_sum(maps),
             "matrix products, fp32": lambda: gaussian_sum_banded(maps),
-            "matrix products, bf16": lambda m=maps.bfloat16(): gaussian_sum_banded(m),
+            "matrix products, bf16": lambda: gaussian_sum_banded(half),
             "native, 1 thread": lambda: lgcn_fast_kernels.gaussian_sum(maps.numpy(), num_threads=1),
             f"native, {threads} threads": lambda: lgcn_fast_kernels.gaussian_sum(maps.numpy(), num_threads=threads),
         }
