@@ -8,25 +8,13 @@
 #include <cstring>
 #include <vector>
 
-// One binary for all x86-64 processors: the loader picks the version for the widest registers there are.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#define LGCN_EVERY_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LGCN_EVERY_SIMD
-#endif
+#include "simd.hpp"
 
 namespace lgcn {
 
-// Sixteen floats at any address; compilers split them where registers are narrower.
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-constexpr std::int64_t kLaneCount = 16;
 constexpr std::int64_t kBlock = 2 * kLaneCount;
 // Rows that a pass along y computes together: a row that is read serves all of them.
 constexpr std::int64_t kRows = 4;
-
-inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
-inline void store(float* p, Lanes lanes) { *reinterpret_cast<Lanes*>(p) = lanes; }
 
 // The 1-D Gaussians whose outer products add up to K.
 struct Gaussians {

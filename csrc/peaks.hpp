@@ -8,6 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "simd.hpp"
+
 namespace lgcn {
 
 // One heatmap: row-major pixels. NaN counts as minus infinity.
@@ -59,15 +61,30 @@ inline Peak centroid(const Heatmap& map, std::int64_t y, std::int64_t x) {
     return peak;
 }
 
-// The first largest pixel, rows first, with its centroid. A maximum per row is a reduction that compilers vectorise;
-// only a row that beats all rows before it is searched for the position.
+// Largest value of a row; NaN is never larger.
+LGCN_EVERY_SIMD inline float row_maximum(const float* row, std::int64_t width) {
+    float largest = -std::numeric_limits<float>::infinity();
+    std::int64_t x = 0;
+    if (width >= kLaneCount) {
+        Lanes lanes = largest - Lanes{};
+        for (; x + kLaneCount <= width; x += kLaneCount) {
+            const Lanes values = load(row + x);
+            lanes = values > lanes ? values : lanes;
+        }
+        for (std::int64_t lane = 0; lane < kLaneCount; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
+    }
+    for (; x < width; ++x) largest = row[x] > largest ? row[x] : largest;
+    return largest;
+}
+
+// The first largest pixel, rows first, with its centroid: only a row that beats all rows before it is searched for the
+// position.
 inline Peak peak_centroid(const Heatmap& map) {
     float best = -std::numeric_limits<float>::infinity();
     std::int64_t index = 0;
     for (std::int64_t y = 0; y < map.height; ++y) {
         const float* row = map.data + y * map.width;
-        float largest = -std::numeric_limits<float>::infinity();
-        for (std::int64_t x = 0; x < map.width; ++x) largest = row[x] > largest ? row[x] : largest;
+        const float largest = row_maximum(row, map.width);
         if (largest > best) {
             best = largest;
             index = y * map.width + (std::find(row, row + map.width, largest) - row);
@@ -95,8 +112,9 @@ template <typename Found>
 void for_each_local_maximum(const Heatmap& map, float threshold, Found found) {
     for (std::int64_t y = 0; y < map.height; ++y) {
         const float* row = map.data + y * map.width;
+        // Cheap tests first: most rows and pixels fail one of them.
+        if (!(row_maximum(row, map.width) > threshold)) continue;
         for (std::int64_t x = 0; x < map.width; ++x) {
-            // Cheap tests first: most pixels fail one of them.
             if (!(row[x] > threshold)) continue;
             if (x + 1 < map.width && row[x + 1] > row[x]) continue;
             if (x > 0 && row[x - 1] >= row[x]) continue;
@@ -142,34 +160,49 @@ inline Peak nearest_peak(const Heatmap& map, double target_x, double target_y, f
     return centroid(map, best_y, best_x);
 }
 
+// Sums of w^2 and w^2 x over the pixels of a row with a value w above the threshold. fp32 is enough for the few pixels of
+// a lane; everything beyond adds up in double.
+LGCN_EVERY_SIMD inline void row_moments(const float* row, std::int64_t width, float threshold, double* sum,
+                                        double* sum_x) {
+    Lanes sums = {}, sums_x = {};
+    Lanes position = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    std::int64_t x = 0;
+    for (; x + kLaneCount <= width; x += kLaneCount) {
+        const Lanes values = load(row + x);
+        const Lanes w = values > threshold ? values : Lanes{};
+        sums += w * w;
+        sums_x += w * w * position;
+        position += static_cast<float>(kLaneCount);
+    }
+    *sum = *sum_x = 0;
+    if (x > 0 && x < width) {
+        // The rest of a row together with pixels that are counted already and left out.
+        const Lanes values = load(row + width - kLaneCount);
+        const Lanes again = position + static_cast<float>(width - kLaneCount - x);
+        const Lanes first = static_cast<float>(x) + Lanes{};
+        const Lanes w = (values > threshold) & (again >= first) ? values : Lanes{};
+        sums += w * w;
+        sums_x += w * w * again;
+        x = width;
+    }
+    for (; x < width; ++x) {
+        const double w = row[x] > threshold ? row[x] : 0.0f;
+        *sum += w * w;
+        *sum_x += w * w * static_cast<double>(x);
+    }
+    for (std::int64_t lane = 0; lane < kLaneCount; ++lane) {
+        *sum += sums[lane];
+        *sum_x += sums_x[lane];
+    }
+}
+
 // Moments of the pixels above the threshold in the rows [y0, y1) and columns [x0, x1).
 inline Moments window_moments(const Heatmap& map, std::int64_t y0, std::int64_t y1, std::int64_t x0, std::int64_t x1,
                               float threshold) {
-    // Rows are summed in fp32 (at most some hundred pixels a lane) with positions relative to the window, exact there;
-    // rows add up in double. A fixed number of lanes lets the compiler use SIMD and fixes the order of additions.
-    constexpr std::int64_t kLanes = 16;
     Moments moments;
     for (std::int64_t y = y0; y < y1; ++y) {
-        const float* row = map.data + y * map.width + x0;
-        const std::int64_t length = x1 - x0;
-        float sums[kLanes] = {}, sums_x[kLanes] = {};
-        std::int64_t x = 0;
-        for (; x + kLanes <= length; x += kLanes)
-            for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-                const float w = row[x + lane] > threshold ? row[x + lane] : 0.0f;
-                sums[lane] += w * w;
-                sums_x[lane] += w * w * static_cast<float>(x + lane);
-            }
-        for (std::int64_t lane = 0; x < length; ++x, ++lane) {
-            const float w = row[x] > threshold ? row[x] : 0.0f;
-            sums[lane] += w * w;
-            sums_x[lane] += w * w * static_cast<float>(x);
-        }
-        double sum = 0, sum_x = 0;
-        for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-            sum += sums[lane];
-            sum_x += sums_x[lane];
-        }
+        double sum, sum_x;
+        row_moments(map.data + y * map.width + x0, x1 - x0, threshold, &sum, &sum_x);
         moments.w2 += sum;
         moments.w2x += sum_x + sum * static_cast<double>(x0);
         moments.w2y += sum * static_cast<double>(y);
