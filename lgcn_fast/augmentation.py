@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
+FIXED_VARIANTS = 18
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -19,7 +21,7 @@ class Augmentation:
     shift: float = 0.0
     """Largest shift of the box along x and y, as a share of its side."""
     fixed: bool = False
-    """The paper's fixed set: mirrored or not, scale and rotation at their ends or none, 18 in all."""
+    """The paper's fixed set of `FIXED_VARIANTS`: scale and rotation at their ends or none, mirrored or not."""
     contrast: float = 0.0
     """Largest relative change of contrast; half of it, of the value range, the largest change of brightness."""
     blur: float = 0.0
@@ -58,6 +60,7 @@ def augment(
     augmentation: Augmentation,
     mirror_order: tuple[int, ...] | None,
     random: Generator,
+    draw: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one augmented crop.
 
@@ -67,19 +70,22 @@ def augment(
         box: (4,) face box in `image`.
         size: side of the result in pixels.
         mirror_order: the scheme's mirror permutation; None where it is not known: never mirrored.
+        draw: which variant of a fixed set, modulo their number.
 
     Returns:
         (size, size) or (size, size, 3) uint8, and (N, 2) float32 in its pixels.
     """
     if augmentation.fixed:
-        scale, rotation = random.integers(-1, 2, 2)
+        mirror, turn = divmod(draw % FIXED_VARIANTS, 9)
+        scale, rotation = turn // 3 - 1, turn % 3 - 1
     else:
+        mirror = random.random() < 0.5
         scale, rotation = random.uniform(-1, 1, 2)
     shift = random.uniform(-1, 1, 2) * augmentation.shift
     matrix = transform_matrix(box, size, 1 + scale * augmentation.scale, rotation * augmentation.rotation, shift)
     image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     points = points @ matrix[:, :2].T + matrix[:, 2]
-    if augmentation.mirror and mirror_order is not None and random.random() < 0.5:
+    if mirror and augmentation.mirror and mirror_order is not None:
         image = np.ascontiguousarray(image[:, ::-1])
         points = points[list(mirror_order)]
         points[:, 0] = size - 1 - points[:, 0]

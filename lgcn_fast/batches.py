@@ -13,7 +13,7 @@ from .landmarks import SCHEMES
 
 
 class AugmentedCrops(Dataset):
-    """Crops of a cache by (epoch, index): the same key always gives the same augmented crop."""
+    """Crops of a cache by (draw, index): the same key always gives the same augmented crop."""
 
     def __init__(self, cache: CropCache, augmentation: Augmentation, size: int, seed: int) -> None:
         self.cache, self.augmentation, self.size, self.seed = cache, augmentation, size, seed
@@ -22,8 +22,8 @@ class AugmentedCrops(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Image (C, size, size) uint8 and points (1, N, 2) float32."""
-        epoch, index = key
-        random = np.random.default_rng((self.seed, epoch, index))
+        draw, index = key
+        random = np.random.default_rng((self.seed, draw, index))
         cache = self.cache
         image, points = augment(
             cache.images[index], cache.points[index], cache.boxes[index],
@@ -34,23 +34,25 @@ class AugmentedCrops(Dataset):
 
 
 class EpochBatches:
-    """Batches of (epoch, index) keys: a fresh order and a fresh draw of the partly used sets in every epoch."""
+    """Batches of (draw, index) keys: a fresh order and a fresh choice from the partly used sets in every epoch."""
 
-    def __init__(self, indices: np.ndarray, shares: np.ndarray, batch_size: int, seed: int) -> None:
+    def __init__(self, indices: np.ndarray, shares: np.ndarray, batch_size: int, seed: int, repeats: int = 1) -> None:
         """Args:
         indices: (M,) crops to draw from.
         shares: (M,) share of the crops with the same share that an epoch draws.
+        repeats: how often an epoch draws each of the crops that it has chosen.
         """
         self.parts = [(indices[shares == share], round(share * (shares == share).sum())) for share in np.unique(shares)]
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
         self.epoch = 0
 
     def __len__(self) -> int:
-        return max(sum(count for _, count in self.parts) // self.batch_size, 1)
+        return max(self.repeats * sum(count for _, count in self.parts) // self.batch_size, 1)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         random = np.random.default_rng((self.seed, self.epoch))
         chosen = np.concatenate([random.choice(part, count, replace=False) for part, count in self.parts])
-        random.shuffle(chosen)
-        for batch in np.array_split(chosen[: len(self) * self.batch_size], len(self)):
-            yield [(self.epoch, int(index)) for index in batch]
+        draws = self.epoch * self.repeats + np.arange(self.repeats)
+        keys = random.permutation([(draw, index) for draw in draws.tolist() for index in chosen.tolist()])
+        for batch in np.array_split(keys[: len(self) * self.batch_size], len(self)):
+            yield [(int(draw), int(index)) for draw, index in batch]

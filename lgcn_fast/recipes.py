@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn, optim
 
-from .augmentation import Augmentation
+from .augmentation import FIXED_VARIANTS, Augmentation
 
 PAPER_RATES = ((11, 1e-3), (21, 5e-4), (31, 2e-4), (41, 1e-4), (51, 5e-5), (math.inf, 2e-5))
 """Learning rate per sample before each epoch (authors' published configuration)."""
@@ -19,6 +19,8 @@ class Recipe:
     batch_size: int
     epochs: int
     augmentation: Augmentation
+    repeats: int = 1
+    """How often an epoch draws each crop; the paper's epoch goes through its fixed set of 18."""
     ema_decay: float = 0.0
     """Decay per step of the averaged weights that are validated and kept; 0: the weights themselves."""
     clip_value: float | None = None
@@ -52,7 +54,14 @@ class Recipe:
 
 
 RECIPES = {
-    "paper": Recipe("paper", batch_size=20, epochs=100, augmentation=Augmentation(fixed=True), clip_value=0.1),
+    "paper": Recipe(
+        "paper",
+        batch_size=20,
+        epochs=100,
+        augmentation=Augmentation(fixed=True),
+        repeats=FIXED_VARIANTS,
+        clip_value=0.1,
+    ),
     "fast": Recipe(
         "fast",
         batch_size=8,

@@ -80,8 +80,9 @@ class Trainer:
         self.validation = np.flatnonzero(validation & (shares > 0) & ~np.isnan(cache.points).all((1, 2)))
         self.validation_shares = shares[self.validation]
         self.chosen = np.flatnonzero(~validation & (shares > 0))
-        self.batches = EpochBatches(self.chosen, shares[self.chosen], options.recipe.batch_size, options.seed)
-        crops = AugmentedCrops(cache, options.recipe.augmentation, options.config.input_size, options.seed)
+        recipe = options.recipe
+        self.batches = EpochBatches(self.chosen, shares[self.chosen], recipe.batch_size, options.seed, recipe.repeats)
+        crops = AugmentedCrops(cache, recipe.augmentation, options.config.input_size, options.seed)
         workers = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
         pinned = self.device.type == "cuda"
         self.loader = DataLoader(crops, batch_sampler=self.batches, pin_memory=pinned, **workers)

@@ -111,3 +111,13 @@ def test_several_threads_at_once(demo_picture):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_same_heatmaps(demo_picture):
+    model = load_model(DEFAULT_WEIGHTS)
+    image = torch.from_numpy(read_image(demo_picture))[None, None, 70:194, 82:206].contiguous()
+    engine = Engine(model, device="cuda")
+    assert (engine.backend, engine.precision) == ("eager", "fp32")
+    # TF32 products, where they are on, keep 10 bits.
+    torch.testing.assert_close(engine.heatmaps(image).cpu().double(), eager(model, image), rtol=1e-2, atol=5e-3)
