@@ -194,6 +194,7 @@ def _add_train(commands) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--network", choices=NETWORKS, default="nano", help="nano, or the number of filters")
     parser.add_argument("--recipe", choices=RECIPES, default="fast")
+    parser.add_argument("--init", type=Path, help="weights to start from instead of random ones")
     parser.add_argument("--epochs", type=int, help="default: what fits the time budget, or the recipe's number")
     parser.add_argument("--time-budget", type=float, metavar="MINUTES", help="stop this call in time, to be taken up")
     parser.add_argument(
@@ -217,6 +218,7 @@ def _run_train(options: argparse.Namespace) -> int:
         config=_network(options.network, cache.num_landmarks, cache.channels, options.loss.replace("-", "_")),
         recipe=RECIPES[options.recipe],
         epochs=options.epochs,
+        init=options.init,
         seed=options.seed,
         shares=dict(options.share),
         device=options.device,
@@ -241,7 +243,7 @@ def _add_fit_shape(commands) -> None:
     parser.add_argument("--sets", nargs="+", metavar="SET", help="sets of the cache to learn from; default: all")
     parser.add_argument("--shapes", type=Path, nargs="+", default=[], metavar="NPZ",
                         help="more shapes: .npz files with `landmarks` (M, N, 2)")  # fmt: skip
-    parser.add_argument("--modes", type=int, default=12, help="number of principal components")
+    parser.add_argument("--modes", type=int, default=20, help="number of principal components")
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file; a picture goes beside it")
 
 

@@ -21,9 +21,12 @@ CERTAIN = 0.1
 """Heatmap maxima of at least this value give the first rotation and size."""
 FALLBACK = 10
 """The best maxima that do, where fewer than two are certain."""
-NOISE = 200.0
+NOISE = 50.0
 """What a pixel's equation is worth against the prior: square pixels, times the sum of squared weights of a landmark.
-A clear heatmap has a sum of about 90 within 7 px: it places its landmark to about 1.5 px."""
+A clear heatmap has a sum of about 90 within 7 px: it places its landmark to better than a pixel."""
+TRUST = 0.5
+"""How much the final points listen to a heatmap's maximum where the network is as certain as can be. (The authors' code
+has 1. Half of it was better on the validation faces, by 0.1 points of the median error.)"""
 SIZE_SPREAD, SHIFT_SPREAD = 0.3, 1.0
 """Prior standard deviations: of size and turn, as a share of the first guess; of the position, as a share of the
 heatmap's side."""
@@ -34,7 +37,7 @@ class Fit:
     """Landmarks of a batch of faces, fitted to their heatmaps."""
 
     points: Array
-    """(B, N, 2), pixels: the shape where the network is not certain, the heatmap's maximum where it is."""
+    """(B, N, 2), pixels: the shape, drawn to the nearest maxima of the heatmaps where the network is certain."""
     shapes: Array
     """(B, N, 2), pixels: the shape model's own points."""
     coefficients: Array
@@ -185,8 +188,9 @@ def _fit(model: ShapeModel, heatmaps: Array, reductions: ModuleType, num_threads
     certainties = xp.clip(xp.astype(values, xp.float64), 0.0, 1.0)
     total = xp.sum(certainties, axis=1)
     squared = xp.sum(certainties * xp.sum((points - shapes) ** 2, axis=2), axis=1) / xp.where(total > 0, total, 1.0)
+    trust = TRUST * certainties[..., None]
     return Fit(
-        points=certainties[..., None] * points + (1 - certainties[..., None]) * shapes,
+        points=trust * points + (1 - trust) * shapes,
         shapes=shapes,
         coefficients=coefficients,
         certainties=certainties,

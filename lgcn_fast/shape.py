@@ -32,7 +32,7 @@ class ShapeModel:
     """(K,) float64, largest first."""
 
     @classmethod
-    def fit(cls, shapes: np.ndarray, modes: int | float = 12) -> Self:
+    def fit(cls, shapes: np.ndarray, modes: int | float = 20) -> Self:
         """Learn a model: Procrustes alignment (rotations by Kabsch's algorithm), then a PCA.
 
         Args:

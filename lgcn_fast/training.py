@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .augmentation import Augmentation
 from .batches import AugmentedCrops, EpochBatches
-from .checkpoints import load_tensors, save_model, save_tensors
+from .checkpoints import load_model, load_tensors, save_model, save_tensors
 from .config import LGCNConfig
 from .crops import CropCache
 from .datasets import is_validation
@@ -46,6 +46,8 @@ class TrainingOptions:
     recipe: Recipe
     epochs: int | None = None
     """Length of the schedule. None: what fits `time_budget`, or the recipe's number."""
+    init: Path | None = None
+    """Weights of a trained model to start from; None: random ones."""
     seed: int = 0
     shares: dict[str, float] = field(default_factory=dict)
     """Share of a set (as named in the cache) that an epoch draws, where it is not all."""
@@ -71,6 +73,11 @@ class Trainer:
         self.device = checked_device(options.device)
         torch.manual_seed(options.seed)
         self.model = LGCN(options.config)
+        if options.init:
+            start = load_model(options.init)
+            if start.config != options.config:
+                raise ValueError(f"{options.init}: expected weights of {options.config}, got {start.config}")
+            self.model.load_state_dict(start.state_dict())
         self.model.kernel_convolution.operator = gaussian_sum_banded
         self.model.to(self.device, memory_format=torch.channels_last)
         self.averaged = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True)
@@ -203,6 +210,7 @@ class Trainer:
             "recipe": asdict(self.options.recipe),
             "epochs": self.epochs,
             "epoch": self.epoch,
+            "init": str(self.options.init) if self.options.init else None,
             "seed": self.options.seed,
             "data": counts,
             "shares": self.options.shares,
@@ -283,6 +291,7 @@ class Trainer:
         values = (
             asdict(options.config),
             asdict(options.recipe),
+            str(options.init),
             options.seed,
             options.shares,
             options.amp,

@@ -118,6 +118,17 @@ def test_learns_and_keeps_the_best(cache, tmp_path):
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
+def test_starts_from_given_weights(cache, tmp_path):
+    first = Trainer(cache, tmp_path / "first", replace(OPTIONS, epochs=20))
+    first.run()
+    weights = tmp_path / "first" / "best.safetensors"
+    second = Trainer(cache, tmp_path / "second", replace(OPTIONS, init=weights))
+    assert 100 * second.validate() == pytest.approx(first.best, abs=0.1)
+    assert second.card()["init"] == str(weights)
+    with pytest.raises(ValueError, match=r"best\.safetensors: expected weights of .*filters=16"):
+        Trainer(cache, tmp_path / "third", replace(OPTIONS, init=weights, config=replace(CONFIG, filters=16)))
+
+
 def test_cross_entropy_trains(cache, tmp_path):
     config = replace(CONFIG, loss="cross_entropy")
     trainer = Trainer(cache, tmp_path, replace(OPTIONS, config=config))
