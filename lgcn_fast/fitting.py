@@ -78,25 +78,40 @@ def fit(model: ShapeModel, heatmaps: Array, reductions: ModuleType = peaks, num_
         ValueError: another number of landmarks, dimensions or pixels.
     """
 
-    def solve(basis: Array, guess: _Guess, prior: Array, precision: Array, centres: Array, radius: float) -> Array:
-        moments = reductions.window_moments(heatmaps, centres, radius, num_threads=num_threads)
-        return solve_moments(basis, guess.cos, guess.sin, prior, precision, moments)
+    basis = _basis(model, heatmaps)
+    products = basis_products(basis)
 
-    return _fit(model, heatmaps, reductions, num_threads, solve)
+    def solve(guess: _Guess, prior: Array, precision: Array, centres: Array, radius: float) -> Array:
+        moments = reductions.window_moments(heatmaps, centres, radius, num_threads=num_threads)
+        return solve_moments(basis, products, guess.cos, guess.sin, prior, precision, moments)
+
+    return _fit(model, heatmaps, basis, reductions, num_threads, solve)
 
 
 def fit_reference(model: ShapeModel, heatmaps: np.ndarray) -> Fit:
     """What `fit` computes, with the equations of all pixels written out and solved one face at a time in float64."""
 
-    def solve(basis, guess, prior, precision, centres, radius):
+    basis = _basis(model, heatmaps)
+
+    def solve(guess, prior, precision, centres, radius):
         per_face = zip(guess.cos, guess.sin, prior, precision, heatmaps, strict=True)
         windows = [None] * len(heatmaps) if centres is None else centres
         return np.stack([solve_pixels(basis, *face, c, radius) for face, c in zip(per_face, windows, strict=True)])
 
-    return _fit(model, heatmaps, peaks, 0, solve)
+    return _fit(model, heatmaps, basis, peaks, 0, solve)
 
 
-def solve_moments(basis: Array, cos: Array, sin: Array, prior: Array, precision: Array, moments: Array) -> Array:
+def basis_products(basis: Array) -> Array:
+    """`B_i^T B_i` of every landmark, as `solve_moments` needs them: (P, N, 2) to (N, P * P)."""
+    xp = array_namespace(basis)
+    x, y = basis[..., 0], basis[..., 1]
+    products = x[:, None, :] * x[None, ...] + y[:, None, :] * y[None, ...]
+    return xp.matrix_transpose(xp.reshape(products, (-1, basis.shape[1])))
+
+
+def solve_moments(
+    basis: Array, products: Array, cos: Array, sin: Array, prior: Array, precision: Array, moments: Array
+) -> Array:
     """Weighted least squares over pixels, from their moments alone.
 
     In the frame of the shape model, turned by R against the image, the point of landmark i is `q_i = B_i theta` with
@@ -111,6 +126,7 @@ def solve_moments(basis: Array, cos: Array, sin: Array, prior: Array, precision:
 
     Args:
         basis: (P, N, 2).
+        products: (N, P * P), see `basis_products`.
         cos: (B,) of the rotation R.
         sin: (B,).
         prior: (B, P).
@@ -122,15 +138,13 @@ def solve_moments(basis: Array, cos: Array, sin: Array, prior: Array, precision:
     """
     xp = array_namespace(basis, moments)
     count = basis.shape[0]
-    products = xp.sum(basis[:, None, ...] * basis[None, ...], axis=3)  # (P, P, N): B_i^T B_i
-    products = xp.matrix_transpose(xp.reshape(products, (count * count, -1)))
     left = xp.reshape(xp.matmul(moments[..., 0], products), (-1, count, count))
     left = left + precision[:, :, None] * xp.eye(count, dtype=basis.dtype, device=device(basis))
     cos, sin = cos[:, None], sin[:, None]
     turned_x = cos * moments[..., 1] + sin * moments[..., 2]
     turned_y = cos * moments[..., 2] - sin * moments[..., 1]
-    right = xp.matmul(turned_x, xp.matrix_transpose(basis[..., 0]))
-    right = right + xp.matmul(turned_y, xp.matrix_transpose(basis[..., 1])) + precision * prior
+    right = xp.matmul(turned_x, xp.matrix_transpose(basis[..., 0])) + precision * prior
+    right = right + xp.matmul(turned_y, xp.matrix_transpose(basis[..., 1]))
     return xp.linalg.solve(left, right[..., None])[..., 0]
 
 
@@ -166,20 +180,27 @@ def solve_pixels(
     return np.linalg.lstsq(np.concatenate(rows), np.concatenate(values))[0]
 
 
-def _fit(model: ShapeModel, heatmaps: Array, reductions: ModuleType, num_threads: int, solve: Callable) -> Fit:
+def _basis(model: ShapeModel, heatmaps: Array) -> Array:
+    """What the unknowns do to the points, (P, N, 2): size, turn, two shifts, and the modes."""
     if heatmaps.ndim != 4 or heatmaps.shape[1] != model.num_landmarks or 0 in heatmaps.shape[2:]:
         expected = f"(B, {model.num_landmarks}, H, W) with at least one pixel"
         raise ValueError(f"heatmaps: expected {expected}, got {tuple(heatmaps.shape)}")
     xp = array_namespace(heatmaps)
-    kind = {"dtype": xp.float64, "device": device(heatmaps)}
-    basis = xp.asarray(np.concatenate([similarity_basis(model.mean), model.modes]), **kind)
-    variances = xp.asarray(model.variances, **kind)
+    basis = np.concatenate([similarity_basis(model.mean), model.modes])
+    return xp.asarray(basis, dtype=xp.float64, device=device(heatmaps))
+
+
+def _fit(
+    model: ShapeModel, heatmaps: Array, basis: Array, reductions: ModuleType, num_threads: int, solve: Callable
+) -> Fit:
+    xp = array_namespace(heatmaps)
+    variances = xp.asarray(model.variances, dtype=xp.float64, device=device(heatmaps))
     height, width = heatmaps.shape[2:]
     guess = _first_guess(model, *reductions.peak_centroids(heatmaps, num_threads=num_threads), max(height, width))
     shapes = None
     for radius in RADII:
         prior, precision = _prior(guess, variances, height, width)
-        theta = solve(basis, guess, prior, precision, shapes, radius or 0.0)
+        theta = solve(guess, prior, precision, shapes, radius or 0.0)
         shapes = _shapes(basis, guess, theta)
         coefficients = theta[:, 4:] / (guess.size[:, None] * variances**0.5)
         guess = _next_guess(guess, theta)
