@@ -85,22 +85,30 @@ def _has_bf16() -> bool:
 
 
 class _Convolution:
-    """Convolution, bias and, if wanted, ReLU in one oneDNN call, its filters packed once; channels-last in and out."""
+    """Convolution, bias and, if wanted, ReLU, channels-last in and out: one oneDNN call, its filters packed once.
+
+    Where PyTorch is built without oneDNN (macOS), the same with PyTorch's own operators.
+    """
 
     def __init__(self, convolution: nn.Conv2d, scale: float, relu: bool, dtype: torch.dtype) -> None:
         """Args:
         scale: factor of what comes in, folded into the filters.
         """
         self.geometry = [list(convolution.padding), list(convolution.stride), list(convolution.dilation), 1]
-        weight = (convolution.weight * scale).to(dtype)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, None)
+        self.weight = (convolution.weight * scale).to(dtype)
         self.bias = convolution.bias.to(dtype)
-        self.activation = "relu" if relu else "none"
+        self.relu = relu
+        self.packed = torch.backends.mkldnn.is_available()
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, *self.geometry, self.activation, [], ""
-        )
+        if not self.packed:
+            padding, stride, dilation, groups = self.geometry
+            x = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
+            return x.relu_() if self.relu else x
+        activation = "relu" if self.relu else "none"
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.geometry, activation, [], "")
 
 
 class _FoldedNetwork:

@@ -51,6 +51,14 @@ def test_fp32_is_the_model(name, height, width):
     torch.testing.assert_close(heatmaps.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_without_onednn_it_is_the_model_too(monkeypatch):
+    model = randomised(CONFIGS["plain"])
+    images = torch.randint(0, 256, (1, 1, 40, 30), dtype=torch.uint8)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    heatmaps, expected = Engine(model, precision="fp32").heatmaps(images), eager(model, images)
+    torch.testing.assert_close(heatmaps.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["plain", "nano"])
 def test_bf16_is_no_worse_than_twice_torch_in_bf16(name):
     model = randomised(CONFIGS[name])

@@ -160,6 +160,19 @@ def test_rounds_are_those_of_the_paper():
     assert fitting.RADII == (None, 20, 7)
 
 
+@pytest.mark.gpu
+def test_cupy_gives_the_same_fit_on_torchs_stream(model, random):
+    import cupy
+
+    heatmaps = heatmaps_of(faces(model, random)) + random.normal(size=(4, 68, 96, 96)).astype(np.float32) * 0.01
+    expected = fit(model, heatmaps)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), cupy.cuda.ExternalStream(stream.cuda_stream):
+        fitted = fit(model, cupy.from_dlpack(torch.from_numpy(heatmaps).cuda()))
+        points = torch.from_dlpack(fitted.points).cpu()
+    np.testing.assert_allclose(points.numpy(), expected.points, atol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def real(data):
     """Heatmaps of the shipped model and labels of the LFPW test set, in pixels of the 96 x 96 crops."""
