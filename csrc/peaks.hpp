@@ -77,19 +77,39 @@ LGCN_EVERY_SIMD inline float row_maximum(const float* row, std::int64_t width) {
     return largest;
 }
 
-// The first largest pixel, rows first, with its centroid: only a row that beats all rows before it is searched for the
-// position.
-inline Peak peak_centroid(const Heatmap& map) {
-    float best = -std::numeric_limits<float>::infinity();
+// Index of the first largest of some values, 0 where none is larger than minus infinity.
+LGCN_EVERY_SIMD inline std::int64_t first_maximum(const float* values, std::int64_t count) {
+    // Each lane keeps its own first maximum and the block it was in.
+    const float lowest = -std::numeric_limits<float>::infinity();
+    float largest = lowest;
+    Lanes best = lowest - Lanes{};
+    LaneIndices best_block = {};
+    std::int32_t block = 0;
+    for (; (block + 1) * kLaneCount <= count; ++block) {
+        const Lanes candidates = load(values + block * kLaneCount);
+        const auto larger = candidates > best;
+        best = larger ? candidates : best;
+        best_block = larger ? block - LaneIndices{} : best_block;
+    }
     std::int64_t index = 0;
-    for (std::int64_t y = 0; y < map.height; ++y) {
-        const float* row = map.data + y * map.width;
-        const float largest = row_maximum(row, map.width);
-        if (largest > best) {
-            best = largest;
-            index = y * map.width + (std::find(row, row + map.width, largest) - row);
+    for (std::int64_t lane = 0; lane < kLaneCount; ++lane) {
+        const std::int64_t its_index = best_block[lane] * kLaneCount + lane;
+        if (best[lane] > largest || (best[lane] == largest && largest > lowest && its_index < index)) {
+            largest = best[lane];
+            index = its_index;
         }
     }
+    for (std::int64_t i = block * kLaneCount; i < count; ++i)
+        if (values[i] > largest) {
+            largest = values[i];
+            index = i;
+        }
+    return index;
+}
+
+// The first largest pixel, rows first, with its centroid.
+inline Peak peak_centroid(const Heatmap& map) {
+    const std::int64_t index = first_maximum(map.data, map.height * map.width);
     return centroid(map, index / map.width, index % map.width);
 }
 
@@ -160,53 +180,52 @@ inline Peak nearest_peak(const Heatmap& map, double target_x, double target_y, f
     return centroid(map, best_y, best_x);
 }
 
-// Sums of w^2 and w^2 x over the pixels of a row with a value w above the threshold. fp32 is enough for the few pixels of
-// a lane; everything beyond adds up in double.
-LGCN_EVERY_SIMD inline void row_moments(const float* row, std::int64_t width, float threshold, double* sum,
-                                        double* sum_x) {
-    Lanes sums = {}, sums_x = {};
-    Lanes position = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    std::int64_t x = 0;
-    for (; x + kLaneCount <= width; x += kLaneCount) {
-        const Lanes values = load(row + x);
-        const Lanes w = values > threshold ? values : Lanes{};
-        sums += w * w;
-        sums_x += w * w * position;
-        position += static_cast<float>(kLaneCount);
-    }
-    *sum = *sum_x = 0;
-    if (x > 0 && x < width) {
-        // The rest of a row together with pixels that are counted already and left out.
-        const Lanes values = load(row + width - kLaneCount);
-        const Lanes again = position + static_cast<float>(width - kLaneCount - x);
-        const Lanes first = static_cast<float>(x) + Lanes{};
-        const Lanes w = (values > threshold) & (again >= first) ? values : Lanes{};
-        sums += w * w;
-        sums_x += w * w * again;
-        x = width;
-    }
-    for (; x < width; ++x) {
-        const double w = row[x] > threshold ? row[x] : 0.0f;
-        *sum += w * w;
-        *sum_x += w * w * static_cast<double>(x);
-    }
-    for (std::int64_t lane = 0; lane < kLaneCount; ++lane) {
-        *sum += sums[lane];
-        *sum_x += sums_x[lane];
-    }
-}
-
-// Moments of the pixels above the threshold in the rows [y0, y1) and columns [x0, x1).
-inline Moments window_moments(const Heatmap& map, std::int64_t y0, std::int64_t y1, std::int64_t x0, std::int64_t x1,
-                              float threshold) {
+// Moments of the pixels with a value w above the threshold in the rows [y0, y1) and columns [x0, x1). Lanes of a row add
+// up in fp32, which is enough for so few pixels and for positions counted from x0; rows add up in double.
+LGCN_EVERY_SIMD inline Moments window_moments(const Heatmap& map, std::int64_t y0, std::int64_t y1, std::int64_t x0,
+                                              std::int64_t x1, float threshold) {
+    const std::int64_t width = x1 - x0;
+    const Lanes lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    WideLanes w2 = {}, w2x = {}, w2y = {};
     Moments moments;
     for (std::int64_t y = y0; y < y1; ++y) {
-        double sum, sum_x;
-        row_moments(map.data + y * map.width + x0, x1 - x0, threshold, &sum, &sum_x);
-        moments.w2 += sum;
-        moments.w2x += sum_x + sum * static_cast<double>(x0);
-        moments.w2y += sum * static_cast<double>(y);
+        const float* row = map.data + y * map.width + x0;
+        Lanes sums = {}, sums_x = {}, position = lane_numbers;
+        std::int64_t x = 0;
+        for (; x + kLaneCount <= width; x += kLaneCount) {
+            const Lanes values = load(row + x);
+            const Lanes w = values > threshold ? values : Lanes{};
+            sums += w * w;
+            sums_x += w * w * position;
+            position += static_cast<float>(kLaneCount);
+        }
+        if (x > 0 && x < width) {
+            // The rest of the row, together with pixels that are counted already and left out.
+            const Lanes values = load(row + width - kLaneCount);
+            const Lanes again = lane_numbers + static_cast<float>(width - kLaneCount);
+            const Lanes first = static_cast<float>(x) + Lanes{};
+            const Lanes w = (values > threshold) & (again >= first) ? values : Lanes{};
+            sums += w * w;
+            sums_x += w * w * again;
+            x = width;
+        }
+        const WideLanes wide = __builtin_convertvector(sums, WideLanes);
+        w2 += wide;
+        w2x += __builtin_convertvector(sums_x, WideLanes);
+        w2y += wide * static_cast<double>(y);
+        for (; x < width; ++x) {
+            const double w = row[x] > threshold ? row[x] : 0.0f;
+            moments.w2 += w * w;
+            moments.w2x += w * w * static_cast<double>(x);
+            moments.w2y += w * w * static_cast<double>(y);
+        }
     }
+    for (std::int64_t lane = 0; lane < kLaneCount; ++lane) {
+        moments.w2 += w2[lane];
+        moments.w2x += w2x[lane];
+        moments.w2y += w2y[lane];
+    }
+    moments.w2x += moments.w2 * static_cast<double>(x0);
     return moments;
 }
 

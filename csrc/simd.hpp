@@ -15,6 +15,8 @@ namespace lgcn {
 
 // Sixteen floats at any address (GCC's and Clang's vector type); compilers split them where registers are narrower.
 typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+typedef std::int32_t LaneIndices __attribute__((vector_size(64)));
+typedef double WideLanes __attribute__((vector_size(128)));
 constexpr std::int64_t kLaneCount = 16;
 
 inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }

@@ -102,11 +102,11 @@ def fit_reference(model: ShapeModel, heatmaps: np.ndarray) -> Fit:
 
 
 def basis_products(basis: Array) -> Array:
-    """`B_i^T B_i` of every landmark, as `solve_moments` needs them: (P, N, 2) to (N, P * P)."""
+    """`B_i^T B_i` of every landmark, as `solve_moments` needs them: (P, N, 2) to (P * P, N)."""
     xp = array_namespace(basis)
     x, y = basis[..., 0], basis[..., 1]
     products = x[:, None, :] * x[None, ...] + y[:, None, :] * y[None, ...]
-    return xp.matrix_transpose(xp.reshape(products, (-1, basis.shape[1])))
+    return xp.reshape(products, (-1, basis.shape[1]))
 
 
 def solve_moments(
@@ -126,7 +126,7 @@ def solve_moments(
 
     Args:
         basis: (P, N, 2).
-        products: (N, P * P), see `basis_products`.
+        products: (P * P, N), see `basis_products`.
         cos: (B,) of the rotation R.
         sin: (B,).
         prior: (B, P).
@@ -138,7 +138,8 @@ def solve_moments(
     """
     xp = array_namespace(basis, moments)
     count = basis.shape[0]
-    left = xp.reshape(xp.matmul(moments[..., 0], products), (-1, count, count))
+    # No matrix product: BLAS would start threads for it that are still spinning when the next round needs the cores.
+    left = xp.reshape(xp.vecdot(moments[:, None, :, 0], products[None, ...]), (-1, count, count))
     left = left + precision[:, :, None] * xp.eye(count, dtype=basis.dtype, device=device(basis))
     cos, sin = cos[:, None], sin[:, None]
     turned_x = cos * moments[..., 1] + sin * moments[..., 2]
