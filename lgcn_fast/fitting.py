@@ -101,16 +101,32 @@ def fit_reference(model: ShapeModel, heatmaps: np.ndarray) -> Fit:
     return _fit(model, heatmaps, basis, peaks, 0, solve)
 
 
-def basis_products(basis: Array) -> Array:
-    """`B_i^T B_i` of every landmark, as `solve_moments` needs them: (P, N, 2) to (P * P, N)."""
+def basis_products(basis: Array) -> tuple[Array, Array]:
+    """`B_i^T B_i` of every landmark, as `solve_moments` needs them: symmetric, so half of each.
+
+    Args:
+        basis: (P, N, 2).
+
+    Returns:
+        products (P (P + 1) / 2, N); places (P * P,), where in them each element of a (P, P) matrix stands.
+    """
     xp = array_namespace(basis)
-    x, y = basis[..., 0], basis[..., 1]
-    products = x[:, None, :] * x[None, ...] + y[:, None, :] * y[None, ...]
-    return xp.reshape(products, (-1, basis.shape[1]))
+    count = basis.shape[0]
+    rows, columns = np.triu_indices(count)
+    places = np.empty((count, count), np.int64)
+    places[rows, columns] = places[columns, rows] = np.arange(len(rows))
+    left, right = (xp.take(basis, xp.asarray(i, device=device(basis)), axis=0) for i in (rows, columns))
+    return xp.sum(left * right, axis=2), xp.asarray(places.ravel(), device=device(basis))
 
 
 def solve_moments(
-    basis: Array, products: Array, cos: Array, sin: Array, prior: Array, precision: Array, moments: Array
+    basis: Array,
+    products: tuple[Array, Array],
+    cos: Array,
+    sin: Array,
+    prior: Array,
+    precision: Array,
+    moments: Array,
 ) -> Array:
     """Weighted least squares over pixels, from their moments alone.
 
@@ -126,7 +142,7 @@ def solve_moments(
 
     Args:
         basis: (P, N, 2).
-        products: (P * P, N), see `basis_products`.
+        products: see `basis_products`.
         cos: (B,) of the rotation R.
         sin: (B,).
         prior: (B, P).
@@ -139,7 +155,8 @@ def solve_moments(
     xp = array_namespace(basis, moments)
     count = basis.shape[0]
     # No matrix product: BLAS would start threads for it that are still spinning when the next round needs the cores.
-    left = xp.reshape(xp.vecdot(moments[:, None, :, 0], products[None, ...]), (-1, count, count))
+    halves = xp.vecdot(moments[:, None, :, 0], products[0][None, ...])
+    left = xp.reshape(xp.take(halves, products[1], axis=1), (-1, count, count))
     left = left + precision[:, :, None] * xp.eye(count, dtype=basis.dtype, device=device(basis))
     cos, sin = cos[:, None], sin[:, None]
     turned_x = cos * moments[..., 1] + sin * moments[..., 2]
