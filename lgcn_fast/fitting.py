@@ -43,7 +43,7 @@ class Fit:
     coefficients: Array
     """(B, K): of the modes, in units of their standard deviations in the training shapes."""
     certainties: Array
-    """(B, N) in 0..1: the heatmap's value at the local maximum nearest to the shape."""
+    """(B, N) in 0..1: the heatmap's value at the local maximum nearest to the shape, 0 where none is within 7 px."""
     residuals: Array
     """(B,): root mean square distance from the shape to the nearest local maxima, weighted by the certainties, over
     the face's size; infinite where no landmark has any certainty."""
@@ -224,7 +224,9 @@ def _fit(
         guess = _next_guess(guess, theta)
     points, values = reductions.nearest_peaks(heatmaps, shapes, threshold=0.01, num_threads=num_threads)
     points = xp.astype(points, xp.float64)
-    certainties = xp.clip(xp.astype(values, xp.float64), 0.0, 1.0)
+    # A maximum outside the last window is a false one, however high.
+    near = xp.max(xp.abs(points - shapes), axis=2) <= RADII[-1]
+    certainties = xp.where(near, xp.clip(xp.astype(values, xp.float64), 0.0, 1.0), 0.0)
     total = xp.sum(certainties, axis=1)
     squared = xp.sum(certainties * xp.sum((points - shapes) ** 2, axis=2), axis=1) / xp.where(total > 0, total, 1.0)
     trust = TRUST * certainties[..., None]

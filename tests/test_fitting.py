@@ -107,7 +107,7 @@ def test_false_peaks_are_filtered(model, random):
     wrong = random.random((8, 68)) < 0.2
     moved = np.where(wrong[..., None], random.uniform(5, 90, points.shape), points)
     fitted = fit(model, heatmaps_of(moved), lgcn_fast_kernels)
-    assert np.median(distances(fitted.shapes, points)[wrong]) < 2
+    assert np.median(distances(fitted.points, points)[wrong]) < 2
 
 
 HARD = {
