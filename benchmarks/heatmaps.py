@@ -8,7 +8,6 @@ import torch
 import lgcn_fast
 from lgcn_fast.cli import DEMO_BOX
 from lgcn_fast.images import read_image, square_box
-from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import DEFAULT_WEIGHTS, network_input
 
 
@@ -19,7 +18,5 @@ def real_heatmaps(count: int) -> np.ndarray:
     jitter = np.pad(random.uniform(-6, 6, (count, 2)), ((0, 0), (0, 2)))
     boxes = [square_box(box) for box in np.array(DEMO_BOX) + jitter]
     crops = torch.stack([network_input(image, box, 96, 1) for box in boxes])
-    network = lgcn_fast.load_model(DEFAULT_WEIGHTS)
-    network.kernel_convolution.operator = gaussian_sum_banded
-    with torch.inference_mode():
-        return torch.cat([network(part).output for part in crops.split(8)]).contiguous().numpy()
+    engine = lgcn_fast.Engine(lgcn_fast.load_model(DEFAULT_WEIGHTS), precision="fp32")
+    return torch.cat([engine.heatmaps(part) for part in crops.split(8)]).numpy()

@@ -12,6 +12,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from . import peaks
+from .images import BOX_ENLARGEMENT
 from .shape import ShapeModel, similarity_basis
 
 Array = Any
@@ -256,7 +257,7 @@ def _first_guess(model: ShapeModel, points: Array, values: Array, side: int) -> 
     length = xp.hypot(along, across)
     spread = xp.sum(source**2, axis=(1, 2))
     # The size of a face that fills the heatmap; one that is far from it is no guess to build on.
-    nominal = side / 1.17 / max(float(np.ptp(model.mean, axis=0).max()), 1e-6)
+    nominal = side / BOX_ENLARGEMENT / max(float(np.ptp(model.mean, axis=0).max()), 1e-6)
     size = xp.clip(length / xp.where(spread > 0, spread, 1.0), nominal / 4, nominal * 2)
     known = length > 1e-9
     length = xp.where(known, length, 1.0)

@@ -48,7 +48,7 @@ def _is_truncated_jpeg(data: np.ndarray) -> bool:
     return data[:3].tobytes() == b"\xff\xd8\xff" and b"\xff\xd9" not in data[3:].tobytes()
 
 
-def face_box(points: np.ndarray, enlargement: float = BOX_ENLARGEMENT) -> np.ndarray:
+def face_box(points: np.ndarray) -> np.ndarray:
     """The tight square around landmarks, enlarged by 17 % (paper, section 4).
 
     Args:
@@ -58,7 +58,7 @@ def face_box(points: np.ndarray, enlargement: float = BOX_ENLARGEMENT) -> np.nda
         (4,) float32: x, y, width, height.
     """
     low, high = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
-    side = max(float((high - low).max()) * enlargement, 1.0)
+    side = max(float((high - low).max()) * BOX_ENLARGEMENT, 1.0)
     return np.array([*((low + high - side + 1) / 2), side, side], np.float32)
 
 

@@ -42,7 +42,7 @@ class KernelConvolution(nn.Module):
         self.sigmas = config.sigmas
         self.scale = config.blur_scale
         self.operator = gaussian_sum
-        """`gaussian_sum`, or one that computes the same faster (see `engine.optimise`)."""
+        """`gaussian_sum`, or `gaussian_sum_banded`, which training and the engine put in its place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.operator(x, self.kernel_size, self.sigmas) * self.scale

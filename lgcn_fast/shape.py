@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import matplotlib.figure
 import numpy as np
 import torch
 
@@ -93,6 +92,8 @@ class ShapeModel:
 
     def draw(self, path: Path, count: int = 6) -> None:
         """Draw the first modes, mean and three standard deviations to each side, as a picture."""
+        import matplotlib.figure  # here: `import lgcn_fast` reaches this module, and only this method draws
+
         count = min(count, len(self.modes))
         figure = matplotlib.figure.Figure(figsize=(2.2 * max(count, 1), 2.6), layout="constrained")
         scheme = SCHEMES.get(self.num_landmarks)

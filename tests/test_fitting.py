@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import lgcn_fast_kernels
-from lgcn_fast import ShapeModel, fitting, peaks
+from lgcn_fast import Engine, ShapeModel, fitting, load_model, peaks
 from lgcn_fast.datasets import read_300w
 from lgcn_fast.evaluation import landmark_errors
 from lgcn_fast.fitting import fit, fit_reference
 from lgcn_fast.heatmaps import blurred_ground_truth
-from lgcn_fast.prediction import WEIGHTS
+from lgcn_fast.images import crop, face_box, square_box, to_crop
+from lgcn_fast.prediction import DEFAULT_WEIGHTS, WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -176,18 +177,11 @@ def test_cupy_gives_the_same_fit_on_torchs_stream(model, random):
 @pytest.fixture(scope="module")
 def real(data):
     """Heatmaps of the shipped model and labels of the LFPW test set, in pixels of the 96 x 96 crops."""
-    from lgcn_fast import load_model
-    from lgcn_fast.images import crop, face_box, square_box, to_crop
-    from lgcn_fast.operators import gaussian_sum_banded
-    from lgcn_fast.prediction import DEFAULT_WEIGHTS
-
-    network = load_model(DEFAULT_WEIGHTS)
-    network.kernel_convolution.operator = gaussian_sum_banded
+    engine = Engine(load_model(DEFAULT_WEIGHTS), precision="fp32")
     members = read_300w(data / "300w" / "lfpw" / "testset")
     boxes = [square_box(face_box(face.points)) for face in members]
     crops = np.stack([crop(face.image(), box, 96) for face, box in zip(members, boxes, strict=True)])
-    with torch.inference_mode():
-        maps = [network(part).output for part in torch.from_numpy(crops)[:, None].split(8)]
+    maps = [engine.heatmaps(part) for part in torch.from_numpy(crops)[:, None].split(8)]
     labels = np.stack([to_crop(face.points, box, 96) for face, box in zip(members, boxes, strict=True)])
     return torch.cat(maps).numpy(), labels
 
