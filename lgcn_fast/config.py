@@ -37,6 +37,8 @@ class LGCNConfig:
     """Their dilation, in pixels of the grid they run on."""
     shuffle: int = 1
     """Both subnets run at 1/shuffle of the resolution: pixel-unshuffle in front, pixel-shuffle behind. 1 for none."""
+    stride: int = 1
+    """A pixel of the heatmaps is `stride` x `stride` pixels of the image; `kernel_size` and `sigmas` are in theirs."""
     dropout: float = 0.1
     """Share of activations dropped in training."""
     activation_scale: float = 0.1
@@ -50,7 +52,7 @@ class LGCNConfig:
         for field in fields(self):
             if field.type == tuple[int, ...] or field.type == tuple[float, ...]:
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
-        counts = ("num_landmarks", "input_size", "filters", "global_layers", "dilation", "shuffle")
+        counts = ("num_landmarks", "input_size", "filters", "global_layers", "dilation", "shuffle", "stride")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -68,12 +70,14 @@ class LGCNConfig:
             raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout}")
         if self.input_size % self.shuffle:
             raise ValueError(f"input_size: expected a multiple of shuffle={self.shuffle}, got {self.input_size}")
+        if self.shuffle % self.stride:
+            raise ValueError(f"stride: expected a divisor of shuffle={self.shuffle}, got {self.stride}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss: expected one of {LOSSES}, got {self.loss!r}")
 
     @classmethod
     def nano(cls, **changes: Any) -> Self:
-        """The light network for CPUs: both subnets on a 24 x 24 grid, heatmaps and kernel convolution at 96 x 96."""
+        """The light network for CPUs: both subnets on a 24 x 24 grid, heatmaps of 48 x 48."""
         nano = {
             "filters": 64,
             "local_kernels": (3,) * 8,
@@ -81,11 +85,18 @@ class LGCNConfig:
             "global_layers": 5,
             "dilation": 1,
             "shuffle": 4,
+            "stride": 2,
+            "kernel_size": 23,
+            "sigmas": (0.5, 1.5, 2.5, 3.5, 4.5),
             "dropout": 0.0,
             "activation_scale": 1.0,
             "blur_scale": 0.01,
         }
         return cls(**(nano | changes))
+
+    def heatmap_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the heatmaps of an image."""
+        return -(-height // self.stride), -(-width // self.stride)
 
     def to_json(self) -> str:
         """The configuration as one JSON object."""

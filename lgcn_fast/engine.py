@@ -71,7 +71,7 @@ class Engine:
             images: (B, in_channels, H, W) pixel values 0..255, any dtype.
 
         Returns:
-            (B, N, H, W) float32, contiguous, on the engine's device.
+            (B, N, H, W) float32, contiguous, a pixel for every `config.stride` x `config.stride` of the images, on the engine's device.
         """
         check_images(images, self.config.in_channels)
         heatmaps = self._network(images.to(self.device))
@@ -134,13 +134,14 @@ class _FoldedNetwork:
 
     def __call__(self, images: Tensor) -> Tensor:
         step, landmarks = self.config.shuffle, self.config.num_landmarks
-        height, width = images.shape[2:]
+        height, width = self.config.heatmap_size(*images.shape[2:])
         x = images.float() - 128
         if step > 1:
             x = F.pixel_unshuffle(pad_to_grid(x, step), step)
         x = self._channels_last(x)
         for layer in self.local:
             x = layer(x)
+        step //= self.config.stride
         maps = F.pixel_shuffle(self.heads(x).float(), step)[..., :height, :width].contiguous()
         maps[:, landmarks:].relu_()
         blurred = torch.from_numpy(

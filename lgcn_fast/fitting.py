@@ -17,13 +17,13 @@ from .shape import ShapeModel, similarity_basis
 
 Array = Any
 RADII = (None, 20.0, 7.0)
-"""Half sides of the windows of the three rounds, in pixels: all pixels, then those near the last prediction."""
+"""Half sides of the windows of the three rounds, in pixels of the image: all pixels, then those near the last prediction."""
 CERTAIN = 0.1
 """Heatmap maxima of at least this value give the first rotation and size."""
 FALLBACK = 10
 """The best maxima that do, where fewer than two are certain."""
 NOISE = 50.0
-"""What a pixel's equation is worth against the prior: square pixels, times the sum of squared weights of a landmark.
+"""What a pixel's equation is worth against the prior: square pixels of the image, times the sum of squared weights of a landmark.
 A clear heatmap has a sum of about 90 within 7 px: it places its landmark to better than a pixel."""
 TRUST = 0.5
 """How much the final points listen to a heatmap's maximum where the network is as certain as can be. (The authors' code
@@ -61,18 +61,21 @@ class _Guess:
     """(B,) of the faces, see `ShapeModel`."""
 
 
-def fit(model: ShapeModel, heatmaps: Array, reductions: ModuleType = peaks, num_threads: int = 0) -> Fit:
+def fit(
+    model: ShapeModel, heatmaps: Array, stride: int = 1, reductions: ModuleType = peaks, num_threads: int = 0
+) -> Fit:
     """Fit a shape model to heatmaps (section 3.3): rotation, then least squares over all pixels, 20 px and 7 px.
 
     Args:
         model: shape model with N landmarks.
         heatmaps: (B, N, H, W) floating point, at least one pixel.
+        stride: side of a heatmap's pixel in pixels of the image, see `LGCNConfig.stride`.
         reductions: what provides `peak_centroids`, `window_moments` and `nearest_peaks`: `lgcn_fast.peaks` for any
             arrays, `lgcn_fast_kernels` for NumPy float32.
         num_threads: passed on to `reductions`.
 
     Returns:
-        `Fit` with arrays of the heatmaps' namespace, finite for any finite heatmaps; without any evidence it is the
+        `Fit` with arrays of the heatmaps' namespace, in pixels of the heatmaps, finite for any finite heatmaps; without any evidence it is the
         mean face in the middle.
 
     Raises:
@@ -86,10 +89,10 @@ def fit(model: ShapeModel, heatmaps: Array, reductions: ModuleType = peaks, num_
         moments = reductions.window_moments(heatmaps, centres, radius, num_threads=num_threads)
         return solve_moments(basis, products, guess.cos, guess.sin, prior, precision, moments)
 
-    return _fit(model, heatmaps, basis, reductions, num_threads, solve)
+    return _fit(model, heatmaps, basis, stride, reductions, num_threads, solve)
 
 
-def fit_reference(model: ShapeModel, heatmaps: np.ndarray) -> Fit:
+def fit_reference(model: ShapeModel, heatmaps: np.ndarray, stride: int = 1) -> Fit:
     """What `fit` computes, with the equations of all pixels written out and solved one face at a time in float64."""
 
     basis = _basis(model, heatmaps)
@@ -99,7 +102,7 @@ def fit_reference(model: ShapeModel, heatmaps: np.ndarray) -> Fit:
         windows = [None] * len(heatmaps) if centres is None else centres
         return np.stack([solve_pixels(basis, *face, c, radius) for face, c in zip(per_face, windows, strict=True)])
 
-    return _fit(model, heatmaps, basis, peaks, 0, solve)
+    return _fit(model, heatmaps, basis, stride, peaks, 0, solve)
 
 
 def basis_products(basis: Array) -> tuple[Array, Array]:
@@ -210,7 +213,13 @@ def _basis(model: ShapeModel, heatmaps: Array) -> Array:
 
 
 def _fit(
-    model: ShapeModel, heatmaps: Array, basis: Array, reductions: ModuleType, num_threads: int, solve: Callable
+    model: ShapeModel,
+    heatmaps: Array,
+    basis: Array,
+    stride: int,
+    reductions: ModuleType,
+    num_threads: int,
+    solve: Callable,
 ) -> Fit:
     xp = array_namespace(heatmaps)
     variances = xp.asarray(model.variances, dtype=xp.float64, device=device(heatmaps))
@@ -219,14 +228,15 @@ def _fit(
     shapes = None
     for radius in RADII:
         prior, precision = _prior(guess, variances, height, width)
-        theta = solve(guess, prior, precision, shapes, radius or 0.0)
+        # Square pixels times a sum over pixels: both are fewer by the square of the stride.
+        theta = solve(guess, prior, precision / stride**4, shapes, (radius or 0.0) / stride)
         shapes = _shapes(basis, guess, theta)
         coefficients = theta[:, 4:] / (guess.size[:, None] * variances**0.5)
         guess = _next_guess(guess, theta)
     points, values = reductions.nearest_peaks(heatmaps, shapes, threshold=0.01, num_threads=num_threads)
     points = xp.astype(points, xp.float64)
     # A maximum outside the last window is a false one, however high.
-    near = xp.max(xp.abs(points - shapes), axis=2) <= RADII[-1]
+    near = xp.max(xp.abs(points - shapes), axis=2) <= RADII[-1] / stride
     certainties = xp.where(near, xp.clip(xp.astype(values, xp.float64), 0.0, 1.0), 0.0)
     total = xp.sum(certainties, axis=1)
     squared = xp.sum(certainties * xp.sum((points - shapes) ** 2, axis=2), axis=1) / xp.where(total > 0, total, 1.0)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import LGCNConfig
-from .heatmaps import blurred_ground_truth, loss_weights
+from .heatmaps import blurred_ground_truth, loss_weights, to_heatmap
 from .model import Heatmaps
 
 
@@ -17,12 +17,13 @@ def lgcn_loss(heatmaps: Heatmaps, points: Tensor, config: LGCNConfig) -> Tensor:
 
     Args:
         heatmaps: the network's output, (B, N, H, W) each.
-        points: (B, faces, N, 2) float32, pixels; NaN without a label.
+        points: (B, faces, N, 2) float32, pixels of the image; NaN without a label.
 
     Returns:
         () float32, the mean over the batch.
     """
     height, width = heatmaps.output.shape[2:]
+    points = to_heatmap(points, config.stride)
     target = blurred_ground_truth(points, height, width, config.kernel_size, config.sigmas)
     weights = loss_weights(points, height, width)
     distance = squared_error if config.loss == "squared_error" else cross_entropy

@@ -11,7 +11,7 @@ from .operators import gaussian_sum
 
 
 class Heatmaps(NamedTuple):
-    """What the network computes: both are (B, N, H, W)."""
+    """What the network computes: both are (B, N, H / stride, W / stride), rounded up."""
 
     local: Tensor
     """K * O^l, the blurred output of the local-context subnet. Part of the loss, not needed for inference."""
@@ -72,8 +72,8 @@ class LGCN(nn.Module):
     def __init__(self, config: LGCNConfig = LGCNConfig()) -> None:  # noqa: B008 (frozen)
         super().__init__()
         self.config = config
-        filters, subpixels = config.filters, config.shuffle**2
-        channels = [config.in_channels * subpixels] + [filters] * len(config.local_kernels)
+        filters, subpixels = config.filters, (config.shuffle // config.stride) ** 2
+        channels = [config.in_channels * config.shuffle**2] + [filters] * len(config.local_kernels)
         self.local_subnet = nn.Sequential(
             *(conv_block(channels[i], filters, kernel, 1, config) for i, kernel in enumerate(config.local_kernels))
         )
@@ -92,7 +92,7 @@ class LGCN(nn.Module):
 
     @staticmethod
     def _side_branch(config: LGCNConfig) -> nn.Sequential:
-        channels = config.side_channels * config.shuffle**2
+        channels = config.side_channels * (config.shuffle // config.stride) ** 2
         return nn.Sequential(
             nn.Conv2d(config.filters, channels, 1), nn.BatchNorm2d(channels), ScaledReLU(config.activation_scale)
         )
@@ -104,19 +104,19 @@ class LGCN(nn.Module):
             images: (B, in_channels, H, W) pixel values 0..255, any dtype.
 
         Returns:
-            `Heatmaps` of shape (B, N, H, W).
+            `Heatmaps` of shape (B, N, H, W), with a stride (B, N, H / stride, W / stride), rounded up.
 
         Raises:
             ValueError: another shape.
         """
         check_images(images, self.config.in_channels)
         step = self.config.shuffle
-        height, width = images.shape[2:]
+        height, width = self.config.heatmap_size(*images.shape[2:])
         x = (images.to(self.main.weight.dtype) / 128 - 1) * 0.1
         if step > 1:
             x = F.pixel_unshuffle(pad_to_grid(x, step), step)
         features = self.local_subnet(x)
-        maps = self.main(features)
+        maps, step = self.main(features), step // self.config.stride
         if self.side is not None:
             maps = torch.cat([maps, self.side(features)], dim=1)
         # Cropped before the blur: beyond the image there is nothing (zero padding), whatever the grid.

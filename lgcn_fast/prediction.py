@@ -84,13 +84,14 @@ def predict(
         crops = torch.stack([network_input(image, box, size, engine.config.in_channels) for image, box in part])
         heatmaps = engine.heatmaps(crops).cpu().numpy()
         if fit:
-            fitted = fit_shape(shape, heatmaps, lgcn_fast_kernels, threads)
+            fitted = fit_shape(shape, heatmaps, engine.config.stride, lgcn_fast_kernels, threads)
             found, values = fitted.points, fitted.certainties
         else:
             found, values = lgcn_fast_kernels.peak_centroids(heatmaps, threads)
         points.append(found)
         scores.append(values.clip(0, 1).astype(np.float32))
-    return Landmarks(from_crop(np.concatenate(points), boxes, size).astype(np.float32), np.concatenate(scores))
+    points = from_crop(np.concatenate(points), boxes, size / engine.config.stride)
+    return Landmarks(points.astype(np.float32), np.concatenate(scores))
 
 
 def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int) -> Tensor:

@@ -26,6 +26,7 @@ from .config import LGCNConfig
 from .crops import CropCache
 from .datasets import is_validation
 from .evaluation import landmark_errors
+from .heatmaps import to_heatmap
 from .images import to_crop
 from .losses import lgcn_loss
 from .model import LGCN, checked_device
@@ -200,7 +201,8 @@ class Trainer:
             with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
                 heatmaps = self.averaged.module(torch.stack(images).to(self.device)).output
             found, _ = peak_centroids(heatmaps.float().cpu().numpy())
-            errors.append(landmark_errors(found, torch.cat(points).numpy()))
+            labelled = to_heatmap(torch.cat(points), self.options.config.stride).numpy()
+            errors.append(landmark_errors(found, labelled))
         return float(np.average(np.concatenate(errors), weights=self.validation_shares))
 
     def card(self) -> dict:
