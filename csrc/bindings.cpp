@@ -1,15 +1,21 @@
-// The Python module lgcn_fast_kernels._native: the functions of peaks.hpp on batches of heatmaps (B, N, H, W).
+// The Python module lgcn_fast_kernels._native: functions on batches of heatmaps (B, N, H, W), and the network.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <optional>
+#include <memory>
 #include <string>
+#include <type_traits>
+#include <variant>
 #include <vector>
 
+#include "fit.hpp"
 #include "gaussian_sum.hpp"
+#include "network.hpp"
 #include "peaks.hpp"
+#include "threads.hpp"
 
 namespace py = pybind11;
 
@@ -55,6 +61,21 @@ const double* checked_points(const Points& points, const Batch& batch, const cha
         throw py::value_error(std::string(name) + ": expected finite coordinates, got NaN or infinity");
     }
     return data;
+}
+
+// Calls use with the matrix products of an instruction set.
+template <typename Use>
+void with_multiplier(const std::string& name, const Use& use) {
+    const std::vector<std::string> known = lgcn::instruction_sets();
+    lgcn::Multiplier<float> fp32;
+    lgcn::Multiplier<lgcn::Bf16> bf16;
+    if (std::find(known.begin(), known.end(), name) == known.end()) {
+        throw py::value_error("instructions: expected one of INSTRUCTION_SETS, got '" + name + "'");
+    }
+    if (lgcn::find_multiplier(name, bf16))
+        use(bf16);
+    else if (lgcn::find_multiplier(name, fp32))
+        use(fp32);
 }
 
 // Runs find(i) -> Peak for every heatmap, without the GIL.
@@ -146,8 +167,34 @@ py::array_t<double> window_moments(const Heatmaps& heatmaps, const std::optional
     return moments;
 }
 
+// Blurs the maps, each thread a part of them.
+template <typename T>
+void blur(const Batch& batch, const lgcn::Gaussians& gaussians, const lgcn::Multiplier<T>& multiplier, int num_threads,
+          float* out) {
+    using Blur = lgcn::detail::Blur<T>;
+    const std::int64_t parts = std::max<std::int64_t>(std::min<std::int64_t>(batch.count(), lgcn::thread_count(num_threads)), 1);
+    std::vector<Blur> blurs;
+    std::vector<lgcn::Buffer<T>> maps;
+    for (std::int64_t part = 0; part < parts; ++part) {
+        blurs.emplace_back(gaussians, batch.height, batch.width);
+        maps.emplace_back(blurs.back().elements);
+    }
+    lgcn::run_threads(parts, [&](std::int64_t part) {
+        Blur& mine = blurs[static_cast<std::size_t>(part)];
+        T* map = maps[static_cast<std::size_t>(part)].data();
+        multiplier.begin();
+        for (std::int64_t i = batch.count() * part / parts; i < batch.count() * (part + 1) / parts; ++i) {
+            const float* values = batch.map(i).data;
+            for (std::int64_t y = 0; y < batch.height; ++y)
+                lgcn::detail::put_line(values + y * batch.width, batch.width, false, map + y * mine.stride);
+            mine(multiplier, map, out + i * batch.pixels());
+        }
+        multiplier.end();
+    });
+}
+
 Heatmaps gaussian_sum(const Heatmaps& maps, std::int64_t kernel_size, const std::vector<double>& sigmas,
-                      int num_threads) {
+                      int num_threads, const std::string& instructions) {
     const Batch batch(maps);
     if (kernel_size < 1 || kernel_size % 2 == 0 || kernel_size > 1001) {
         throw py::value_error("kernel_size: expected an odd number of pixels up to 1001, got " +
@@ -158,18 +205,91 @@ Heatmaps gaussian_sum(const Heatmaps& maps, std::int64_t kernel_size, const std:
     }
     Heatmaps blurred({batch.faces, batch.landmarks, batch.height, batch.width});
     float* out = blurred.mutable_data();
-    {
+    with_multiplier(instructions, [&](const auto& multiplier) {
         py::gil_scoped_release unlocked;
-        const lgcn::Gaussians gaussians(kernel_size, sigmas);
-        // A pixel of this is worth some hundred of the other functions; a part of the maps for each thread.
-        const std::int64_t parts = std::min<std::int64_t>(batch.count(), lgcn::thread_count(num_threads));
-        lgcn::parallel_for(parts, 1000000, num_threads, [&](std::int64_t part) {
-            lgcn::GaussianSum blur(gaussians, batch.height, batch.width);
-            for (std::int64_t i = batch.count() * part / parts; i < batch.count() * (part + 1) / parts; ++i)
-                blur(batch.map(i).data, out + i * batch.pixels());
+        blur(batch, lgcn::Gaussians(kernel_size, sigmas), multiplier, num_threads, out);
+    });
+    return blurred;
+}
+
+// LGCN.forward in eval mode, in the precision of an instruction set.
+class Network {
+public:
+    using Layer = std::pair<Heatmaps, Heatmaps>;  // filters (out, in, kernel, kernel), biases (out,)
+
+    Network(const std::string& instructions, const lgcn::Shape& shape, const std::vector<Layer>& local,
+            const Layer& heads, const std::vector<Layer>& context, const Layer& refine) {
+        if (local.empty()) throw py::value_error("local: expected at least one layer, got none");
+        with_multiplier(instructions, [&](const auto& multiplier) {
+            using T = typename std::decay_t<decltype(multiplier)>::Element;
+            network_ = std::make_unique<lgcn::Network<T>>(shape, multiplier, filters(local), filters(heads),
+                                                          filters(context), filters(refine));
         });
     }
-    return blurred;
+
+    template <typename Pixel>
+    Heatmaps heatmaps(const py::array_t<Pixel, py::array::c_style>& images, int num_threads) {
+        return std::visit([&](auto& network) { return run(*network, images, num_threads); }, network_);
+    }
+
+private:
+    static lgcn::Filters filters(const Layer& layer) {
+        const auto& [weight, bias] = layer;
+        if (weight.ndim() != 4 || weight.shape(2) != weight.shape(3) || weight.shape(2) % 2 == 0 || bias.ndim() != 1 ||
+            bias.shape(0) != weight.shape(0)) {
+            throw py::value_error("layer: expected filters (out, in, k, k) with odd k and biases (out,)");
+        }
+        return {weight.data(), bias.data(), weight.shape(0), weight.shape(1), weight.shape(2)};
+    }
+
+    static std::vector<lgcn::Filters> filters(const std::vector<Layer>& layers) {
+        std::vector<lgcn::Filters> all;
+        for (const Layer& layer : layers) all.push_back(filters(layer));
+        return all;
+    }
+
+    template <typename T, typename Pixel>
+    static Heatmaps run(lgcn::Network<T>& network, const py::array_t<Pixel, py::array::c_style>& images,
+                        int num_threads) {
+        if (images.ndim() != 4 || images.shape(1) != network.image_channels() || images.shape(2) == 0 ||
+            images.shape(3) == 0) {
+            throw py::value_error("images: expected (B, " + std::to_string(network.image_channels()) +
+                                  ", H, W) without empty sides");
+        }
+        const lgcn::Image<Pixel> image{images.data(), images.shape(1), images.shape(2), images.shape(3)};
+        Heatmaps heatmaps({images.shape(0), py::ssize_t{network.landmarks()},
+                           py::ssize_t{network.heatmap_side(image.height)}, py::ssize_t{network.heatmap_side(image.width)}});
+        float* out = heatmaps.mutable_data();
+        const py::ssize_t count = images.shape(0);
+        py::gil_scoped_release unlocked;
+        network(image, count, out, num_threads);
+        return heatmaps;
+    }
+
+    std::variant<std::unique_ptr<lgcn::Network<float>>, std::unique_ptr<lgcn::Network<lgcn::Bf16>>> network_;
+};
+
+// points, shapes, coefficients, certainties, residuals of all faces.
+py::tuple fit(const lgcn::Fitter& fitter, const Heatmaps& heatmaps, double stride, int num_threads) {
+    const Batch batch(heatmaps);
+    if (batch.landmarks != fitter.landmarks()) {
+        throw py::value_error("heatmaps: expected " + std::to_string(fitter.landmarks()) + " landmarks, got " +
+                              std::to_string(batch.landmarks));
+    }
+    Points points({batch.faces, batch.landmarks, py::ssize_t{2}}), shapes({batch.faces, batch.landmarks, py::ssize_t{2}});
+    Points coefficients({batch.faces, py::ssize_t{fitter.modes()}}), certainties({batch.faces, batch.landmarks});
+    Points residuals(batch.faces);
+    const lgcn::FitResult first{points.mutable_data(), shapes.mutable_data(), coefficients.mutable_data(),
+                                certainties.mutable_data(), residuals.mutable_data()};
+    {
+        py::gil_scoped_release unlocked;
+        fitter(batch.map(0), batch.faces, stride, num_threads, [&](std::int64_t i) {
+            return lgcn::FitResult{first.points + 2 * i * batch.landmarks, first.shapes + 2 * i * batch.landmarks,
+                                   first.coefficients + i * fitter.modes(), first.certainties + i * batch.landmarks,
+                                   first.residual + i};
+        });
+    }
+    return py::make_tuple(points, shapes, coefficients, certainties, residuals);
 }
 
 }  // namespace
@@ -177,7 +297,7 @@ Heatmaps gaussian_sum(const Heatmaps& maps, std::int64_t kernel_size, const std:
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Native functions of lgcn_fast; see lgcn_fast_kernels for their documentation.";
     module.def("gaussian_sum", &gaussian_sum, py::arg("maps").noconvert(), py::arg("kernel_size"), py::arg("sigmas"),
-               py::arg("num_threads"));
+               py::arg("num_threads"), py::arg("instructions"));
     module.def("peak_centroids", &peak_centroids, py::arg("heatmaps").noconvert(), py::arg("num_threads"));
     module.def("nearest_peaks", &nearest_peaks, py::arg("heatmaps").noconvert(), py::arg("targets"),
                py::arg("threshold"), py::arg("num_threads"));
@@ -185,4 +305,35 @@ PYBIND11_MODULE(_native, module) {
                py::arg("num_threads"));
     module.def("window_moments", &window_moments, py::arg("heatmaps").noconvert(), py::arg("centres"),
                py::arg("radius"), py::arg("threshold"), py::arg("num_threads"));
+    module.def("instruction_sets", &lgcn::instruction_sets);
+    py::class_<lgcn::Shape>(module, "Shape")
+        .def(py::init([](std::int64_t landmarks, std::int64_t side_channels, std::int64_t shuffle, std::int64_t stride,
+                         std::int64_t dilation, std::int64_t kernel_size, const std::vector<double>& sigmas) {
+                 return lgcn::Shape{landmarks, side_channels, shuffle, stride, dilation, kernel_size, sigmas};
+             }),
+             py::kw_only(), py::arg("landmarks"), py::arg("side_channels"), py::arg("shuffle"), py::arg("stride"),
+             py::arg("dilation"), py::arg("kernel_size"), py::arg("sigmas"));
+    py::class_<Network>(module, "Network")
+        .def(py::init<const std::string&, const lgcn::Shape&, const std::vector<Network::Layer>&, const Network::Layer&,
+                      const std::vector<Network::Layer>&, const Network::Layer&>(),
+             py::arg("instructions"), py::arg("shape"), py::arg("local"), py::arg("heads"), py::arg("context"),
+             py::arg("refine"))
+        .def("heatmaps", &Network::heatmaps<std::uint8_t>, py::arg("images").noconvert(), py::arg("num_threads"))
+        .def("heatmaps", &Network::heatmaps<float>, py::arg("images").noconvert(), py::arg("num_threads"));
+    py::class_<lgcn::Fitter>(module, "Fitter")
+        .def(py::init([](const Points& basis, const Points& variances, const std::vector<double>& radii, double certain,
+                         std::int64_t fallback, double noise, double trust, double size_spread, double shift_spread,
+                         double threshold, double nominal_size) {
+                 if (basis.ndim() != 3 || basis.shape(2) != 2 || basis.shape(1) == 0 || variances.ndim() != 1 ||
+                     variances.shape(0) + 4 != basis.shape(0) || radii.empty()) {
+                     throw py::value_error("expected a basis (4 + K, N, 2), variances (K,) and radii");
+                 }
+                 return lgcn::Fitter(basis.data(), variances.data(), basis.shape(0), basis.shape(1),
+                                     {radii, certain, noise, trust, size_spread, shift_spread, threshold, nominal_size,
+                                      fallback});
+             }),
+             py::arg("basis"), py::arg("variances"), py::kw_only(), py::arg("radii"), py::arg("certain"),
+             py::arg("fallback"), py::arg("noise"), py::arg("trust"), py::arg("size_spread"), py::arg("shift_spread"),
+             py::arg("threshold"), py::arg("nominal_size"))
+        .def("fit", &fit, py::arg("heatmaps").noconvert(), py::arg("stride"), py::arg("num_threads"));
 }

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <thread>
 #include <vector>
 
 #include "simd.hpp"
@@ -238,26 +237,6 @@ inline Moments window_moments(const Heatmap& map, double centre_x, double centre
                           bound(std::floor(centre_y + radius) + 1, map.height),
                           bound(std::ceil(centre_x - radius), map.width),
                           bound(std::floor(centre_x + radius) + 1, map.width), threshold);
-}
-
-inline std::int64_t thread_count(int num_threads) {
-    return std::max<std::int64_t>(num_threads > 0 ? num_threads : std::thread::hardware_concurrency(), 1);
-}
-
-// Calls work(i) for i in [0, count) on several threads, each index on one of them, so that results do not depend on
-// their number; `pixels` is the work behind one index. Starting a thread costs about as much as 200,000 pixels.
-template <typename Work>
-void parallel_for(std::int64_t count, std::int64_t pixels, int num_threads, const Work& work) {
-    const std::int64_t useful = std::min(count, count * pixels / 200000 + 1);
-    const std::int64_t threads = std::max<std::int64_t>(std::min(thread_count(num_threads), useful), 1);
-    const auto part = [&](std::int64_t t) {
-        for (std::int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i) work(i);
-    };
-    std::vector<std::thread> pool;
-    pool.reserve(static_cast<std::size_t>(threads));
-    for (std::int64_t t = 1; t < threads; ++t) pool.emplace_back(part, t);
-    part(0);
-    for (std::thread& thread : pool) thread.join();
 }
 
 }  // namespace lgcn

@@ -9,8 +9,12 @@ that are not finite.
 import numpy as np
 
 from . import _native
+from ._native import Fitter, Network, Shape
 
-__all__ = ["gaussian_sum", "local_maxima", "nearest_peaks", "peak_centroids", "window_moments"]
+__all__ = ["INSTRUCTION_SETS", "Fitter", "Network", "Shape", "gaussian_sum", "local_maxima", "nearest_peaks", "peak_centroids", "window_moments"]
+
+INSTRUCTION_SETS = tuple(_native.instruction_sets())
+"""What this processor multiplies matrices with, best first; those with bf16 in their name do it in bf16."""
 
 
 def gaussian_sum(
@@ -18,15 +22,20 @@ def gaussian_sum(
     kernel_size: int = 45,
     sigmas: tuple[float, ...] = (1.0, 3.0, 5.0, 7.0, 9.0),
     num_threads: int = 0,
+    instructions: str = INSTRUCTION_SETS[-1],
 ) -> np.ndarray:
     """Convolve every map with the sum of Gaussians K of Eq. 1; the reference is `lgcn_fast.gaussian_sum`.
 
-    Separable passes in fp32 with SIMD; a Gaussian ends where its taps are below the rounding of fp32.
+    In fp32 separable passes with SIMD; a Gaussian ends where its taps are below the rounding of fp32. In bf16 banded
+    matrix products.
+
+    Args:
+        instructions: one of `INSTRUCTION_SETS`.
 
     Returns:
         (B, C, H, W) float32.
     """
-    return _native.gaussian_sum(_contiguous(x), kernel_size, sigmas, num_threads)
+    return _native.gaussian_sum(_contiguous(x), kernel_size, sigmas, num_threads, instructions)
 
 
 def peak_centroids(heatmaps: np.ndarray, num_threads: int = 0) -> tuple[np.ndarray, np.ndarray]:

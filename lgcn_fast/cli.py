@@ -66,7 +66,7 @@ def _add_predict(commands) -> None:
     parser.add_argument("--format", choices=["json", "csv"], default="json", help="of the numbers")
     _add_model_options(parser)
     parser.add_argument("--fit", action=argparse.BooleanOptionalAction, default=True, help="the shape fit")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -207,7 +207,7 @@ def _add_train(commands) -> None:
     )
     parser.add_argument("--loss", choices=[name.replace("_", "-") for name in LOSSES], default="squared-error")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches")
 

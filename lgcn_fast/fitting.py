@@ -5,11 +5,12 @@ Written once for any array namespace (NumPy, CuPy, torch): nothing in it waits f
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device
+
+import lgcn_fast_kernels
 
 from . import peaks
 from .images import BOX_ENLARGEMENT
@@ -18,6 +19,8 @@ from .shape import ShapeModel, similarity_basis
 Array = Any
 RADII = (None, 20.0, 7.0)
 """Half sides of the windows of the three rounds, in pixels of the image: all pixels, then those near the last prediction."""
+THRESHOLD = 0.01
+"""Pixels and maxima up to this value do not count."""
 CERTAIN = 0.1
 """Heatmap maxima of at least this value give the first rotation and size."""
 FALLBACK = 10
@@ -61,18 +64,13 @@ class _Guess:
     """(B,) of the faces, see `ShapeModel`."""
 
 
-def fit(
-    model: ShapeModel, heatmaps: Array, stride: int = 1, reductions: ModuleType = peaks, num_threads: int = 0
-) -> Fit:
+def fit(model: ShapeModel, heatmaps: Array, stride: int = 1) -> Fit:
     """Fit a shape model to heatmaps (section 3.3): rotation, then least squares over all pixels, 20 px and 7 px.
 
     Args:
         model: shape model with N landmarks.
         heatmaps: (B, N, H, W) floating point, at least one pixel.
         stride: side of a heatmap's pixel in pixels of the image, see `LGCNConfig.stride`.
-        reductions: what provides `peak_centroids`, `window_moments` and `nearest_peaks`: `lgcn_fast.peaks` for any
-            arrays, `lgcn_fast_kernels` for NumPy float32.
-        num_threads: passed on to `reductions`.
 
     Returns:
         `Fit` with arrays of the heatmaps' namespace, in pixels of the heatmaps, finite for any finite heatmaps; without any evidence it is the
@@ -86,10 +84,10 @@ def fit(
     products = basis_products(basis)
 
     def solve(guess: _Guess, prior: Array, precision: Array, centres: Array, radius: float) -> Array:
-        moments = reductions.window_moments(heatmaps, centres, radius, num_threads=num_threads)
+        moments = peaks.window_moments(heatmaps, centres, radius, THRESHOLD)
         return solve_moments(basis, products, guess.cos, guess.sin, prior, precision, moments)
 
-    return _fit(model, heatmaps, basis, stride, reductions, num_threads, solve)
+    return _fit(model, heatmaps, basis, stride, solve)
 
 
 def fit_reference(model: ShapeModel, heatmaps: np.ndarray, stride: int = 1) -> Fit:
@@ -102,7 +100,36 @@ def fit_reference(model: ShapeModel, heatmaps: np.ndarray, stride: int = 1) -> F
         windows = [None] * len(heatmaps) if centres is None else centres
         return np.stack([solve_pixels(basis, *face, c, radius) for face, c in zip(per_face, windows, strict=True)])
 
-    return _fit(model, heatmaps, basis, stride, peaks, 0, solve)
+    return _fit(model, heatmaps, basis, stride, solve)
+
+
+class NativeFitter:
+    """`fit` for NumPy float32 heatmaps, in native code; everything that depends on the model alone is computed once."""
+
+    def __init__(self, model: ShapeModel) -> None:
+        self._fitter = lgcn_fast_kernels.Fitter(
+            _model_basis(model),
+            np.asarray(model.variances, np.float64),
+            radii=RADII[1:],
+            certain=CERTAIN,
+            fallback=FALLBACK,
+            noise=NOISE,
+            trust=TRUST,
+            size_spread=SIZE_SPREAD,
+            shift_spread=SHIFT_SPREAD,
+            threshold=THRESHOLD,
+            nominal_size=_nominal_size(model),
+        )
+        self.num_landmarks = model.num_landmarks
+
+    def __call__(self, heatmaps: np.ndarray, stride: int = 1, num_threads: int = 0) -> Fit:
+        """Fit the shape model to heatmaps; arguments, result and errors as in `fit`.
+
+        Args:
+            num_threads: 0: all cores; the result does not depend on it.
+        """
+        _check_heatmaps(heatmaps, self.num_landmarks)
+        return Fit(*self._fitter.fit(np.ascontiguousarray(heatmaps, np.float32), stride, num_threads))
 
 
 def basis_products(basis: Array) -> tuple[Array, Array]:
@@ -191,7 +218,7 @@ def solve_pixels(
     """
     rows, values = [np.diag(np.sqrt(precision))], [np.sqrt(precision) * prior]
     for index, heatmap in enumerate(heatmaps.astype(np.float64)):
-        y, x = np.nonzero(heatmap > 0.01)
+        y, x = np.nonzero(heatmap > THRESHOLD)
         if centres is not None:
             near = (np.abs(x - centres[index, 0]) <= radius) & (np.abs(y - centres[index, 1]) <= radius)
             y, x = y[near], x[near]
@@ -202,14 +229,25 @@ def solve_pixels(
     return np.linalg.lstsq(np.concatenate(rows), np.concatenate(values))[0]
 
 
-def _basis(model: ShapeModel, heatmaps: Array) -> Array:
-    """What the unknowns do to the points, (P, N, 2): size, turn, two shifts, and the modes."""
-    if heatmaps.ndim != 4 or heatmaps.shape[1] != model.num_landmarks or 0 in heatmaps.shape[2:]:
-        expected = f"(B, {model.num_landmarks}, H, W) with at least one pixel"
+def _check_heatmaps(heatmaps: Array, num_landmarks: int) -> None:
+    if heatmaps.ndim != 4 or heatmaps.shape[1] != num_landmarks or 0 in heatmaps.shape[2:]:
+        expected = f"(B, {num_landmarks}, H, W) with at least one pixel"
         raise ValueError(f"heatmaps: expected {expected}, got {tuple(heatmaps.shape)}")
-    xp = array_namespace(heatmaps)
-    basis = np.concatenate([similarity_basis(model.mean), model.modes])
-    return xp.asarray(basis, dtype=xp.float64, device=device(heatmaps))
+
+
+def _model_basis(model: ShapeModel) -> np.ndarray:
+    """What the unknowns do to the points, (P, N, 2) float64: size, turn, two shifts, and the modes."""
+    return np.concatenate([similarity_basis(model.mean), model.modes]).astype(np.float64)
+
+
+def _basis(model: ShapeModel, heatmaps: Array) -> Array:
+    _check_heatmaps(heatmaps, model.num_landmarks)
+    return array_namespace(heatmaps).asarray(_model_basis(model), device=device(heatmaps))
+
+
+def _nominal_size(model: ShapeModel) -> float:
+    """Size of a face that fills a heatmap of one pixel a side."""
+    return 1 / BOX_ENLARGEMENT / max(float(np.ptp(model.mean, axis=0).max()), 1e-6)
 
 
 def _fit(
@@ -217,14 +255,12 @@ def _fit(
     heatmaps: Array,
     basis: Array,
     stride: int,
-    reductions: ModuleType,
-    num_threads: int,
     solve: Callable,
 ) -> Fit:
     xp = array_namespace(heatmaps)
     variances = xp.asarray(model.variances, dtype=xp.float64, device=device(heatmaps))
     height, width = heatmaps.shape[2:]
-    guess = _first_guess(model, *reductions.peak_centroids(heatmaps, num_threads=num_threads), max(height, width))
+    guess = _first_guess(model, *peaks.peak_centroids(heatmaps), max(height, width))
     shapes = None
     for radius in RADII:
         prior, precision = _prior(guess, variances, height, width)
@@ -233,7 +269,7 @@ def _fit(
         shapes = _shapes(basis, guess, theta)
         coefficients = theta[:, 4:] / (guess.size[:, None] * variances**0.5)
         guess = _next_guess(guess, theta)
-    points, values = reductions.nearest_peaks(heatmaps, shapes, threshold=0.01, num_threads=num_threads)
+    points, values = peaks.nearest_peaks(heatmaps, shapes, THRESHOLD)
     points = xp.astype(points, xp.float64)
     # A maximum outside the last window is a false one, however high.
     near = xp.max(xp.abs(points - shapes), axis=2) <= RADII[-1] / stride
@@ -267,7 +303,7 @@ def _first_guess(model: ShapeModel, points: Array, values: Array, side: int) -> 
     length = xp.hypot(along, across)
     spread = xp.sum(source**2, axis=(1, 2))
     # The size of a face that fills the heatmap; one that is far from it is no guess to build on.
-    nominal = side / BOX_ENLARGEMENT / max(float(np.ptp(model.mean, axis=0).max()), 1e-6)
+    nominal = side * _nominal_size(model)
     size = xp.clip(length / xp.where(spread > 0, spread, 1.0), nominal / 4, nominal * 2)
     known = length > 1e-9
     length = xp.where(known, length, 1.0)

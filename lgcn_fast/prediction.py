@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ import lgcn_fast_kernels
 
 from .checkpoints import load_model
 from .engine import Engine
-from .fitting import fit as fit_shape
+from .fitting import NativeFitter
 from .images import crop, from_crop, square_box
 from .model import LGCN
 from .shape import ShapeModel
@@ -47,7 +48,7 @@ def predict(
     model: Engine | LGCN | Path | str | None = None,
     fit: bool = True,
     shape: ShapeModel | Path | str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> Landmarks:
     """Find the landmarks of one face in each image.
 
@@ -57,12 +58,12 @@ def predict(
             0..255 (where the largest value is above 1).
         boxes: (B, 4) x, y, width, height of the faces in pixels, about 1.17 times the tight square around the
             landmarks. Default: the whole image. Boxes that are not square become the square around their centre.
-        model: an engine, a network, or the path of its weights. Default: the one in the package. Engines of files are
-            kept and used again; one for a network is built in every call.
+        model: an engine, a network, or the path of its weights. Default: the one in the package. Engines are kept and
+            used again.
         fit: fit a shape model to the heatmaps, which filters outliers and reconstructs hidden points (section 3.3);
             otherwise each point is the maximum of its heatmap.
         shape: the shape model, or its file. Default: the one in the package for the model's number of landmarks.
-        device: where the network runs, "cpu" or "cuda"; an engine brings its own.
+        device: where the network runs, "cpu", "cuda" or "auto", see `Engine`; an engine brings its own.
 
     Returns:
         `Landmarks` of all images, in the order given.
@@ -75,19 +76,18 @@ def predict(
     boxes = _square_boxes(boxes, images)
     _check_sides(boxes)
     engine = _engine(model, device)
-    if fit and not isinstance(shape, ShapeModel):
-        shape = _loaded_shape(_shape_path(shape, engine.config.num_landmarks))
-    size, threads = engine.config.input_size, torch.get_num_threads()
+    fitter = _fitter(shape, engine.config.num_landmarks) if fit else None
+    size = engine.config.input_size
     points, scores = [], []
     for start in range(0, len(images), CHUNK):
         part = zip(images[start : start + CHUNK], boxes[start : start + CHUNK], strict=True)
         crops = torch.stack([network_input(image, box, size, engine.config.in_channels) for image, box in part])
         heatmaps = engine.heatmaps(crops).cpu().numpy()
-        if fit:
-            fitted = fit_shape(shape, heatmaps, engine.config.stride, lgcn_fast_kernels, threads)
+        if fitter:
+            fitted = fitter(heatmaps, engine.config.stride, engine.num_threads)
             found, values = fitted.points, fitted.certainties
         else:
-            found, values = lgcn_fast_kernels.peak_centroids(heatmaps, threads)
+            found, values = lgcn_fast_kernels.peak_centroids(heatmaps, engine.num_threads)
         points.append(found)
         scores.append(values.clip(0, 1).astype(np.float32))
     points = from_crop(np.concatenate(points), boxes, size / engine.config.stride)
@@ -191,17 +191,37 @@ def _shape_path(shape: Path | str | None, num_landmarks: int) -> Path:
     return path
 
 
+def _fitter(shape: ShapeModel | Path | str | None, num_landmarks: int) -> NativeFitter:
+    if isinstance(shape, ShapeModel):
+        return NativeFitter(shape)
+    return _loaded_fitter(_shape_path(shape, num_landmarks))
+
+
 @lru_cache(maxsize=8)
-def _loaded_shape(path: Path) -> ShapeModel:
-    return ShapeModel.load(path)
+def _loaded_fitter(path: Path) -> NativeFitter:
+    return NativeFitter(ShapeModel.load(path))
 
 
 def _engine(model: Engine | LGCN | Path | str | None, device: str) -> Engine:
     if isinstance(model, Engine):
         return model
-    return Engine(model, device) if isinstance(model, LGCN) else _loaded(Path(model or DEFAULT_WEIGHTS), device)
+    if isinstance(model, LGCN):
+        return _built(model, device)
+    return _loaded(Path(model or DEFAULT_WEIGHTS), device)
 
 
 @lru_cache(maxsize=8)
 def _loaded(path: Path, device: str) -> Engine:
     return Engine(load_model(path), device)
+
+
+_engines: WeakKeyDictionary[LGCN, tuple[list, Engine]] = WeakKeyDictionary()
+
+
+def _built(model: LGCN, device: str) -> Engine:
+    """The engine of a network, built again when its weights have changed."""
+    state = [device, *((tensor.data_ptr(), tensor._version) for tensor in model.state_dict().values())]
+    known = _engines.get(model)
+    if known is None or known[0] != state:
+        known = _engines[model] = state, Engine(model, device)
+    return known[1]

@@ -4,13 +4,16 @@ import pytest
 import torch
 
 import lgcn_fast_kernels
-from lgcn_fast import Engine, ShapeModel, fitting, load_model, peaks
+from lgcn_fast import Engine, ShapeModel, fitting, load_model
 from lgcn_fast.datasets import read_300w
 from lgcn_fast.evaluation import landmark_errors
-from lgcn_fast.fitting import fit, fit_reference
+from lgcn_fast.fitting import Fit, NativeFitter, fit, fit_reference
 from lgcn_fast.heatmaps import blurred_ground_truth
 from lgcn_fast.images import crop, face_box, square_box, to_crop
 from lgcn_fast.prediction import DEFAULT_WEIGHTS, WEIGHTS
+
+
+HALF_SIGMAS = (0.5, 1.5, 2.5, 3.5, 4.5)
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +39,17 @@ def distances(a, b) -> np.ndarray:
     return np.linalg.norm(np.asarray(a) - np.asarray(b), axis=-1)
 
 
+def native(model, heatmaps, stride=1) -> Fit:
+    return NativeFitter(model)(heatmaps, stride)
+
+
 def small_model(random, count, modes=3) -> ShapeModel:
     return ShapeModel.fit(random.normal(size=(1, count, 2)) + 0.2 * random.normal(size=(50, count, 2)), modes)
 
 
 def test_finds_shapes_that_the_model_can_make(model, random):
     points = faces(model, random)
-    fitted = fit(model, heatmaps_of(points), lgcn_fast_kernels)
+    fitted = native(model, heatmaps_of(points))
     assert distances(fitted.shapes, points).mean() < 0.5
     assert distances(fitted.points, points).mean() < 0.3
     assert fitted.certainties.min() > 0.8
@@ -59,12 +66,29 @@ def test_moment_form_equals_one_equation_per_pixel(random, height, width):
         np.testing.assert_allclose(getattr(one, name), getattr(two, name), rtol=1e-8, atol=1e-8, err_msg=name)
 
 
-def test_native_reductions_give_the_same_fit(model, random):
+@pytest.mark.parametrize(("height", "width", "stride"), [(96, 96, 1), (48, 48, 2), (41, 67, 1), (13, 7, 3)])
+def test_native_fit_is_the_fit(random, height, width, stride):
+    model = small_model(random, 9)
+    heatmaps = (random.uniform(-0.2, 1, (3, 9, height, width)) ** 3).astype(np.float32)
+    one, two = fit(model, heatmaps, stride), native(model, heatmaps, stride)
+    for name in ("points", "shapes", "coefficients", "certainties", "residuals"):
+        np.testing.assert_allclose(getattr(one, name), getattr(two, name), rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_native_fit_of_faces_is_the_fit(model, random):
     heatmaps = heatmaps_of(faces(model, random)) + random.normal(size=(4, 68, 96, 96)).astype(np.float32) * 0.01
-    one, two = fit(model, heatmaps), fit(model, heatmaps, lgcn_fast_kernels)
+    one, two = fit(model, heatmaps), native(model, heatmaps)
     np.testing.assert_allclose(one.shapes, two.shapes, atol=1e-3)
     np.testing.assert_allclose(one.points, two.points, atol=1e-3)
     np.testing.assert_allclose(one.certainties, two.certainties, atol=1e-5)
+
+
+def test_the_stride_does_not_matter(model, random):
+    """Heatmaps of half the resolution give the same face: the constants are in pixels of the image."""
+    points = faces(model, random)
+    coarse = blurred_ground_truth(torch.from_numpy((points[:, None] + 0.5) / 2 - 0.5).float(), 48, 48, 23, HALF_SIGMAS)
+    one, two = fit(model, heatmaps_of(points)), fit(model, coarse.numpy(), 2)
+    assert distances(2 * two.shapes + 0.5, one.shapes).mean() < 0.4
 
 
 @pytest.mark.parametrize("namespace", ["array_api_strict", "torch"])
@@ -82,15 +106,15 @@ def test_other_array_namespaces_give_the_same_fit(random, namespace):
 
 def test_a_face_does_not_depend_on_its_batch(model, random):
     heatmaps = heatmaps_of(faces(model, random, 5))
-    together = fit(model, heatmaps, lgcn_fast_kernels)
+    together = native(model, heatmaps)
     for index in range(5):
-        alone = fit(model, heatmaps[index : index + 1], lgcn_fast_kernels)
+        alone = native(model, heatmaps[index : index + 1])
         np.testing.assert_allclose(alone.points[0], together.points[index], atol=1e-9)
 
 
 def test_upside_down_faces(model, random):
     points = 95 - faces(model, random)
-    assert distances(fit(model, heatmaps_of(points), lgcn_fast_kernels).points, points).mean() < 0.3
+    assert distances(native(model, heatmaps_of(points)).points, points).mean() < 0.3
 
 
 def test_erased_heatmaps_are_reconstructed(model, random):
@@ -98,7 +122,7 @@ def test_erased_heatmaps_are_reconstructed(model, random):
     heatmaps = heatmaps_of(points)
     gone = random.random((8, 68)) < 0.2
     heatmaps[gone] = 0
-    fitted = fit(model, heatmaps, lgcn_fast_kernels)
+    fitted = native(model, heatmaps)
     assert np.median(distances(fitted.points, points)[gone]) < 1.5
     assert fitted.certainties[gone].max() == 0
 
@@ -107,7 +131,7 @@ def test_false_peaks_are_filtered(model, random):
     points = faces(model, random, 8)
     wrong = random.random((8, 68)) < 0.2
     moved = np.where(wrong[..., None], random.uniform(5, 90, points.shape), points)
-    fitted = fit(model, heatmaps_of(moved), lgcn_fast_kernels)
+    fitted = native(model, heatmaps_of(moved))
     assert np.median(distances(fitted.points, points)[wrong]) < 2
 
 
@@ -125,11 +149,11 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("reductions", [peaks, lgcn_fast_kernels], ids=["reference", "native"])
+@pytest.mark.parametrize("method", [fit, native])
 @pytest.mark.parametrize("kind", HARD)
-def test_hard_heatmaps_give_finite_points(model, kind, reductions, random):
+def test_hard_heatmaps_give_finite_points(model, kind, method, random):
     heatmaps = HARD[kind](random).astype(np.float32)
-    fitted = fit(model, heatmaps, reductions)
+    fitted = method(model, heatmaps)
     assert fitted.points.shape == (len(heatmaps), 68, 2)
     for name in ("points", "shapes", "coefficients", "certainties"):
         assert np.isfinite(getattr(fitted, name)).all(), name
@@ -137,7 +161,7 @@ def test_hard_heatmaps_give_finite_points(model, kind, reductions, random):
 
 
 def test_without_evidence_the_mean_face_stands_in_the_middle(model):
-    fitted = fit(model, np.zeros((1, 68, 96, 96), np.float32), lgcn_fast_kernels)
+    fitted = native(model, np.zeros((1, 68, 96, 96), np.float32))
     np.testing.assert_allclose(fitted.shapes[0].mean(axis=0), 47.5, atol=1e-6)
     np.testing.assert_allclose(fitted.coefficients, 0, atol=1e-9)
     assert np.isinf(fitted.residuals[0])
@@ -146,7 +170,7 @@ def test_without_evidence_the_mean_face_stands_in_the_middle(model):
 @pytest.mark.parametrize("count", [1, 2, 300])
 def test_any_number_of_landmarks(count, random):
     model = small_model(random, count)
-    fitted = fit(model, random.random((2, count, 20, 20)).astype(np.float32), lgcn_fast_kernels)
+    fitted = native(model, random.random((2, count, 20, 20)).astype(np.float32))
     assert fitted.points.shape == (2, count, 2)
     assert np.isfinite(fitted.points).all()
 
@@ -155,6 +179,8 @@ def test_any_number_of_landmarks(count, random):
 def test_wrong_shapes_are_named(model, shape):
     with pytest.raises(ValueError, match=r"heatmaps: expected \(B, 68, H, W\)"):
         fit(model, np.zeros(shape, np.float32))
+    with pytest.raises(ValueError, match=r"heatmaps: expected \(B, 68, H, W\)"):
+        native(model, np.zeros(shape, np.float32))
 
 
 def test_rounds_are_those_of_the_paper():
@@ -176,13 +202,13 @@ def test_cupy_gives_the_same_fit_on_torchs_stream(model, random):
 
 @pytest.fixture(scope="module")
 def real(data):
-    """Heatmaps of the shipped model and labels of the LFPW test set, in pixels of the 96 x 96 crops."""
+    """Heatmaps of the shipped model and labels of the LFPW test set, in pixels of the heatmaps."""
     engine = Engine(load_model(DEFAULT_WEIGHTS), precision="fp32")
     members = read_300w(data / "300w" / "lfpw" / "testset")
     boxes = [square_box(face_box(face.points)) for face in members]
     crops = np.stack([crop(face.image(), box, 96) for face, box in zip(members, boxes, strict=True)])
     maps = [engine.heatmaps(part) for part in torch.from_numpy(crops)[:, None].split(8)]
-    labels = np.stack([to_crop(face.points, box, 96) for face, box in zip(members, boxes, strict=True)])
+    labels = np.stack([to_crop(face.points, box, 48) for face, box in zip(members, boxes, strict=True)])
     return torch.cat(maps).numpy(), labels
 
 
@@ -190,7 +216,7 @@ def real(data):
 @pytest.mark.slow
 def test_fit_helps_on_real_faces(model, real):
     heatmaps, labels = real
-    with_fit = landmark_errors(fit(model, heatmaps, lgcn_fast_kernels).points, labels)
+    with_fit = landmark_errors(native(model, heatmaps, 2).points, labels)
     without = landmark_errors(lgcn_fast_kernels.peak_centroids(heatmaps)[0], labels)
     assert np.median(with_fit) <= np.median(without)
     assert with_fit.mean() < without.mean()
@@ -207,8 +233,9 @@ def test_fit_recovers_damaged_points_of_real_faces(model, real, damage):
     damaged = heatmaps.copy()
     damaged[hit] = 0
     if damage == "false peak":
-        damaged[hit] = heatmaps_of(random.uniform(5, 90, (len(labels), 68, 2)))[hit]
-    points = fit(model, damaged, lgcn_fast_kernels).points
+        wrong = torch.from_numpy(random.uniform(2, 45, (len(labels), 1, 68, 2))).float()
+        damaged[hit] = blurred_ground_truth(wrong, 48, 48, 23, HALF_SIGMAS).numpy()[hit]
+    points = native(model, damaged, 2).points
     inter_ocular = np.linalg.norm(labels[:, 36] - labels[:, 45], axis=1)[:, None]
     recovered = (distances(points, labels) / inter_ocular)[hit] < 0.1
     assert recovered.mean() >= 0.8

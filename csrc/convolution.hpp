@@ -1,0 +1,265 @@
+// Convolutions as products of small matrices, in fp32 and bf16. Activations are channels-last in planes with borders of
+// zeros, so that the filter taps of a row are one run of memory and zero padding costs nothing.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "matrix.hpp"
+#include "simd.hpp"
+#include "threads.hpp"
+
+namespace lgcn {
+
+// Where the pixels of an image lie in a plane. Between the rows is a border of zeros that both share. For dilated
+// convolutions the columns are sorted by `phase` (x mod phases), each phase a segment with its border: what a filter
+// row sees is again one run.
+struct Grid {
+    std::int64_t height = 0, width = 0, phases = 1, border = 0;
+    std::int64_t segment = 0, pitch = 0;  // pixels from one phase to the next, from one row to the next
+    std::int64_t origin = 0;              // the first pixel
+    std::int64_t span = 0;                // from the first pixel to behind the last, in whole blocks
+    std::vector<std::uint8_t> inside;     // (span,): image, or border
+
+    Grid() = default;
+    Grid(std::int64_t height, std::int64_t width, std::int64_t phases, std::int64_t border)
+        : height(height), width(width), phases(phases), border(border) {
+        segment = (width + phases - 1) / phases + border;
+        pitch = phases * segment;
+        origin = border * phases * pitch + border;
+        span = round_up(height * pitch, kTall);
+        inside.resize(static_cast<std::size_t>(span));
+        for (std::int64_t y = 0; y < height; ++y)
+            for (std::int64_t x = 0; x < width; ++x) inside[static_cast<std::size_t>(position(y, x))] = 1;
+    }
+
+    // Of a pixel, counted from the first.
+    std::int64_t position(std::int64_t y, std::int64_t x) const { return y * pitch + x % phases * segment + x / phases; }
+
+    // Of a plane, with what blocks read beyond the last pixel's filter taps.
+    std::int64_t elements(std::int64_t channels) const { return (2 * origin + span) * channels + 64 * kPanel; }
+};
+
+namespace detail {
+
+typedef std::uint32_t LaneBits __attribute__((vector_size(64)));
+typedef Bf16 HalfLanes __attribute__((vector_size(32), aligned(2)));
+typedef std::uint32_t Four __attribute__((vector_size(16), aligned(4)));
+
+// Round to nearest, ties to even.
+[[gnu::always_inline]] inline LaneBits rounded(Lanes v) {
+    LaneBits bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return bits + 0x7fff + (bits >> 16 & 1);
+}
+
+[[gnu::always_inline]] inline void put(float* p, Lanes v) { store(p, v); }
+[[gnu::always_inline]] inline void put(Bf16* p, Lanes v) {
+    *reinterpret_cast<HalfLanes*>(p) = __builtin_convertvector(rounded(v) >> 16, HalfLanes);
+}
+[[gnu::always_inline]] inline void put(float* p, float v) { *p = v; }
+[[gnu::always_inline]] inline void put(Bf16* p, float v) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    *p = static_cast<Bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Results of a block of pixels, (rows, 16 panels): bias and ReLU; the border stays zero.
+template <int kPanels, typename T>
+[[gnu::always_inline]] inline void finish(const float* c, std::int64_t rows, const float* bias,
+                                          const std::uint8_t* inside, std::int64_t channels, T* out) {
+    Lanes offset[kPanels];
+    for (int j = 0; j < kPanels; ++j) offset[j] = load(bias + j * kPanel);
+    for (std::int64_t i = 0; i < rows; ++i)
+        for (int j = 0; j < kPanels; ++j) {
+            const Lanes sum = load(c + (i * kPanels + j) * kPanel) + offset[j];
+            put(out + i * channels + j * kPanel, sum > 0 && inside[i] ? sum : Lanes{});
+        }
+}
+
+#define LGCN_FINISH(name, panels, rows, type)                                                                        \
+    LGCN_EVERY_SIMD inline void name(const float* c, const float* bias, const std::uint8_t* inside,                 \
+                                     std::int64_t channels, type* out) {                                            \
+        finish<panels>(c, rows, bias, inside, channels, out);                                                       \
+    }
+LGCN_FINISH(finish_wide, 2, kWide, float)
+LGCN_FINISH(finish_wide, 2, kWide, Bf16)
+LGCN_FINISH(finish_tall, 1, kTall, float)
+LGCN_FINISH(finish_tall, 1, kTall, Bf16)
+#undef LGCN_FINISH
+
+#ifdef __clang__
+#define LGCN_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LGCN_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Four{__VA_ARGS__})
+#endif
+
+// Four rows of four words each, rows to columns.
+[[gnu::always_inline]] inline void transpose4(const std::uint32_t* const* rows, std::int64_t column, std::uint32_t* out,
+                                              std::int64_t stride) {
+    const auto row = [&](int i) { return *reinterpret_cast<const Four*>(rows[i] + column); };
+    const Four a = row(0), b = row(1), c = row(2), d = row(3);
+    const Four low_ab = LGCN_SHUFFLE(a, b, 0, 4, 1, 5), high_ab = LGCN_SHUFFLE(a, b, 2, 6, 3, 7);
+    const Four low_cd = LGCN_SHUFFLE(c, d, 0, 4, 1, 5), high_cd = LGCN_SHUFFLE(c, d, 2, 6, 3, 7);
+    *reinterpret_cast<Four*>(out) = LGCN_SHUFFLE(low_ab, low_cd, 0, 1, 4, 5);
+    *reinterpret_cast<Four*>(out + stride) = LGCN_SHUFFLE(low_ab, low_cd, 2, 3, 6, 7);
+    *reinterpret_cast<Four*>(out + 2 * stride) = LGCN_SHUFFLE(high_ab, high_cd, 0, 1, 4, 5);
+    *reinterpret_cast<Four*>(out + 3 * stride) = LGCN_SHUFFLE(high_ab, high_cd, 2, 3, 6, 7);
+}
+
+#undef LGCN_SHUFFLE
+
+// Sixteen rows of `count` words (a multiple of 4) to (count, 16). A word is a float or two neighbouring bf16: the format
+// of a panel.
+inline void transpose16(const void* const* rows, std::int64_t count, void* out) {
+    const auto* words = reinterpret_cast<const std::uint32_t* const*>(rows);
+    auto* columns = static_cast<std::uint32_t*>(out);
+    for (std::int64_t k = 0; k < count; k += 4)
+        for (int i = 0; i < 16; i += 4) transpose4(words + i, k, columns + k * 16 + i, 16);
+}
+
+template <int kStep>
+[[gnu::always_inline]] inline void interleave(const float* rows, const float* bias, float* line) {
+    for (std::int64_t x = 0; x < kWide; ++x)
+        for (int i = 0; i < kStep; ++i) line[x * kStep + i] = rows[i * kWide + x] + bias[i];
+}
+
+// Rows of kWide values and their biases to one line: value 0 of each, value 1 of each, ...
+LGCN_EVERY_SIMD inline void interleave(const float* rows, const float* bias, std::int64_t count, float* line) {
+    if (count == 1) return interleave<1>(rows, bias, line);
+    if (count == 2) return interleave<2>(rows, bias, line);
+    for (std::int64_t x = 0; x < kWide; ++x)
+        for (std::int64_t i = 0; i < count; ++i) line[x * count + i] = rows[i * kWide + x] + bias[i];
+}
+
+}  // namespace detail
+
+// Of a convolution: (out, in, kernel, kernel) and (out,).
+struct Filters {
+    const float *weight, *bias;
+    std::int64_t out, in, kernel;
+};
+
+// Convolution, bias, ReLU.
+template <typename T>
+class Convolution {
+public:
+    static constexpr std::int64_t kStep = sizeof(T) == 2 ? 32 : 1;  // of the inner dimension
+
+    // `channels` >= f.in is what the input's plane has; the output's has whole panels.
+    Convolution(const Filters& f, std::int64_t channels)
+        : kernel_(f.kernel),
+          channels_(channels),
+          run_(round_up(f.kernel * channels, kStep)),
+          panels_(round_up(f.out, kPanel) / kPanel),
+          packed_(panels_ * f.kernel * run_ * kPanel),
+          bias_(panels_ * kPanel) {
+        std::copy(f.bias, f.bias + f.out, bias_.data());
+        const float* weight = f.weight;
+        for (std::int64_t o = 0; o < f.out; ++o)
+            for (std::int64_t i = 0; i < f.in; ++i)
+                for (std::int64_t y = 0; y < kernel_; ++y)
+                    for (std::int64_t x = 0; x < kernel_; ++x) {
+                        T* panel = packed_.data() + o / kPanel * panel_stride();
+                        detail::put(panel + packed_index(y * run_ + x * channels + i, o % kPanel), *weight++);
+                    }
+    }
+
+    std::int64_t out_channels() const { return panels_ * kPanel; }
+
+    // From plane to plane of a grid; a member of the team does its share of the blocks.
+    void operator()(const Multiplier<T>& multiplier, const Grid& grid, const T* in, T* out, Range blocks) const {
+        const std::int64_t reach = kernel_ / 2, row = grid.phases * grid.pitch * channels_;
+        std::vector<Segment> rows;
+        for (std::int64_t y = 0; y < kernel_; ++y) rows.push_back({(y - reach) * row, y * run_, run_});
+        for (std::int64_t panel = 0; panel < panels_;) {
+            const bool wide = panel + 1 < panels_;
+            const std::int64_t step = wide ? kWide : kTall;
+            const float* bias = bias_.data() + panel * kPanel;
+            for (std::int64_t p = blocks.first * kTall; p < blocks.last * kTall; p += step) {
+                const T* first = in + (grid.origin + p - reach) * channels_;
+                const Product<T> product{first, channels_, packed_.data() + panel * panel_stride(), panel_stride(),
+                                         rows.data(), kernel_};
+                alignas(64) float c[kTall * kPanel];
+                (wide ? multiplier.wide : multiplier.tall)(product, c);
+                T* pixels = out + (grid.origin + p) * out_channels() + panel * kPanel;
+                if (wide)
+                    detail::finish_wide(c, bias, grid.inside.data() + p, out_channels(), pixels);
+                else
+                    detail::finish_tall(c, bias, grid.inside.data() + p, out_channels(), pixels);
+            }
+            panel += wide ? 2 : 1;
+        }
+    }
+
+    static std::int64_t packed_index(std::int64_t k, std::int64_t column) {
+        return sizeof(T) == 2 ? (k / 2 * kPanel + column) * 2 + k % 2 : k * kPanel + column;
+    }
+
+private:
+    std::int64_t panel_stride() const { return kernel_ * run_ * kPanel; }
+
+    std::int64_t kernel_, channels_, run_, panels_;
+    Buffer<T> packed_;
+    Buffer<float> bias_;
+};
+
+// Linear 1 x 1 convolution from a plane to maps: here the pixels are the columns of the product. Where the maps are
+// finer than the plane, by `step`, channels (n, j, i) are pixels (step y + j, step x + i) of map n: pixel-shuffle.
+template <typename T>
+class Head {
+public:
+    Head(const Filters& f, std::int64_t channels, std::int64_t step)
+        : out_(f.out),
+          step_(step),
+          channels_(channels),
+          depth_(round_up(channels, Convolution<T>::kStep)),
+          weight_((f.out + kWide) * depth_),
+          bias_(f.bias, f.bias + f.out) {
+        for (std::int64_t o = 0; o < f.out; ++o)
+            for (std::int64_t i = 0; i < f.in; ++i) detail::put(weight_.data() + o * depth_ + i, f.weight[o * f.in + i]);
+    }
+
+    // Calls emit(n, y, x, values, count) for all lines of the maps that some rows of the plane become.
+    template <typename Emit>
+    void operator()(const Multiplier<T>& multiplier, const Grid& grid, const T* in, Range rows, Emit emit) const {
+        const Segment all{0, 0, depth_};
+        const std::int64_t block = kWide / step_ * step_;  // of channels: the parts of a line together
+        Buffer<T> panels(kWide * depth_);
+        Buffer<float> line(kWide * step_);
+        for (std::int64_t y = rows.first; y < rows.last; ++y)
+            for (std::int64_t x = 0; x < grid.width; x += kWide) {
+                pack(grid, in, y, x, panels.data());
+                for (std::int64_t o = 0; o < out_; o += block) {
+                    const Product<T> product{weight_.data() + o * depth_, depth_, panels.data(), kPanel * depth_, &all, 1};
+                    alignas(64) float c[kWide * kWide];
+                    multiplier.wide(product, c);
+                    for (std::int64_t i = o; i < std::min(o + block, out_); i += step_) {
+                        detail::interleave(c + (i - o) * kWide, bias_.data() + i, step_, line.data());
+                        emit(i / (step_ * step_), y * step_ + i / step_ % step_, x * step_, line.data(),
+                             std::min(kWide, grid.width - x) * step_);
+                    }
+                }
+            }
+    }
+
+private:
+    void pack(const Grid& grid, const T* in, std::int64_t y, std::int64_t x, T* panels) const {
+        const void* pixels[kWide];
+        for (std::int64_t i = 0; i < kWide; ++i) {
+            const std::int64_t column = std::min(x + i, grid.width - 1);
+            pixels[i] = in + (grid.origin + grid.position(y, column)) * channels_;
+        }
+        const std::int64_t words = channels_ * static_cast<std::int64_t>(sizeof(T)) / 4;
+        detail::transpose16(pixels, words, panels);
+        detail::transpose16(pixels + kPanel, words, panels + kPanel * depth_);
+    }
+
+    std::int64_t out_, step_, channels_, depth_;
+    Buffer<T> weight_;
+    std::vector<float> bias_;
+};
+
+}  // namespace lgcn

@@ -1,0 +1,295 @@
+// Small matrix products, the arithmetic of the network: 32 x 32 or 64 x 16 results in one call, in fp32 or bf16, for each
+// instruction set that has something to give.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "simd.hpp"
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define LGCN_X86 1
+#endif
+
+namespace lgcn {
+
+// The upper half of a float.
+using Bf16 = std::uint16_t;
+
+// Zeroed memory on cache lines.
+template <typename T>
+class Buffer {
+public:
+    explicit Buffer(std::int64_t count = 0)
+        : data_(static_cast<T*>(::operator new(bytes(count), std::align_val_t(64)))) {
+        std::memset(data_.get(), 0, bytes(count));
+    }
+    T* data() { return data_.get(); }
+    const T* data() const { return data_.get(); }
+
+private:
+    struct Free {
+        void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+    };
+    static std::size_t bytes(std::int64_t count) { return static_cast<std::size_t>(count) * sizeof(T); }
+    std::unique_ptr<T, Free> data_;
+};
+
+inline std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
+
+// Part of the inner dimension: where it starts in a row of A and in a panel of B, and its length.
+struct Segment {
+    std::int64_t a, b, length;
+};
+
+// C = sum over segments of A[:, a : a + length] B[b : b + length, :].
+// A: rows of `row_stride` elements. B: panels of 16 columns, `panel_stride` elements apart, in fp32 (K, 16), in bf16
+// (K / 2, 16, 2), so that element b of the inner dimension starts at 16 b in both. In bf16 lengths are multiples of 32.
+template <typename T>
+struct Product {
+    const T* a;
+    std::int64_t row_stride;
+    const T* b;
+    std::int64_t panel_stride;
+    const Segment* segments;
+    std::int64_t count;
+};
+
+constexpr std::int64_t kPanel = 16;  // columns
+constexpr std::int64_t kWide = 32;   // rows of a product with two panels
+constexpr std::int64_t kTall = 64;   // rows of a product with one
+
+// The products of one instruction set. C is row-major, fp32.
+template <typename T>
+struct Multiplier {
+    using Element = T;
+    void (*wide)(const Product<T>&, float* c);  // C (32, 32)
+    void (*tall)(const Product<T>&, float* c);  // C (64, 16)
+    // Around all products of a thread.
+    void (*begin)() = [] {};
+    void (*end)() = [] {};
+};
+
+namespace detail {
+
+typedef float Lanes4 __attribute__((vector_size(16), aligned(4)));
+typedef float Lanes8 __attribute__((vector_size(32), aligned(4)));
+
+// As many sums as there are registers for: kRows rows of kColumns columns.
+template <typename Vector, int kRows, int kColumns>
+[[gnu::always_inline]] inline void multiply_fp32(const Product<float>& p, std::int64_t rows, float* c) {
+    constexpr int kVectors = kColumns * sizeof(float) / sizeof(Vector), kLength = sizeof(Vector) / sizeof(float);
+    for (std::int64_t row = 0; row < rows; row += kRows) {
+        Vector sums[kRows][kVectors] = {};
+        for (std::int64_t s = 0; s < p.count; ++s) {
+            const float* a = p.a + row * p.row_stride + p.segments[s].a;
+            const float* b = p.b + p.segments[s].b * kPanel;
+            for (std::int64_t k = 0; k < p.segments[s].length; ++k) {
+                Vector columns[kVectors];
+#pragma GCC unroll 8
+                for (int j = 0; j < kVectors; ++j)
+                    columns[j] = *reinterpret_cast<const Vector*>(b + j * kLength / kPanel * p.panel_stride + k * kPanel +
+                                                                  j * kLength % kPanel);
+#pragma GCC unroll 8
+                for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+                    for (int j = 0; j < kVectors; ++j) sums[i][j] += a[i * p.row_stride + k] * columns[j];
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j)
+                *reinterpret_cast<Vector*>(c + (row + i) * kColumns + j * kLength) = sums[i][j];
+    }
+}
+
+// Two panels one after the other, for processors with few registers.
+template <typename Vector, int kRows>
+[[gnu::always_inline]] inline void multiply_halves(const Product<float>& p, float* c) {
+    float part[kWide * kPanel];
+    for (std::int64_t j = 0; j < 2; ++j) {
+        const Product<float> one{p.a, p.row_stride, p.b + j * p.panel_stride, 0, p.segments, p.count};
+        multiply_fp32<Vector, kRows, kPanel>(one, kWide, part);
+        for (std::int64_t i = 0; i < kWide; ++i)
+            std::memcpy(c + (2 * i + j) * kPanel, part + i * kPanel, kPanel * sizeof(float));
+    }
+}
+
+inline void wide_baseline(const Product<float>& p, float* c) { multiply_halves<Lanes4, 2>(p, c); }
+inline void tall_baseline(const Product<float>& p, float* c) { multiply_fp32<Lanes4, 2, kPanel>(p, kTall, c); }
+
+#ifdef LGCN_X86
+
+#define LGCN_AVX2 __attribute__((target("arch=x86-64-v3")))
+#define LGCN_AVX512 __attribute__((target("arch=x86-64-v4")))
+#define LGCN_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define LGCN_AMX_BF16 __attribute__((target("avx512f,amx-tile,amx-bf16")))
+
+LGCN_AVX2 inline void wide_avx2(const Product<float>& p, float* c) { multiply_halves<Lanes8, 4>(p, c); }
+LGCN_AVX2 inline void tall_avx2(const Product<float>& p, float* c) { multiply_fp32<Lanes8, 4, kPanel>(p, kTall, c); }
+LGCN_AVX512 inline void wide_avx512(const Product<float>& p, float* c) { multiply_fp32<Lanes, 8, 2 * kPanel>(p, kWide, c); }
+LGCN_AVX512 inline void tall_avx512(const Product<float>& p, float* c) { multiply_fp32<Lanes, 8, kPanel>(p, kTall, c); }
+
+template <int kPanels>
+LGCN_AVX512_BF16 inline void multiply_avx512_bf16(const Product<Bf16>& p, std::int64_t rows, float* c) {
+    constexpr int kRows = 8;
+    for (std::int64_t row = 0; row < rows; row += kRows) {
+        __m512 sums[kRows][kPanels];
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+            for (int j = 0; j < kPanels; ++j) sums[i][j] = _mm512_setzero_ps();
+        for (std::int64_t s = 0; s < p.count; ++s) {
+            const Bf16* a = p.a + row * p.row_stride + p.segments[s].a;
+            const Bf16* b = p.b + p.segments[s].b * kPanel;
+            for (std::int64_t k = 0; k < p.segments[s].length; k += 2) {
+                __m512bh columns[kPanels];
+#pragma GCC unroll 2
+                for (int j = 0; j < kPanels; ++j)
+                    columns[j] = (__m512bh)_mm512_loadu_si512(b + j * p.panel_stride + k * kPanel);
+#pragma GCC unroll 8
+                for (int i = 0; i < kRows; ++i) {
+                    std::int32_t pair;
+                    std::memcpy(&pair, a + i * p.row_stride + k, sizeof pair);
+                    const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+                    for (int j = 0; j < kPanels; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], both, columns[j]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+            for (int j = 0; j < kPanels; ++j) _mm512_storeu_ps(c + ((row + i) * kPanels + j) * kPanel, sums[i][j]);
+    }
+}
+
+inline void wide_avx512_bf16(const Product<Bf16>& p, float* c) { multiply_avx512_bf16<2>(p, kWide, c); }
+inline void tall_avx512_bf16(const Product<Bf16>& p, float* c) { multiply_avx512_bf16<1>(p, kTall, c); }
+
+// Four tiles of 16 x 16 sums at once hide the latency of the matrix unit.
+LGCN_AMX_BF16 inline void wide_amx(const Product<Bf16>& p, float* c) {
+    const std::int64_t stride = p.row_stride * 2;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (std::int64_t s = 0; s < p.count; ++s) {
+        const Bf16* a = p.a + p.segments[s].a;
+        const Bf16* b = p.b + p.segments[s].b * kPanel;
+        for (std::int64_t k = 0; k < p.segments[s].length; k += 32) {
+            _tile_loadd(6, b + k * kPanel, 64);
+            _tile_loadd(4, a + k, stride);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, b + p.panel_stride + k * kPanel, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, a + 16 * p.row_stride + k, stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, 128);
+    _tile_stored(1, c + 16, 128);
+    _tile_stored(2, c + 16 * 32, 128);
+    _tile_stored(3, c + 16 * 32 + 16, 128);
+}
+
+LGCN_AMX_BF16 inline void tall_amx(const Product<Bf16>& p, float* c) {
+    const std::int64_t stride = p.row_stride * 2, tile = 16 * p.row_stride;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (std::int64_t s = 0; s < p.count; ++s) {
+        const Bf16* a = p.a + p.segments[s].a;
+        const Bf16* b = p.b + p.segments[s].b * kPanel;
+        for (std::int64_t k = 0; k < p.segments[s].length; k += 32) {
+            _tile_loadd(6, b + k * kPanel, 64);
+            _tile_loadd(4, a + k, stride);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, a + k + tile, stride);
+            _tile_dpbf16ps(1, 5, 6);
+            _tile_loadd(4, a + k + 2 * tile, stride);
+            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(5, a + k + 3 * tile, stride);
+            _tile_dpbf16ps(3, 5, 6);
+        }
+    }
+    _tile_stored(0, c, 64);
+    _tile_stored(1, c + 256, 64);
+    _tile_stored(2, c + 512, 64);
+    _tile_stored(3, c + 768, 64);
+}
+
+LGCN_AMX_BF16 inline void begin_amx() {
+    // Eight tiles of 16 rows of 64 bytes.
+    static const struct alignas(64) {
+        std::uint8_t palette, start_row, reserved[14];
+        std::uint16_t row_bytes[16];
+        std::uint8_t rows[16];
+    } tiles = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&tiles);
+}
+
+LGCN_AMX_BF16 inline void end_amx() { _tile_release(); }
+
+inline bool has_avx512_bf16() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
+inline bool has_amx_bf16() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+    // Linux gives the tile registers to processes that ask for them.
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+#endif
+
+}  // namespace detail
+
+// Names of the instruction sets that this processor has, the fastest of each precision first.
+inline std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+#ifdef LGCN_X86
+    if (detail::has_amx_bf16()) names.push_back("amx_bf16");
+    if (detail::has_avx512_bf16()) names.push_back("avx512_bf16");
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) names.push_back("avx512");
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
+#endif
+    names.push_back("baseline");
+    return names;
+}
+
+// The products of an instruction set that is there; nothing where it has none in this precision.
+inline bool find_multiplier(const std::string& name, Multiplier<float>& found) {
+    found = {detail::wide_baseline, detail::tall_baseline};
+#ifdef LGCN_X86
+    if (name == "avx512") found = {detail::wide_avx512, detail::tall_avx512};
+    if (name == "avx2") found = {detail::wide_avx2, detail::tall_avx2};
+#endif
+    return name == "avx512" || name == "avx2" || name == "baseline";
+}
+
+inline bool find_multiplier(const std::string& name, Multiplier<Bf16>& found) {
+#ifdef LGCN_X86
+    if (name == "amx_bf16") found = {detail::wide_amx, detail::tall_amx, detail::begin_amx, detail::end_amx};
+    if (name == "avx512_bf16") found = {detail::wide_avx512_bf16, detail::tall_avx512_bf16};
+#endif
+    (void)found;
+    return name == "amx_bf16" || name == "avx512_bf16";
+}
+
+}  // namespace lgcn

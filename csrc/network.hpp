@@ -1,0 +1,359 @@
+// The local-global context network in eval mode, image to heatmaps; the reference is LGCN.forward in lgcn_fast/model.py.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "convolution.hpp"
+#include "gaussian_sum.hpp"
+#include "matrix.hpp"
+#include "threads.hpp"
+
+namespace lgcn {
+
+// What `LGCNConfig` says, without the factors: they are in the filters.
+struct Shape {
+    std::int64_t landmarks, side_channels, shuffle, stride, dilation, kernel_size;
+    std::vector<double> sigmas;
+};
+
+namespace detail {
+
+template <typename T>
+[[gnu::always_inline]] inline void put_line_as(const float* values, std::int64_t count, bool relu, T* out) {
+    const float least = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+    std::int64_t x = 0;
+    for (; x + kLaneCount <= count; x += kLaneCount) {
+        const Lanes v = load(values + x);
+        put(out + x, v > least ? v : least - Lanes{});
+    }
+    for (; x < count; ++x) put(out + x, std::max(values[x], least));
+}
+
+LGCN_EVERY_SIMD inline void put_line(const float* values, std::int64_t count, bool relu, float* out) {
+    put_line_as(values, count, relu, out);
+}
+LGCN_EVERY_SIMD inline void put_line(const float* values, std::int64_t count, bool relu, Bf16* out) {
+    put_line_as(values, count, relu, out);
+}
+LGCN_EVERY_SIMD inline void add_line(const float* values, std::int64_t count, float* out) {
+    for (std::int64_t x = 0; x < count; ++x) out[x] += values[x];
+}
+
+// Means of 2 x 2 pixels of two lines.
+LGCN_EVERY_SIMD inline void halve(const float* first, const float* second, std::int64_t count, float* out) {
+    for (std::int64_t x = 0; x < count; ++x)
+        out[x] = 0.25f * (first[2 * x] + first[2 * x + 1] + second[2 * x] + second[2 * x + 1]);
+}
+
+// Values (pixels, 16) of some channels to pixels in a plane.
+template <typename T>
+[[gnu::always_inline]] inline void put_pixels_as(const float* values, T* const* pixels, std::int64_t count,
+                                                 std::int64_t channels) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        if (channels == kLaneCount)
+            put(pixels[i], load(values + i * kLaneCount));
+        else
+            for (std::int64_t c = 0; c < channels; ++c) put(pixels[i] + c, values[i * kLaneCount + c]);
+    }
+}
+
+LGCN_EVERY_SIMD inline void put_pixels(const float* values, float* const* pixels, std::int64_t count, std::int64_t channels) {
+    put_pixels_as(values, pixels, count, channels);
+}
+LGCN_EVERY_SIMD inline void put_pixels(const float* values, Bf16* const* pixels, std::int64_t count, std::int64_t channels) {
+    put_pixels_as(values, pixels, count, channels);
+}
+
+// The blur of each precision.
+template <typename T>
+struct Blur;
+
+template <>
+struct Blur<float> {
+    GaussianSum sum;
+    std::int64_t stride, elements;
+
+    Blur(const Gaussians& gaussians, std::int64_t height, std::int64_t width)
+        : sum(gaussians, height, width), stride(width), elements(height * width) {}
+    void operator()(const Multiplier<float>&, const float* map, float* out) { sum(map, out); }
+};
+
+template <>
+struct Blur<Bf16> {
+    GaussianProduct product;
+    std::int64_t stride, elements;
+    Buffer<Bf16> scratch;
+
+    Blur(const Gaussians& gaussians, std::int64_t height, std::int64_t width)
+        : product(gaussians, height, width),
+          stride(product.row_stride()),
+          // A cache line more: the rows of 136 maps must not all fall into the same few sets of the cache.
+          elements(product.map_elements() + 32),
+          scratch(product.scratch_elements()) {}
+    void operator()(const Multiplier<Bf16>& multiplier, const Bf16* map, float* out) {
+        product(multiplier, map, scratch.data(), out);
+    }
+};
+
+}  // namespace detail
+
+// Pixels of one image, (channels, height, width).
+template <typename Pixel>
+struct Image {
+    const Pixel* data;
+    std::int64_t channels, height, width;
+};
+
+template <typename T>
+class Network {
+public:
+    Network(const Shape& shape, const Multiplier<T>& multiplier, const std::vector<Filters>& local, const Filters& heads,
+            const std::vector<Filters>& context, const Filters& refine)
+        : shape_(shape),
+          multiplier_(multiplier),
+          gaussians_(shape.kernel_size, shape.sigmas),
+          in_channels_(local.front().in),
+          map_channels_(round_up(shape.landmarks + shape.side_channels, kPanel)),
+          channels_(round_up(local.front().out, kPanel)),
+          step_(shape.shuffle / shape.stride),
+          heads_(heads, channels_, step_),
+          refine_(refine, channels_, step_) {
+        for (const Filters& f : local) {
+            local_.emplace_back(f, local_.empty() ? in_channels_ : channels_);
+            reach_ = std::max(reach_, f.kernel / 2);
+        }
+        for (const Filters& f : context) context_.emplace_back(f, context_.empty() ? map_channels_ : channels_);
+    }
+
+    std::int64_t landmarks() const { return shape_.landmarks; }
+    std::int64_t heatmap_side(std::int64_t side) const { return (side + shape_.stride - 1) / shape_.stride; }
+    std::int64_t image_channels() const { return in_channels_ / (shape_.shuffle * shape_.shuffle); }
+
+    // images: (count, channels, height, width), image describes the first; out: (count, N, h, w). As many faces as there
+    // are threads go side by side, and all threads share each of the rest.
+    template <typename Pixel>
+    void operator()(const Image<Pixel>& image, std::int64_t count, float* out, int num_threads) {
+        const std::int64_t threads = thread_count(num_threads), alone = count / threads * threads;
+        const std::int64_t pixels = image.channels * image.height * image.width;
+        const std::int64_t outputs = shape_.landmarks * heatmap_side(image.height) * heatmap_side(image.width);
+        const auto face = [&](std::int64_t i) {
+            Image<Pixel> one = image;
+            one.data += i * pixels;
+            return one;
+        };
+        std::vector<std::unique_ptr<Workspace>> workspaces;
+        for (std::int64_t t = 0; t < (alone ? threads : 1); ++t) workspaces.push_back(borrow(image.height, image.width, threads));
+        Team everyone(threads), nobody(1);
+        run_threads(threads, [&](std::int64_t t) {
+            multiplier_.begin();
+            for (std::int64_t i = t; i < alone; i += threads) {
+                Team self(1);
+                run(face(i), *workspaces[static_cast<std::size_t>(t)], self, 0, out + i * outputs);
+            }
+            everyone.wait();
+            for (std::int64_t i = alone; i < count; ++i) run(face(i), *workspaces[0], everyone, t, out + i * outputs);
+            multiplier_.end();
+        });
+        for (auto& workspace : workspaces) give_back(std::move(workspace));
+    }
+
+private:
+    using Blur = detail::Blur<T>;
+
+    // What a member of a team has for itself.
+    struct Member {
+        Blur blur;
+        Buffer<float> side;  // blurred maps of the side branch
+    };
+
+    // What one image needs; kept for the next of the same size.
+    struct Workspace {
+        Workspace(const Network& n, std::int64_t image_height, std::int64_t image_width)
+            : image_height(image_height),
+              image_width(image_width),
+              height(n.heatmap_side(image_height)),
+              width(n.heatmap_side(image_width)),
+              grid(side(image_height, n), side(image_width, n), 1, n.reach_),
+              context_grid(grid.height, grid.width, n.shape_.dilation, 1),
+              input(grid.elements(n.in_channels_)),
+              context(context_grid.elements(n.map_channels_)) {
+            for (Buffer<T>& plane : local) plane = Buffer<T>(grid.elements(n.channels_));
+            for (Buffer<T>& plane : global) plane = Buffer<T>(context_grid.elements(n.channels_));
+            add_member(n);
+            maps = Buffer<T>((n.shape_.landmarks + n.shape_.side_channels) * members[0].blur.elements);
+        }
+        void add_member(const Network& n) {
+            members.push_back({Blur(n.gaussians_, height, width), Buffer<float>(n.shape_.side_channels ? kPanel * height * width : 0)});
+        }
+        static std::int64_t side(std::int64_t pixels, const Network& n) {
+            return (pixels + n.shape_.shuffle - 1) / n.shape_.shuffle;
+        }
+
+        std::int64_t image_height, image_width, height, width;
+        Grid grid, context_grid;
+        Buffer<T> input, context;
+        Buffer<T> local[2], global[2], maps;
+        std::vector<Member> members;
+    };
+
+    std::unique_ptr<Workspace> borrow(std::int64_t height, std::int64_t width, std::int64_t threads) {
+        std::unique_ptr<Workspace> found;
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            if (!idle_.empty()) {
+                found = std::move(idle_.back());
+                idle_.pop_back();
+            }
+        }
+        if (!found || found->image_height != height || found->image_width != width) {
+            found.reset();
+            found = std::make_unique<Workspace>(*this, height, width);
+        }
+        while (static_cast<std::int64_t>(found->members.size()) < threads) found->add_member(*this);
+        return found;
+    }
+
+    void give_back(std::unique_ptr<Workspace> workspace) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        idle_.push_back(std::move(workspace));
+    }
+
+    template <typename Pixel>
+    void run(const Image<Pixel>& image, Workspace& w, Team& team, std::int64_t member, float* out) const {
+        fill_input(image, w, team.share(w.grid.height, member));
+        team.wait();
+        const T* plane = convolve(local_, w.grid, w.input.data(), w.local, team, member);
+        fill_maps(plane, w, team.share(w.grid.height, member));
+        team.wait();
+        blur(w, team, member, out);
+        team.wait();
+        plane = convolve(context_, w.context_grid, w.context.data(), w.global, team, member);
+        add_refined(plane, w, team.share(w.grid.height, member), out);
+        team.wait();
+    }
+
+    // Ends with a plane that all members have finished.
+    const T* convolve(const std::vector<Convolution<T>>& layers, const Grid& grid, const T* in, Buffer<T>* planes,
+                      Team& team, std::int64_t member) const {
+        const Range blocks = team.share(grid.span / kTall, member);
+        for (std::size_t i = 0; i < layers.size(); ++i) {
+            T* result = planes[i % 2].data();
+            layers[i](multiplier_, grid, in, result, blocks);
+            in = result;
+            team.wait();
+        }
+        return in;
+    }
+
+    // Pixel-unshuffle; beyond the image the border's pixels repeat. 128 is the network's zero.
+    template <typename Pixel>
+    void fill_input(const Image<Pixel>& image, Workspace& w, Range rows) const {
+        const std::int64_t step = shape_.shuffle;
+        for (std::int64_t y = rows.first; y < rows.last; ++y)
+            for (std::int64_t x = 0; x < w.grid.width; ++x) {
+                T* pixel = w.input.data() + (w.grid.origin + w.grid.position(y, x)) * in_channels_;
+                for (std::int64_t c = 0; c < image.channels; ++c)
+                    for (std::int64_t j = 0; j < step; ++j) {
+                        const std::int64_t row = std::min(y * step + j, image.height - 1);
+                        const Pixel* line = image.data + (c * image.height + row) * image.width;
+                        for (std::int64_t i = 0; i < step; ++i)
+                            detail::put(pixel++, static_cast<float>(line[std::min(x * step + i, image.width - 1)]) - 128);
+                    }
+            }
+    }
+
+    void fill_maps(const T* plane, Workspace& w, Range rows) const {
+        const Blur& blur = w.members[0].blur;
+        heads_(multiplier_, w.grid, plane, rows,
+               [&](std::int64_t map, std::int64_t y, std::int64_t x, const float* line, std::int64_t count) {
+                   T* out = w.maps.data() + map * blur.elements + y * blur.stride + x;
+                   if (y < w.height) detail::put_line(line, std::min(count, w.width - x), map >= shape_.landmarks, out);
+               });
+    }
+
+    void add_refined(const T* plane, const Workspace& w, Range rows, float* out) const {
+        refine_(multiplier_, w.context_grid, plane, rows,
+                [&](std::int64_t map, std::int64_t y, std::int64_t x, const float* line, std::int64_t count) {
+                    float* heatmap = out + (map * w.height + y) * w.width + x;
+                    if (y < w.height) detail::add_line(line, std::min(count, w.width - x), heatmap);
+                });
+    }
+
+    // Blurs a member's share of the maps, some at a time, so that they are still in the cache when the context is made.
+    void blur(Workspace& w, const Team& team, std::int64_t member, float* out) const {
+        Member& mine = w.members[static_cast<std::size_t>(member)];
+        const Range maps = team.share(shape_.landmarks + shape_.side_channels, member);
+        const std::int64_t pixels = w.height * w.width;
+        for (std::int64_t first = maps.first; first < maps.last; first += kPanel) {
+            const std::int64_t count = std::min(kPanel, maps.last - first);
+            const float* blurred[kPanel];
+            for (std::int64_t i = 0; i < count; ++i) {
+                // The landmarks' maps are needed again, those of the side branch are not.
+                const bool heatmap = first + i < shape_.landmarks;
+                float* result = heatmap ? out + (first + i) * pixels : mine.side.data() + i * pixels;
+                mine.blur(multiplier_, w.maps.data() + (first + i) * mine.blur.elements, result);
+                blurred[i] = result;
+            }
+            fill_context(w, blurred, first, count);
+        }
+    }
+
+    // Means of step x step pixels of some blurred maps, channels-last.
+    void fill_context(Workspace& w, const float* const* blurred, std::int64_t first, std::int64_t maps) const {
+        const Grid& grid = w.context_grid;
+        alignas(64) float means[kPanel * kPanel] = {}, turned[kPanel * kPanel];
+        const void* lines[kPanel];
+        for (std::int64_t i = 0; i < kPanel; ++i) lines[i] = means + i * kPanel;
+        const bool whole = step_ == 1 && maps == kPanel;
+        for (std::int64_t y = 0; y < grid.height; ++y)
+            for (std::int64_t x = 0; x < grid.width; x += kPanel) {
+                const std::int64_t count = std::min(kPanel, grid.width - x);
+                for (std::int64_t i = 0; i < maps; ++i) {
+                    if (whole && count == kPanel)
+                        lines[i] = blurred[i] + y * w.width + x;
+                    else
+                        lines[i] = average(blurred[i], w, y, x, count, means + i * kPanel);
+                }
+                detail::transpose16(lines, kPanel, turned);
+                T* pixels[kPanel];
+                for (std::int64_t i = 0; i < count; ++i)
+                    pixels[i] = w.context.data() + (grid.origin + grid.position(y, x + i)) * map_channels_ + first;
+                detail::put_pixels(turned, pixels, count, maps);
+            }
+    }
+
+    const float* average(const float* map, const Workspace& w, std::int64_t y, std::int64_t x, std::int64_t count,
+                         float* means) const {
+        const float* first = map + y * step_ * w.width + x * step_;
+        const bool inside = (y + 1) * step_ <= w.height && (x + count) * step_ <= w.width;
+        if (step_ == 1) {
+            std::copy_n(first, count, means);
+        } else if (step_ == 2 && inside) {
+            detail::halve(first, first + w.width, count, means);
+        } else {
+            for (std::int64_t i = 0; i < count; ++i) {
+                means[i] = 0;
+                for (std::int64_t j = 0; j < step_ * step_; ++j)
+                    means[i] += map[std::min(y * step_ + j / step_, w.height - 1) * w.width +
+                                    std::min((x + i) * step_ + j % step_, w.width - 1)];
+                means[i] /= static_cast<float>(step_ * step_);
+            }
+        }
+        return means;
+    }
+
+    Shape shape_;
+    Multiplier<T> multiplier_;
+    Gaussians gaussians_;
+    std::int64_t in_channels_, map_channels_, channels_, step_, reach_ = 0;
+    std::vector<Convolution<T>> local_, context_;
+    Head<T> heads_, refine_;
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<Workspace>> idle_;
+};
+
+}  // namespace lgcn
