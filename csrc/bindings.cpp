@@ -169,14 +169,14 @@ py::array_t<double> window_moments(const Heatmaps& heatmaps, const std::optional
 
 // Blurs the maps, each thread a part of them.
 template <typename T>
-void blur(const Batch& batch, const lgcn::Gaussians& gaussians, const lgcn::Multiplier<T>& multiplier, int num_threads,
+void blur(const Batch& batch, const lgcn::Taps& taps, const lgcn::Multiplier<T>& multiplier, int num_threads,
           float* out) {
     using Blur = lgcn::detail::Blur<T>;
     const std::int64_t parts = std::max<std::int64_t>(std::min<std::int64_t>(batch.count(), lgcn::thread_count(num_threads)), 1);
     std::vector<Blur> blurs;
     std::vector<lgcn::Buffer<T>> maps;
     for (std::int64_t part = 0; part < parts; ++part) {
-        blurs.emplace_back(gaussians, batch.height, batch.width);
+        blurs.emplace_back(taps, batch.height, batch.width);
         maps.emplace_back(blurs.back().elements);
     }
     lgcn::run_threads(parts, [&](std::int64_t part) {
@@ -193,21 +193,21 @@ void blur(const Batch& batch, const lgcn::Gaussians& gaussians, const lgcn::Mult
     });
 }
 
-Heatmaps gaussian_sum(const Heatmaps& maps, std::int64_t kernel_size, const std::vector<double>& sigmas,
-                      int num_threads, const std::string& instructions) {
+lgcn::Taps checked_taps(const Points& taps) {
+    if (taps.ndim() != 2 || taps.shape(0) == 0 || taps.shape(1) % 2 == 0) {
+        throw py::value_error("taps: expected (S, kernel_size) with an odd size");
+    }
+    return {taps.data(), taps.shape(0), taps.shape(1)};
+}
+
+Heatmaps gaussian_sum(const Heatmaps& maps, const Points& lines, int num_threads, const std::string& instructions) {
     const Batch batch(maps);
-    if (kernel_size < 1 || kernel_size % 2 == 0 || kernel_size > 1001) {
-        throw py::value_error("kernel_size: expected an odd number of pixels up to 1001, got " +
-                              std::to_string(kernel_size));
-    }
-    if (sigmas.empty() || !std::all_of(sigmas.begin(), sigmas.end(), [](double s) { return s > 0; })) {
-        throw py::value_error("sigmas: expected one or more positive numbers");
-    }
+    const lgcn::Taps taps = checked_taps(lines);
     Heatmaps blurred({batch.faces, batch.landmarks, batch.height, batch.width});
     float* out = blurred.mutable_data();
     with_multiplier(instructions, [&](const auto& multiplier) {
         py::gil_scoped_release unlocked;
-        blur(batch, lgcn::Gaussians(kernel_size, sigmas), multiplier, num_threads, out);
+        blur(batch, taps, multiplier, num_threads, out);
     });
     return blurred;
 }
@@ -296,8 +296,8 @@ py::tuple fit(const lgcn::Fitter& fitter, const Heatmaps& heatmaps, double strid
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Native functions of lgcn_fast; see lgcn_fast_kernels for their documentation.";
-    module.def("gaussian_sum", &gaussian_sum, py::arg("maps").noconvert(), py::arg("kernel_size"), py::arg("sigmas"),
-               py::arg("num_threads"), py::arg("instructions"));
+    module.def("gaussian_sum", &gaussian_sum, py::arg("maps").noconvert(), py::arg("taps"), py::arg("num_threads"),
+               py::arg("instructions"));
     module.def("peak_centroids", &peak_centroids, py::arg("heatmaps").noconvert(), py::arg("num_threads"));
     module.def("nearest_peaks", &nearest_peaks, py::arg("heatmaps").noconvert(), py::arg("targets"),
                py::arg("threshold"), py::arg("num_threads"));
@@ -308,11 +308,11 @@ PYBIND11_MODULE(_native, module) {
     module.def("instruction_sets", &lgcn::instruction_sets);
     py::class_<lgcn::Shape>(module, "Shape")
         .def(py::init([](std::int64_t landmarks, std::int64_t side_channels, std::int64_t shuffle, std::int64_t stride,
-                         std::int64_t dilation, std::int64_t kernel_size, const std::vector<double>& sigmas) {
-                 return lgcn::Shape{landmarks, side_channels, shuffle, stride, dilation, kernel_size, sigmas};
+                         std::int64_t dilation, const Points& taps) {
+                 return lgcn::Shape{landmarks, side_channels, shuffle, stride, dilation, checked_taps(taps)};
              }),
              py::kw_only(), py::arg("landmarks"), py::arg("side_channels"), py::arg("shuffle"), py::arg("stride"),
-             py::arg("dilation"), py::arg("kernel_size"), py::arg("sigmas"));
+             py::arg("dilation"), py::arg("taps"));
     py::class_<Network>(module, "Network")
         .def(py::init<const std::string&, const lgcn::Shape&, const std::vector<Network::Layer>&, const Network::Layer&,
                       const std::vector<Network::Layer>&, const Network::Layer&>(),

@@ -46,7 +46,7 @@ namespace detail {
 
 typedef std::uint32_t LaneBits __attribute__((vector_size(64)));
 typedef Bf16 HalfLanes __attribute__((vector_size(32), aligned(2)));
-typedef std::uint32_t Four __attribute__((vector_size(16), aligned(4)));
+typedef std::uint32_t Eight __attribute__((vector_size(32), aligned(4)));
 
 // Round to nearest, ties to even.
 [[gnu::always_inline]] inline LaneBits rounded(Lanes v) {
@@ -93,31 +93,43 @@ LGCN_FINISH(finish_tall, 1, kTall, Bf16)
 #ifdef __clang__
 #define LGCN_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define LGCN_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Four{__VA_ARGS__})
+#define LGCN_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Eight{__VA_ARGS__})
 #endif
 
-// Four rows of four words each, rows to columns.
-[[gnu::always_inline]] inline void transpose4(const std::uint32_t* const* rows, std::int64_t column, std::uint32_t* out,
+// Eight rows of eight words, rows to columns: in pairs, in fours, in halves.
+[[gnu::always_inline]] inline void transpose8(const std::uint32_t* const* rows, std::int64_t column, std::uint32_t* out,
                                               std::int64_t stride) {
-    const auto row = [&](int i) { return *reinterpret_cast<const Four*>(rows[i] + column); };
-    const Four a = row(0), b = row(1), c = row(2), d = row(3);
-    const Four low_ab = LGCN_SHUFFLE(a, b, 0, 4, 1, 5), high_ab = LGCN_SHUFFLE(a, b, 2, 6, 3, 7);
-    const Four low_cd = LGCN_SHUFFLE(c, d, 0, 4, 1, 5), high_cd = LGCN_SHUFFLE(c, d, 2, 6, 3, 7);
-    *reinterpret_cast<Four*>(out) = LGCN_SHUFFLE(low_ab, low_cd, 0, 1, 4, 5);
-    *reinterpret_cast<Four*>(out + stride) = LGCN_SHUFFLE(low_ab, low_cd, 2, 3, 6, 7);
-    *reinterpret_cast<Four*>(out + 2 * stride) = LGCN_SHUFFLE(high_ab, high_cd, 0, 1, 4, 5);
-    *reinterpret_cast<Four*>(out + 3 * stride) = LGCN_SHUFFLE(high_ab, high_cd, 2, 3, 6, 7);
+    Eight v[8], w[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) v[i] = *reinterpret_cast<const Eight*>(rows[i] + column);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        w[i] = LGCN_SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        w[i + 1] = LGCN_SHUFFLE(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            v[i + 2 * j] = LGCN_SHUFFLE(w[i + j], w[i + 2 + j], 0, 1, 8, 9, 4, 5, 12, 13);
+            v[i + 2 * j + 1] = LGCN_SHUFFLE(w[i + j], w[i + 2 + j], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        *reinterpret_cast<Eight*>(out + i * stride) = LGCN_SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        *reinterpret_cast<Eight*>(out + (i + 4) * stride) = LGCN_SHUFFLE(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
 }
 
 #undef LGCN_SHUFFLE
 
-// Sixteen rows of `count` words (a multiple of 4) to (count, 16). A word is a float or two neighbouring bf16: the format
+// Sixteen rows of `count` words (a multiple of 8) to (count, 16). A word is a float or two neighbouring bf16: the format
 // of a panel.
-inline void transpose16(const void* const* rows, std::int64_t count, void* out) {
+LGCN_EVERY_SIMD inline void transpose16(const void* const* rows, std::int64_t count, void* out) {
     const auto* words = reinterpret_cast<const std::uint32_t* const*>(rows);
     auto* columns = static_cast<std::uint32_t*>(out);
-    for (std::int64_t k = 0; k < count; k += 4)
-        for (int i = 0; i < 16; i += 4) transpose4(words + i, k, columns + k * 16 + i, 16);
+    for (std::int64_t k = 0; k < count; k += 8)
+        for (int i = 0; i < 16; i += 8) transpose8(words + i, k, columns + k * 16 + i, 16);
 }
 
 template <int kStep>
@@ -212,8 +224,7 @@ template <typename T>
 class Head {
 public:
     Head(const Filters& f, std::int64_t channels, std::int64_t step)
-        : out_(f.out),
-          step_(step),
+        : step_(step),
           channels_(channels),
           depth_(round_up(channels, Convolution<T>::kStep)),
           weight_((f.out + kWide) * depth_),
@@ -222,21 +233,22 @@ public:
             for (std::int64_t i = 0; i < f.in; ++i) detail::put(weight_.data() + o * depth_ + i, f.weight[o * f.in + i]);
     }
 
-    // Calls emit(n, y, x, values, count) for all lines of the maps that some rows of the plane become.
+    // Calls emit(n, y, x, values, count) for all lines of some maps.
     template <typename Emit>
-    void operator()(const Multiplier<T>& multiplier, const Grid& grid, const T* in, Range rows, Emit emit) const {
+    void operator()(const Multiplier<T>& multiplier, const Grid& grid, const T* in, Range maps, Emit emit) const {
         const Segment all{0, 0, depth_};
         const std::int64_t block = kWide / step_ * step_;  // of channels: the parts of a line together
+        const std::int64_t first = maps.first * step_ * step_, last = maps.last * step_ * step_;
         Buffer<T> panels(kWide * depth_);
         Buffer<float> line(kWide * step_);
-        for (std::int64_t y = rows.first; y < rows.last; ++y)
+        for (std::int64_t y = 0; y < grid.height; ++y)
             for (std::int64_t x = 0; x < grid.width; x += kWide) {
                 pack(grid, in, y, x, panels.data());
-                for (std::int64_t o = 0; o < out_; o += block) {
+                for (std::int64_t o = first; o < last; o += block) {
                     const Product<T> product{weight_.data() + o * depth_, depth_, panels.data(), kPanel * depth_, &all, 1};
                     alignas(64) float c[kWide * kWide];
                     multiplier.wide(product, c);
-                    for (std::int64_t i = o; i < std::min(o + block, out_); i += step_) {
+                    for (std::int64_t i = o; i < std::min(o + block, last); i += step_) {
                         detail::interleave(c + (i - o) * kWide, bias_.data() + i, step_, line.data());
                         emit(i / (step_ * step_), y * step_ + i / step_ % step_, x * step_, line.data(),
                              std::min(kWide, grid.width - x) * step_);
@@ -257,7 +269,7 @@ private:
         detail::transpose16(pixels + kPanel, words, panels + kPanel * depth_);
     }
 
-    std::int64_t out_, step_, channels_, depth_;
+    std::int64_t step_, channels_, depth_;
     Buffer<T> weight_;
     std::vector<float> bias_;
 };

@@ -18,31 +18,29 @@ constexpr std::int64_t kBlock = 2 * kLaneCount;
 // Rows that a pass along y computes together: a row that is read serves all of them.
 constexpr std::int64_t kRows = 4;
 
-// The 1-D Gaussians whose outer products add up to K.
-struct Gaussians {
+// 1-D kernels, symmetric, whose outer products add up to K.
+struct Taps {
     std::int64_t radius;              // of the truncated kernel, pixels
     std::vector<std::int64_t> reach;  // of each: beyond it all taps are less than the rounding of fp32
-    std::vector<float> taps;          // (S, 2 radius + 1 + 2 kRows), centred, zero beyond reach
+    std::vector<float> lines;         // (S, 2 radius + 1 + 2 kRows), centred, zero beyond reach
 
-    Gaussians(std::int64_t kernel_size, const std::vector<double>& sigmas) : radius(kernel_size / 2) {
-        const double scale = 1 / std::sqrt(static_cast<double>(sigmas.size()));
-        for (const double sigma : sigmas) {
+    // taps: (count, size), size odd.
+    Taps(const double* taps, std::int64_t count, std::int64_t size) : radius(size / 2) {
+        const double least = *std::max_element(taps, taps + count * size) / (1 << 25);
+        for (std::int64_t s = 0; s < count; ++s) {
+            const double* tap = taps + s * size + radius;
+            std::int64_t furthest = radius;
+            while (furthest > 0 && std::abs(tap[furthest]) < least) --furthest;
             std::vector<float> line(static_cast<std::size_t>(2 * (radius + kRows) + 1), 0.0f);
-            std::int64_t furthest = 0;
-            for (std::int64_t k = 0; k <= radius; ++k) {
-                const double tap = std::exp(-static_cast<double>(k * k) / (2 * sigma * sigma));
-                if (tap < 1.0 / (1 << 25)) break;
-                line[static_cast<std::size_t>(radius + kRows + k)] = static_cast<float>(tap * scale);
-                line[static_cast<std::size_t>(radius + kRows - k)] = static_cast<float>(tap * scale);
-                furthest = k;
-            }
+            for (std::int64_t k = -furthest; k <= furthest; ++k)
+                line[static_cast<std::size_t>(radius + kRows + k)] = static_cast<float>(tap[k]);
             reach.push_back(furthest);
-            taps.insert(taps.end(), line.begin(), line.end());
+            lines.insert(lines.end(), line.begin(), line.end());
         }
     }
 
     const float* centre_of(std::size_t s) const {
-        return taps.data() + static_cast<std::int64_t>(s) * (2 * (radius + kRows) + 1) + radius + kRows;
+        return lines.data() + static_cast<std::int64_t>(s) * (2 * (radius + kRows) + 1) + radius + kRows;
     }
 };
 
@@ -98,32 +96,32 @@ LGCN_EVERY_SIMD inline void blur_along_y(const float* rows, const float* taps, s
 // K * map for maps of one size; holds the buffers of one thread.
 class GaussianSum {
 public:
-    GaussianSum(const Gaussians& gaussians, std::int64_t height, std::int64_t width)
-        : gaussians_(gaussians),
+    GaussianSum(const Taps& taps, std::int64_t height, std::int64_t width)
+        : taps_(taps),
           height_(height),
           width_(width),
           stride_((width + kBlock - 1) / kBlock * kBlock),
-          plane_((height + 2 * gaussians.radius + kRows) * stride_),
-          row_(static_cast<std::size_t>(stride_ + 2 * gaussians.radius)),
-          pairs_(static_cast<std::size_t>((gaussians.radius + 1) * stride_)),
+          plane_((height + 2 * taps.radius + kRows) * stride_),
+          row_(static_cast<std::size_t>(stride_ + 2 * taps.radius)),
+          pairs_(static_cast<std::size_t>((taps.radius + 1) * stride_)),
           // Rows above and below the map are never written: the zero padding along y.
-          blurred_(gaussians.reach.size() * static_cast<std::size_t>(plane_)),
+          blurred_(taps.reach.size() * static_cast<std::size_t>(plane_)),
           sum_(static_cast<std::size_t>((height + kRows) * stride_)) {}
 
     void operator()(const float* map, float* out) {
-        const std::int64_t radius = gaussians_.radius;
+        const std::int64_t radius = taps_.radius;
         const std::size_t width_bytes = static_cast<std::size_t>(width_) * sizeof(float);
         for (std::int64_t y = 0; y < height_; ++y) {
             std::memcpy(row_.data() + radius, map + y * width_, width_bytes);
             detail::add_pairs(row_.data() + radius, radius, stride_, pairs_.data());
-            for (std::size_t s = 0; s < gaussians_.reach.size(); ++s)
-                detail::blur_along_x(pairs_.data(), gaussians_.centre_of(s), gaussians_.reach[s], stride_,
+            for (std::size_t s = 0; s < taps_.reach.size(); ++s)
+                detail::blur_along_x(pairs_.data(), taps_.centre_of(s), taps_.reach[s], stride_,
                                      plane(s) + y * stride_);
         }
         std::fill(sum_.begin(), sum_.end(), 0.0f);
         for (std::int64_t y = 0; y < height_; y += kRows)
-            for (std::size_t s = 0; s < gaussians_.reach.size(); ++s)
-                detail::blur_along_y(plane(s) + y * stride_, gaussians_.centre_of(s), gaussians_.reach[s], stride_,
+            for (std::size_t s = 0; s < taps_.reach.size(); ++s)
+                detail::blur_along_y(plane(s) + y * stride_, taps_.centre_of(s), taps_.reach[s], stride_,
                                      sum_.data() + y * stride_);
         for (std::int64_t y = 0; y < height_; ++y)
             std::memcpy(out + y * width_, sum_.data() + y * stride_, width_bytes);
@@ -131,10 +129,10 @@ public:
 
 private:
     float* plane(std::size_t s) {
-        return blurred_.data() + static_cast<std::int64_t>(s) * plane_ + gaussians_.radius * stride_;
+        return blurred_.data() + static_cast<std::int64_t>(s) * plane_ + taps_.radius * stride_;
     }
 
-    const Gaussians& gaussians_;
+    const Taps& taps_;
     std::int64_t height_, width_, stride_, plane_;
     std::vector<float> row_, pairs_, blurred_, sum_;
 };
@@ -167,8 +165,8 @@ LGCN_EVERY_SIMD inline void put_block(const float* c, std::int64_t rows, std::in
 // T_s, K * X = sum_s T_s X T_s. Where bands are zero, nothing is multiplied.
 class GaussianProduct {
 public:
-    GaussianProduct(const Gaussians& gaussians, std::int64_t height, std::int64_t width)
-        : count_(static_cast<std::int64_t>(gaussians.reach.size())),
+    GaussianProduct(const Taps& taps, std::int64_t height, std::int64_t width)
+        : count_(static_cast<std::int64_t>(taps.reach.size())),
           height_(height),
           width_(width),
           depth_x_(round_up(width, kStep)),
@@ -176,16 +174,16 @@ public:
           columns_(count_ * depth_x_ * depth_x_),
           rows_(depth_y_ * count_ * depth_y_) {
         for (std::int64_t s = 0; s < count_; ++s) {
-            const float* taps = gaussians.centre_of(static_cast<std::size_t>(s));
-            const std::int64_t reach = gaussians.reach[static_cast<std::size_t>(s)];
+            const float* line = taps.centre_of(static_cast<std::size_t>(s));
+            const std::int64_t reach = taps.reach[static_cast<std::size_t>(s)];
             reach_.push_back(reach);
             for (std::int64_t i = 0; i < width; ++i)
                 for (std::int64_t j = std::max<std::int64_t>(i - reach, 0); j <= std::min(i + reach, width - 1); ++j)
                     detail::put(columns_.data() + (s * depth_x_ + i / kPanel * kPanel) * depth_x_ +
-                                    Convolution<Bf16>::packed_index(j, i % kPanel), taps[i - j]);
+                                    Convolution<Bf16>::packed_index(j, i % kPanel), line[i - j]);
             for (std::int64_t i = 0; i < height; ++i)
                 for (std::int64_t j = std::max<std::int64_t>(i - reach, 0); j <= std::min(i + reach, height - 1); ++j)
-                    detail::put(rows_.data() + (i * count_ + s) * depth_y_ + j, taps[i - j]);
+                    detail::put(rows_.data() + (i * count_ + s) * depth_y_ + j, line[i - j]);
         }
     }
 

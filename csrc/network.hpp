@@ -16,8 +16,8 @@ namespace lgcn {
 
 // What `LGCNConfig` says, without the factors: they are in the filters.
 struct Shape {
-    std::int64_t landmarks, side_channels, shuffle, stride, dilation, kernel_size;
-    std::vector<double> sigmas;
+    std::int64_t landmarks, side_channels, shuffle, stride, dilation;
+    Taps taps;  // of the kernel convolution
 };
 
 namespace detail {
@@ -77,8 +77,8 @@ struct Blur<float> {
     GaussianSum sum;
     std::int64_t stride, elements;
 
-    Blur(const Gaussians& gaussians, std::int64_t height, std::int64_t width)
-        : sum(gaussians, height, width), stride(width), elements(height * width) {}
+    Blur(const Taps& taps, std::int64_t height, std::int64_t width)
+        : sum(taps, height, width), stride(width), elements(height * width) {}
     void operator()(const Multiplier<float>&, const float* map, float* out) { sum(map, out); }
 };
 
@@ -88,8 +88,8 @@ struct Blur<Bf16> {
     std::int64_t stride, elements;
     Buffer<Bf16> scratch;
 
-    Blur(const Gaussians& gaussians, std::int64_t height, std::int64_t width)
-        : product(gaussians, height, width),
+    Blur(const Taps& taps, std::int64_t height, std::int64_t width)
+        : product(taps, height, width),
           stride(product.row_stride()),
           // A cache line more: the rows of 136 maps must not all fall into the same few sets of the cache.
           elements(product.map_elements() + 32),
@@ -115,7 +115,6 @@ public:
             const std::vector<Filters>& context, const Filters& refine)
         : shape_(shape),
           multiplier_(multiplier),
-          gaussians_(shape.kernel_size, shape.sigmas),
           in_channels_(local.front().in),
           map_channels_(round_up(shape.landmarks + shape.side_channels, kPanel)),
           channels_(round_up(local.front().out, kPanel)),
@@ -167,7 +166,8 @@ private:
     // What a member of a team has for itself.
     struct Member {
         Blur blur;
-        Buffer<float> side;  // blurred maps of the side branch
+        Buffer<T> maps;      // before the blur
+        Buffer<float> side;  // of the side branch, behind it
     };
 
     // What one image needs; kept for the next of the same size.
@@ -183,11 +183,12 @@ private:
               context(context_grid.elements(n.map_channels_)) {
             for (Buffer<T>& plane : local) plane = Buffer<T>(grid.elements(n.channels_));
             for (Buffer<T>& plane : global) plane = Buffer<T>(context_grid.elements(n.channels_));
-            add_member(n);
-            maps = Buffer<T>((n.shape_.landmarks + n.shape_.side_channels) * members[0].blur.elements);
         }
         void add_member(const Network& n) {
-            members.push_back({Blur(n.gaussians_, height, width), Buffer<float>(n.shape_.side_channels ? kPanel * height * width : 0)});
+            Blur blur(n.shape_.taps, height, width);
+            Buffer<T> maps(std::max(n.shape_.landmarks, n.shape_.side_channels) * blur.elements);
+            Buffer<float> side_maps(n.shape_.side_channels ? kPanel * height * width : 0);
+            members.push_back({std::move(blur), std::move(maps), std::move(side_maps)});
         }
         static std::int64_t side(std::int64_t pixels, const Network& n) {
             return (pixels + n.shape_.shuffle - 1) / n.shape_.shuffle;
@@ -196,7 +197,7 @@ private:
         std::int64_t image_height, image_width, height, width;
         Grid grid, context_grid;
         Buffer<T> input, context;
-        Buffer<T> local[2], global[2], maps;
+        Buffer<T> local[2], global[2];
         std::vector<Member> members;
     };
 
@@ -227,12 +228,13 @@ private:
         fill_input(image, w, team.share(w.grid.height, member));
         team.wait();
         const T* plane = convolve(local_, w.grid, w.input.data(), w.local, team, member);
-        fill_maps(plane, w, team.share(w.grid.height, member));
-        team.wait();
-        blur(w, team, member, out);
+        // Each member has maps of its own: they stay in its cache.
+        const Range heatmaps = team.share(shape_.landmarks, member), side = team.share(shape_.side_channels, member);
+        make_maps(plane, heatmaps, w, member, out);
+        make_maps(plane, {shape_.landmarks + side.first, shape_.landmarks + side.last}, w, member, out);
         team.wait();
         plane = convolve(context_, w.context_grid, w.context.data(), w.global, team, member);
-        add_refined(plane, w, team.share(w.grid.height, member), out);
+        add_refined(plane, heatmaps, w, out);
         team.wait();
     }
 
@@ -266,28 +268,17 @@ private:
             }
     }
 
-    void fill_maps(const T* plane, Workspace& w, Range rows) const {
-        const Blur& blur = w.members[0].blur;
-        heads_(multiplier_, w.grid, plane, rows,
-               [&](std::int64_t map, std::int64_t y, std::int64_t x, const float* line, std::int64_t count) {
-                   T* out = w.maps.data() + map * blur.elements + y * blur.stride + x;
-                   if (y < w.height) detail::put_line(line, std::min(count, w.width - x), map >= shape_.landmarks, out);
-               });
-    }
-
-    void add_refined(const T* plane, const Workspace& w, Range rows, float* out) const {
-        refine_(multiplier_, w.context_grid, plane, rows,
-                [&](std::int64_t map, std::int64_t y, std::int64_t x, const float* line, std::int64_t count) {
-                    float* heatmap = out + (map * w.height + y) * w.width + x;
-                    if (y < w.height) detail::add_line(line, std::min(count, w.width - x), heatmap);
-                });
-    }
-
-    // Blurs a member's share of the maps, some at a time, so that they are still in the cache when the context is made.
-    void blur(Workspace& w, const Team& team, std::int64_t member, float* out) const {
+    // Heads, blur and context of some maps.
+    void make_maps(const T* plane, Range maps, Workspace& w, std::int64_t member, float* out) const {
         Member& mine = w.members[static_cast<std::size_t>(member)];
-        const Range maps = team.share(shape_.landmarks + shape_.side_channels, member);
         const std::int64_t pixels = w.height * w.width;
+        const auto place = [&](std::int64_t map) { return mine.maps.data() + (map - maps.first) * mine.blur.elements; };
+        heads_(multiplier_, w.grid, plane, maps,
+               [&](std::int64_t map, std::int64_t y, std::int64_t x, const float* line, std::int64_t count) {
+                   T* result = place(map) + y * mine.blur.stride + x;
+                   if (y < w.height) detail::put_line(line, std::min(count, w.width - x), map >= shape_.landmarks, result);
+               });
+        // Few at a time, so that they are still in the cache when the context is made of them.
         for (std::int64_t first = maps.first; first < maps.last; first += kPanel) {
             const std::int64_t count = std::min(kPanel, maps.last - first);
             const float* blurred[kPanel];
@@ -295,11 +286,19 @@ private:
                 // The landmarks' maps are needed again, those of the side branch are not.
                 const bool heatmap = first + i < shape_.landmarks;
                 float* result = heatmap ? out + (first + i) * pixels : mine.side.data() + i * pixels;
-                mine.blur(multiplier_, w.maps.data() + (first + i) * mine.blur.elements, result);
+                mine.blur(multiplier_, place(first + i), result);
                 blurred[i] = result;
             }
             fill_context(w, blurred, first, count);
         }
+    }
+
+    void add_refined(const T* plane, Range maps, const Workspace& w, float* out) const {
+        refine_(multiplier_, w.context_grid, plane, maps,
+                [&](std::int64_t map, std::int64_t y, std::int64_t x, const float* line, std::int64_t count) {
+                    float* heatmap = out + (map * w.height + y) * w.width + x;
+                    if (y < w.height) detail::add_line(line, std::min(count, w.width - x), heatmap);
+                });
     }
 
     // Means of step x step pixels of some blurred maps, channels-last.
@@ -348,7 +347,6 @@ private:
 
     Shape shape_;
     Multiplier<T> multiplier_;
-    Gaussians gaussians_;
     std::int64_t in_channels_, map_channels_, channels_, step_, reach_ = 0;
     std::vector<Convolution<T>> local_, context_;
     Head<T> heads_, refine_;

@@ -6,6 +6,8 @@ do not depend on it. They raise ValueError for another dtype or number of dimens
 that are not finite.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from . import _native
@@ -15,6 +17,8 @@ __all__ = ["INSTRUCTION_SETS", "Fitter", "Network", "Shape", "gaussian_sum", "lo
 
 INSTRUCTION_SETS = tuple(_native.instruction_sets())
 """What this processor multiplies matrices with, best first; those with bf16 in their name do it in bf16."""
+BF16_ROUNDING = 2.0**-9
+"""Largest relative error of a number rounded to bf16."""
 
 
 def gaussian_sum(
@@ -35,7 +39,28 @@ def gaussian_sum(
     Returns:
         (B, C, H, W) float32.
     """
-    return _native.gaussian_sum(_contiguous(x), kernel_size, sigmas, num_threads, instructions)
+    return _native.gaussian_sum(_contiguous(x), kernel_taps(kernel_size, sigmas, instructions), num_threads, instructions)
+
+
+@lru_cache(maxsize=8)
+def kernel_taps(kernel_size: int, sigmas: tuple[float, ...], instructions: str) -> np.ndarray:
+    """Lines whose outer products add up to the kernel K of Eq. 1: its Gaussians, or, where bf16 rounds more away than
+    the smallest singular values of K are worth, the fewer singular vectors that do as well.
+
+    Returns:
+        (S, kernel_size) float64.
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0 or kernel_size > 1001:
+        raise ValueError(f"kernel_size: expected an odd number of pixels up to 1001, got {kernel_size}")
+    if not sigmas or any(not sigma > 0 for sigma in sigmas):
+        raise ValueError(f"sigmas: expected one or more positive numbers, got {sigmas}")
+    x = np.arange(kernel_size) - kernel_size // 2
+    gaussians = np.exp(-(x**2) / (2 * np.square(sigmas)[:, None])) / len(sigmas) ** 0.5
+    if not instructions.endswith("bf16"):
+        return gaussians
+    values, vectors = np.linalg.eigh(gaussians.T @ gaussians)
+    kept = values > BF16_ROUNDING / 8 * values[-1]
+    return (vectors[:, kept] * values[kept] ** 0.5).T.copy()
 
 
 def peak_centroids(heatmaps: np.ndarray, num_threads: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -125,8 +125,7 @@ def _native_network(model: LGCN, instructions: str) -> lgcn_fast_kernels.Network
         shuffle=config.shuffle,
         stride=config.stride,
         dilation=config.dilation,
-        kernel_size=config.kernel_size,
-        sigmas=config.sigmas,
+        taps=lgcn_fast_kernels.kernel_taps(config.kernel_size, config.sigmas, instructions),
     )
     # The input's scale, (v / 128 - 1) * 0.1 = (v - 128) * 0.1 / 128: zero padding still means v = 128.
     local = _folded_blocks(model.local_subnet, 0.1 / 128, scale)
