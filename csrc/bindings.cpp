@@ -212,6 +212,51 @@ Heatmaps gaussian_sum(const Heatmaps& maps, const Points& lines, int num_threads
     return blurred;
 }
 
+// Arrays for the fits of some faces.
+struct Fits {
+    Points points, shapes, coefficients, certainties, residuals;
+    std::int64_t landmarks, modes;
+    lgcn::FitResult first;
+
+    Fits(py::ssize_t faces, const lgcn::Fitter& fitter)
+        : points({faces, py::ssize_t{fitter.landmarks()}, py::ssize_t{2}}),
+          shapes({faces, py::ssize_t{fitter.landmarks()}, py::ssize_t{2}}),
+          coefficients({faces, py::ssize_t{fitter.modes()}}),
+          certainties({faces, py::ssize_t{fitter.landmarks()}}),
+          residuals(faces),
+          landmarks(fitter.landmarks()),
+          modes(fitter.modes()),
+          first{points.mutable_data(), shapes.mutable_data(), coefficients.mutable_data(), certainties.mutable_data(),
+                residuals.mutable_data()} {}
+
+    lgcn::FitResult face(std::int64_t i) const {
+        return {first.points + 2 * i * landmarks, first.shapes + 2 * i * landmarks, first.coefficients + i * modes,
+                first.certainties + i * landmarks, first.residual + i};
+    }
+    py::tuple tuple() const { return py::make_tuple(points, shapes, coefficients, certainties, residuals); }
+};
+
+// points, shapes, coefficients, certainties, residuals of all faces.
+py::tuple fit(const lgcn::Fitter& fitter, const Heatmaps& heatmaps, double stride, int num_threads) {
+    const Batch batch(heatmaps);
+    if (batch.landmarks != fitter.landmarks()) {
+        throw py::value_error("heatmaps: expected " + std::to_string(fitter.landmarks()) + " landmarks, got " +
+                              std::to_string(batch.landmarks));
+    }
+    const Fits fits(batch.faces, fitter);
+    {
+        py::gil_scoped_release unlocked;
+        std::vector<lgcn::Fitter::Evidence> evidence(static_cast<std::size_t>(batch.count()));
+        lgcn::parallel_for(batch.count(), batch.pixels(), num_threads, [&](std::int64_t i) {
+            evidence[static_cast<std::size_t>(i)] = fitter.look(batch.map(i));
+        });
+        lgcn::parallel_for(batch.faces, batch.landmarks * 2000, num_threads, [&](std::int64_t i) {
+            fitter.fit(batch.map(i * batch.landmarks), evidence.data() + i * batch.landmarks, stride, fits.face(i));
+        });
+    }
+    return fits.tuple();
+}
+
 // LGCN.forward in eval mode, in the precision of an instruction set.
 class Network {
 public:
@@ -228,8 +273,17 @@ public:
     }
 
     template <typename Pixel>
-    Heatmaps heatmaps(const py::array_t<Pixel, py::array::c_style>& images, int num_threads) {
-        return std::visit([&](auto& network) { return run(*network, images, num_threads); }, network_);
+    using Images = py::array_t<Pixel, py::array::c_style>;
+
+    template <typename Pixel>
+    Heatmaps heatmaps(const Images<Pixel>& images, int num_threads) {
+        return std::visit([&](auto& network) { return heatmaps(*network, images, num_threads); }, network_);
+    }
+
+    // Heatmaps and fit of each face in one go, while its heatmaps are in the cache.
+    template <typename Pixel>
+    py::tuple fit(const Images<Pixel>& images, const lgcn::Fitter& fitter, int num_threads) {
+        return std::visit([&](auto& network) { return fit(*network, images, fitter, num_threads); }, network_);
     }
 
 private:
@@ -249,48 +303,74 @@ private:
     }
 
     template <typename T, typename Pixel>
-    static Heatmaps run(lgcn::Network<T>& network, const py::array_t<Pixel, py::array::c_style>& images,
-                        int num_threads) {
+    static lgcn::Image<Pixel> checked(const lgcn::Network<T>& network, const Images<Pixel>& images) {
         if (images.ndim() != 4 || images.shape(1) != network.image_channels() || images.shape(2) == 0 ||
             images.shape(3) == 0) {
             throw py::value_error("images: expected (B, " + std::to_string(network.image_channels()) +
                                   ", H, W) without empty sides");
         }
-        const lgcn::Image<Pixel> image{images.data(), images.shape(1), images.shape(2), images.shape(3)};
-        Heatmaps heatmaps({images.shape(0), py::ssize_t{network.landmarks()},
-                           py::ssize_t{network.heatmap_side(image.height)}, py::ssize_t{network.heatmap_side(image.width)}});
-        float* out = heatmaps.mutable_data();
+        return {images.data(), images.shape(1), images.shape(2), images.shape(3)};
+    }
+
+    template <typename T, typename Pixel>
+    static Heatmaps heatmaps(lgcn::Network<T>& network, const Images<Pixel>& images, int num_threads) {
+        struct {
+            float* out;
+            std::int64_t size;
+
+            float* place(std::int64_t face, float*) const { return out + face * size; }
+            void use_maps(std::int64_t, const float*, lgcn::Range) const {}
+            void use_face(std::int64_t, const float*) const {}
+        } user;
+        const lgcn::Image<Pixel> image = checked(network, images);
+        const py::ssize_t height = network.heatmap_side(image.height), width = network.heatmap_side(image.width);
+        Heatmaps heatmaps({images.shape(0), py::ssize_t{network.landmarks()}, height, width});
+        user = {heatmaps.mutable_data(), network.landmarks() * height * width};
         const py::ssize_t count = images.shape(0);
         py::gil_scoped_release unlocked;
-        network(image, count, out, num_threads);
+        network(image, count, num_threads, user);
         return heatmaps;
+    }
+
+    template <typename T, typename Pixel>
+    static py::tuple fit(lgcn::Network<T>& network, const Images<Pixel>& images, const lgcn::Fitter& fitter,
+                         int num_threads) {
+        struct User {
+            const lgcn::Fitter& fitter;
+            const Fits& fits;
+            std::int64_t height, width;
+            double stride;
+            std::vector<lgcn::Fitter::Evidence>& evidence;
+
+            float* place(std::int64_t, float* buffer) const { return buffer; }
+            lgcn::Fitter::Evidence* of(std::int64_t face) const { return evidence.data() + face * fitter.landmarks(); }
+            void use_maps(std::int64_t face, const float* maps, lgcn::Range range) const {
+                const lgcn::Heatmap first{maps, height, width};
+                for (std::int64_t i = range.first; i < range.last; ++i) of(face)[i] = fitter.look(first.neighbour(i));
+            }
+            void use_face(std::int64_t face, const float* maps) const {
+                fitter.fit({maps, height, width}, of(face), stride, fits.face(face));
+            }
+        };
+        const lgcn::Image<Pixel> image = checked(network, images);
+        if (fitter.landmarks() != network.landmarks()) {
+            throw py::value_error("fitter: expected " + std::to_string(network.landmarks()) + " landmarks, got " +
+                                  std::to_string(fitter.landmarks()));
+        }
+        const py::ssize_t count = images.shape(0);
+        const Fits fits(count, fitter);
+        {
+            py::gil_scoped_release unlocked;
+            std::vector<lgcn::Fitter::Evidence> evidence(static_cast<std::size_t>(count * fitter.landmarks()));
+            network(image, count, num_threads,
+                    User{fitter, fits, network.heatmap_side(image.height), network.heatmap_side(image.width),
+                         static_cast<double>(network.stride()), evidence});
+        }
+        return fits.tuple();
     }
 
     std::variant<std::unique_ptr<lgcn::Network<float>>, std::unique_ptr<lgcn::Network<lgcn::Bf16>>> network_;
 };
-
-// points, shapes, coefficients, certainties, residuals of all faces.
-py::tuple fit(const lgcn::Fitter& fitter, const Heatmaps& heatmaps, double stride, int num_threads) {
-    const Batch batch(heatmaps);
-    if (batch.landmarks != fitter.landmarks()) {
-        throw py::value_error("heatmaps: expected " + std::to_string(fitter.landmarks()) + " landmarks, got " +
-                              std::to_string(batch.landmarks));
-    }
-    Points points({batch.faces, batch.landmarks, py::ssize_t{2}}), shapes({batch.faces, batch.landmarks, py::ssize_t{2}});
-    Points coefficients({batch.faces, py::ssize_t{fitter.modes()}}), certainties({batch.faces, batch.landmarks});
-    Points residuals(batch.faces);
-    const lgcn::FitResult first{points.mutable_data(), shapes.mutable_data(), coefficients.mutable_data(),
-                                certainties.mutable_data(), residuals.mutable_data()};
-    {
-        py::gil_scoped_release unlocked;
-        fitter(batch.map(0), batch.faces, stride, num_threads, [&](std::int64_t i) {
-            return lgcn::FitResult{first.points + 2 * i * batch.landmarks, first.shapes + 2 * i * batch.landmarks,
-                                   first.coefficients + i * fitter.modes(), first.certainties + i * batch.landmarks,
-                                   first.residual + i};
-        });
-    }
-    return py::make_tuple(points, shapes, coefficients, certainties, residuals);
-}
 
 }  // namespace
 
@@ -319,7 +399,9 @@ PYBIND11_MODULE(_native, module) {
              py::arg("instructions"), py::arg("shape"), py::arg("local"), py::arg("heads"), py::arg("context"),
              py::arg("refine"))
         .def("heatmaps", &Network::heatmaps<std::uint8_t>, py::arg("images").noconvert(), py::arg("num_threads"))
-        .def("heatmaps", &Network::heatmaps<float>, py::arg("images").noconvert(), py::arg("num_threads"));
+        .def("heatmaps", &Network::heatmaps<float>, py::arg("images").noconvert(), py::arg("num_threads"))
+        .def("fit", &Network::fit<std::uint8_t>, py::arg("images").noconvert(), py::arg("fitter"), py::arg("num_threads"))
+        .def("fit", &Network::fit<float>, py::arg("images").noconvert(), py::arg("fitter"), py::arg("num_threads"));
     py::class_<lgcn::Fitter>(module, "Fitter")
         .def(py::init([](const Points& basis, const Points& variances, const std::vector<double>& radii, double certain,
                          std::int64_t fallback, double noise, double trust, double size_spread, double shift_spread,

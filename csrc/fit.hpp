@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "peaks.hpp"
-#include "threads.hpp"
 
 namespace lgcn {
 
@@ -75,41 +74,22 @@ public:
     std::int64_t landmarks() const { return landmarks_; }
     std::int64_t modes() const { return count_ - 4; }
 
-    // heatmaps: (faces, landmarks, height, width); `stride` is the side of their pixels in pixels of the image.
-    void operator()(const Heatmap& first, std::int64_t faces, double stride, int num_threads,
-                    const std::function<FitResult(std::int64_t)>& results) const {
-        const std::int64_t pixels = first.height * first.width;
-        std::vector<Evidence> evidence(static_cast<std::size_t>(faces * landmarks_));
-        // What needs all pixels, in one pass over each heatmap.
-        parallel_for(faces * landmarks_, pixels, num_threads, [&](std::int64_t i) {
-            const Heatmap map{first.data + i * pixels, first.height, first.width};
-            const auto threshold = static_cast<float>(options_.threshold);
-            evidence[static_cast<std::size_t>(i)] = {peak_centroid(map),
-                                                     window_moments(map, 0, map.height, 0, map.width, threshold)};
-        });
-        parallel_for(faces, landmarks_ * 2000, num_threads, [&](std::int64_t i) {
-            const Heatmap map{first.data + i * landmarks_ * pixels, first.height, first.width};
-            fit(map, evidence.data() + i * landmarks_, stride, results(i));
-        });
-    }
-
-private:
+    // What a heatmap says of its landmark.
     struct Evidence {
         Peak peak;
         Moments moments;
     };
 
-    // Where a face is thought to be: rotation of the shape model's frame against the image, size.
-    struct Guess {
-        double cos, sin, size;
-    };
+    // What needs all pixels, in one pass over the heatmap.
+    Evidence look(const Heatmap& map) const {
+        const auto threshold = static_cast<float>(options_.threshold);
+        return {peak_centroid(map), window_moments(map, 0, map.height, 0, map.width, threshold)};
+    }
 
-    const double* row(std::int64_t p) const { return basis_.data() + p * landmarks_ * 2; }
-
+    // maps: the first of the face's (landmarks, height, width); evidence: of each, is changed; stride: side of their
+    // pixels in pixels of the image.
     void fit(const Heatmap& maps, Evidence* evidence, double stride, const FitResult& result) const {
-        const auto map = [&](std::int64_t i) {
-            return Heatmap{maps.data + i * maps.height * maps.width, maps.height, maps.width};
-        };
+        const auto map = [&](std::int64_t i) { return maps.neighbour(i); };
         const auto threshold = static_cast<float>(options_.threshold);
         Guess guess = first_guess(evidence, static_cast<double>(std::max(maps.height, maps.width)));
         std::vector<double> theta(static_cast<std::size_t>(count_));
@@ -142,6 +122,14 @@ private:
         *result.residual =
             total > 0 ? std::sqrt(squared / total) / guess.size : std::numeric_limits<double>::infinity();
     }
+
+private:
+    // Where a face is thought to be: rotation of the shape model's frame against the image, size.
+    struct Guess {
+        double cos, sin, size;
+    };
+
+    const double* row(std::int64_t p) const { return basis_.data() + p * landmarks_ * 2; }
 
     double deviation(std::int64_t mode) const { return std::sqrt(variances_[static_cast<std::size_t>(mode)]); }
 

@@ -129,32 +129,35 @@ public:
     }
 
     std::int64_t landmarks() const { return shape_.landmarks; }
+    std::int64_t stride() const { return shape_.stride; }
     std::int64_t heatmap_side(std::int64_t side) const { return (side + shape_.stride - 1) / shape_.stride; }
     std::int64_t image_channels() const { return in_channels_ / (shape_.shuffle * shape_.shuffle); }
 
-    // images: (count, channels, height, width), image describes the first; out: (count, N, h, w). As many faces as there
-    // are threads go side by side, and all threads share each of the rest.
-    template <typename Pixel>
-    void operator()(const Image<Pixel>& image, std::int64_t count, float* out, int num_threads) {
+    // images: (count, channels, height, width), image describes the first. As many faces as there are threads go side by
+    // side, and all threads share each of the rest. The user of the heatmaps (N, h, w) says where those of face i go,
+    // place(i, buffer), with a buffer of that size that is reused; and is told when some of its maps are there,
+    // use_maps(i, heatmaps, maps), in the thread that made them, and when all are, use_face(i, heatmaps).
+    template <typename Pixel, typename User>
+    void operator()(const Image<Pixel>& image, std::int64_t count, int num_threads, const User& user) {
         const std::int64_t threads = thread_count(num_threads), alone = count / threads * threads;
         const std::int64_t pixels = image.channels * image.height * image.width;
-        const std::int64_t outputs = shape_.landmarks * heatmap_side(image.height) * heatmap_side(image.width);
-        const auto face = [&](std::int64_t i) {
-            Image<Pixel> one = image;
-            one.data += i * pixels;
-            return one;
-        };
         std::vector<std::unique_ptr<Workspace>> workspaces;
-        for (std::int64_t t = 0; t < (alone ? threads : 1); ++t) workspaces.push_back(borrow(image.height, image.width, threads));
-        Team everyone(threads), nobody(1);
+        for (std::int64_t t = 0; t < (alone ? threads : 1); ++t)
+            workspaces.push_back(borrow(image.height, image.width, alone == count ? 1 : threads));
+        Team everyone(threads);
         run_threads(threads, [&](std::int64_t t) {
+            const auto run_face = [&](std::int64_t i, Workspace& workspace, Team& team, std::int64_t member) {
+                Image<Pixel> face = image;
+                face.data += i * pixels;
+                run(face, workspace, team, member, i, user);
+            };
             multiplier_.begin();
             for (std::int64_t i = t; i < alone; i += threads) {
                 Team self(1);
-                run(face(i), *workspaces[static_cast<std::size_t>(t)], self, 0, out + i * outputs);
+                run_face(i, *workspaces[static_cast<std::size_t>(t)], self, 0);
             }
             everyone.wait();
-            for (std::int64_t i = alone; i < count; ++i) run(face(i), *workspaces[0], everyone, t, out + i * outputs);
+            for (std::int64_t i = alone; i < count; ++i) run_face(i, *workspaces[0], everyone, t);
             multiplier_.end();
         });
         for (auto& workspace : workspaces) give_back(std::move(workspace));
@@ -180,7 +183,8 @@ private:
               grid(side(image_height, n), side(image_width, n), 1, n.reach_),
               context_grid(grid.height, grid.width, n.shape_.dilation, 1),
               input(grid.elements(n.in_channels_)),
-              context(context_grid.elements(n.map_channels_)) {
+              context(context_grid.elements(n.map_channels_)),
+              heatmaps(n.shape_.landmarks * height * width) {
             for (Buffer<T>& plane : local) plane = Buffer<T>(grid.elements(n.channels_));
             for (Buffer<T>& plane : global) plane = Buffer<T>(context_grid.elements(n.channels_));
         }
@@ -198,6 +202,7 @@ private:
         Grid grid, context_grid;
         Buffer<T> input, context;
         Buffer<T> local[2], global[2];
+        Buffer<float> heatmaps;
         std::vector<Member> members;
     };
 
@@ -223,8 +228,10 @@ private:
         idle_.push_back(std::move(workspace));
     }
 
-    template <typename Pixel>
-    void run(const Image<Pixel>& image, Workspace& w, Team& team, std::int64_t member, float* out) const {
+    template <typename Pixel, typename User>
+    void run(const Image<Pixel>& image, Workspace& w, Team& team, std::int64_t member, std::int64_t index,
+             const User& user) const {
+        float* out = user.place(index, w.heatmaps.data());
         fill_input(image, w, team.share(w.grid.height, member));
         team.wait();
         const T* plane = convolve(local_, w.grid, w.input.data(), w.local, team, member);
@@ -235,7 +242,9 @@ private:
         team.wait();
         plane = convolve(context_, w.context_grid, w.context.data(), w.global, team, member);
         add_refined(plane, heatmaps, w, out);
+        user.use_maps(index, out, heatmaps);
         team.wait();
+        if (member == 0) user.use_face(index, out);
     }
 
     // Ends with a plane that all members have finished.

@@ -16,6 +16,9 @@ struct Heatmap {
     const float* data;
     std::int64_t height, width;
 
+    // Of the same size, `index` heatmaps further in memory.
+    Heatmap neighbour(std::int64_t index) const { return {data + index * height * width, height, width}; }
+
     float at(std::int64_t y, std::int64_t x) const {
         const float value = data[y * width + x];
         return std::isnan(value) ? -std::numeric_limits<float>::infinity() : value;

@@ -10,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import lgcn_fast_kernels
 
+from .fitting import Fit, NativeFitter
 from .losses import probabilities
 from .model import LGCN, check_images, checked_device
 from .operators import gaussian_sum_banded
@@ -55,10 +56,13 @@ class Engine:
         self._num_threads = num_threads
         model = deepcopy(model).eval()
         self._network: Callable[[Tensor], Tensor]
+        self._native: lgcn_fast_kernels.Network | None = None
         with torch.inference_mode():
             if self.backend == "cpu":
                 native = _native_network(model.cpu(), INSTRUCTIONS[self.precision])
                 self._network = lambda images: torch.from_numpy(native.heatmaps(_pixels(images), self.num_threads))
+                if self.config.loss == "squared_error":
+                    self._native = native
             else:
                 model.kernel_convolution.operator = gaussian_sum_banded
                 model.to(self.device, memory_format=torch.channels_last)
@@ -91,6 +95,22 @@ class Engine:
         if self.config.loss == "cross_entropy":
             heatmaps = probabilities(heatmaps)
         return heatmaps.float().contiguous()
+
+    def fit(self, images: Tensor, fitter: NativeFitter) -> Fit:
+        """Fit a shape model to the heatmaps of images: `fitter(self.heatmaps(images), self.config.stride)`.
+
+        On a CPU the heatmaps of a face are fitted while they are in the cache.
+
+        Args:
+            images: as for `heatmaps`.
+
+        Raises:
+            ValueError: another shape, or a fitter for another number of landmarks.
+        """
+        if self._native is None:
+            return fitter(self.heatmaps(images).cpu().numpy(), self.config.stride, self.num_threads)
+        check_images(images, self.config.in_channels)
+        return Fit(*self._native.fit(_pixels(images.cpu()), fitter.native, self.num_threads))
 
 
 def _checked_precision(precision: str, device: torch.device) -> str:

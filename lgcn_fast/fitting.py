@@ -107,7 +107,7 @@ class NativeFitter:
     """`fit` for NumPy float32 heatmaps, in native code; everything that depends on the model alone is computed once."""
 
     def __init__(self, model: ShapeModel) -> None:
-        self._fitter = lgcn_fast_kernels.Fitter(
+        self.native = lgcn_fast_kernels.Fitter(
             _model_basis(model),
             np.asarray(model.variances, np.float64),
             radii=RADII[1:],
@@ -129,7 +129,7 @@ class NativeFitter:
             num_threads: 0: all cores; the result does not depend on it.
         """
         _check_heatmaps(heatmaps, self.num_landmarks)
-        return Fit(*self._fitter.fit(np.ascontiguousarray(heatmaps, np.float32), stride, num_threads))
+        return Fit(*self.native.fit(np.ascontiguousarray(heatmaps, np.float32), stride, num_threads))
 
 
 def basis_products(basis: Array) -> tuple[Array, Array]:

@@ -22,8 +22,8 @@ from .shape import ShapeModel
 
 WEIGHTS = Path(__file__).parent / "weights"
 DEFAULT_WEIGHTS = WEIGHTS / "lgcn-nano.safetensors"
-CHUNK = 8
-"""Crops that go through the network at once: more would leave the cache for no gain."""
+CHUNK = 32
+"""Crops that go through the network at once."""
 MAX_SIDE = 16384
 """Largest side of a face box, pixels."""
 
@@ -82,12 +82,11 @@ def predict(
     for start in range(0, len(images), CHUNK):
         part = zip(images[start : start + CHUNK], boxes[start : start + CHUNK], strict=True)
         crops = torch.stack([network_input(image, box, size, engine.config.in_channels) for image, box in part])
-        heatmaps = engine.heatmaps(crops).cpu().numpy()
         if fitter:
-            fitted = fitter(heatmaps, engine.config.stride, engine.num_threads)
+            fitted = engine.fit(crops, fitter)
             found, values = fitted.points, fitted.certainties
         else:
-            found, values = lgcn_fast_kernels.peak_centroids(heatmaps, engine.num_threads)
+            found, values = lgcn_fast_kernels.peak_centroids(engine.heatmaps(crops).cpu().numpy(), engine.num_threads)
         points.append(found)
         scores.append(values.clip(0, 1).astype(np.float32))
     points = from_crop(np.concatenate(points), boxes, size / engine.config.stride)
