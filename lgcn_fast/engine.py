@@ -59,7 +59,7 @@ class Engine:
         self._native: lgcn_fast_kernels.Network | None = None
         with torch.inference_mode():
             if self.backend == "cpu":
-                native = _native_network(model.cpu(), INSTRUCTIONS[self.precision])
+                native = native_network(model.cpu(), INSTRUCTIONS[self.precision])
                 self._network = lambda images: torch.from_numpy(native.heatmaps(_pixels(images), self.num_threads))
                 if self.config.loss == "squared_error":
                     self._native = native
@@ -107,6 +107,9 @@ class Engine:
         Raises:
             ValueError: another shape, or a fitter for another number of landmarks.
         """
+        if fitter.num_landmarks != self.config.num_landmarks:
+            expected, got = self.config.num_landmarks, fitter.num_landmarks
+            raise ValueError(f"shape: expected a shape model of {expected} landmarks, got one of {got}")
         if self._native is None:
             return fitter(self.heatmaps(images).cpu().numpy(), self.config.stride, self.num_threads)
         check_images(images, self.config.in_channels)
@@ -131,7 +134,7 @@ def _pixels(images: Tensor) -> np.ndarray:
     return images.contiguous().numpy()
 
 
-def _native_network(model: LGCN, instructions: str) -> lgcn_fast_kernels.Network:
+def native_network(model: LGCN, instructions: str) -> lgcn_fast_kernels.Network:
     """`LGCN.forward` in eval mode as native code, with everything that can be computed once in its filters.
 
     ReLU(s x) = s ReLU(x) for s > 0, so the factor behind every ReLU moves into the filters of the next layer; the

@@ -1,6 +1,9 @@
 """Shared fixtures. Tests marked `data` read real faces from $LGCN_DATA or ../shared/data and skip elsewhere."""
 
+import ctypes
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,3 +38,15 @@ def random() -> np.random.Generator:
 @pytest.fixture
 def demo_picture() -> Path:
     return ROOT / "lgcn_fast" / "demo.jpg"
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is full of 3.4e38: an element that nobody wrote fails the test (glibc only)."""
+    m_perturb = -6
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc and hasattr(libc, "mallopt"):
+        libc.mallopt(m_perturb, 0x80)
+    yield
+    if libc and hasattr(libc, "mallopt"):
+        libc.mallopt(m_perturb, 0)

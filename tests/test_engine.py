@@ -1,11 +1,17 @@
 import threading
+from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 
-from lgcn_fast import LGCN, Engine, LGCNConfig, load_model
+from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model
+from lgcn_fast.engine import INSTRUCTIONS, native_network
+from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.images import read_image
+from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import DEFAULT_WEIGHTS
+from lgcn_fast_kernels import INSTRUCTION_SETS
 
 SMALL = {"filters": 16, "num_landmarks": 3, "local_kernels": (5, 3), "global_layers": 2}
 CONFIGS = {
@@ -15,6 +21,8 @@ CONFIGS = {
     "other kernel": LGCNConfig(**SMALL, side_channels=2, kernel_size=9, sigmas=(2.0, 4.0)),
     "cross entropy": LGCNConfig(**SMALL, side_channels=2, loss="cross_entropy"),
     "nano": LGCNConfig.nano(filters=16, num_landmarks=3, local_kernels=(3, 3), global_layers=2),
+    "odd shuffle": LGCNConfig(**SMALL | {"filters": 21}, side_channels=1, input_size=96, shuffle=3, dilation=3),
+    "other filters": LGCNConfig(**SMALL | {"local_kernels": (1, 7)}, side_channels=0, shuffle=2, stride=2),
     "nano with side": LGCNConfig.nano(filters=16, num_landmarks=3, local_kernels=(3,), side_channels=2),
 }
 
@@ -30,10 +38,16 @@ def randomised(config: LGCNConfig) -> LGCN:
     return model.eval()
 
 
-def eager(model: LGCN, images: torch.Tensor) -> torch.Tensor:
+def eager_output(model: LGCN, images: torch.Tensor) -> torch.Tensor:
+    """In float64."""
+    model = deepcopy(model).double()
+    model.kernel_convolution.operator = gaussian_sum_banded  # a hundred times as fast
     with torch.inference_mode():
-        output = model.double()(images).output
-    model.float()
+        return model(images).output
+
+
+def eager(model: LGCN, images: torch.Tensor) -> torch.Tensor:
+    output = eager_output(model, images)
     if model.config.loss == "cross_entropy":
         output = torch.softmax(torch.nn.functional.pad(output, (0, 0, 0, 0, 0, 1)), dim=1)[:, :-1]
     return output
@@ -51,14 +65,46 @@ def test_fp32_is_the_model(name, height, width):
     torch.testing.assert_close(heatmaps.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_without_onednn_it_is_the_model_too(monkeypatch):
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_instruction_set_is_the_model(name, instructions, random):
+    """Any batch, size and number of threads: as many faces as threads side by side, the rest by all threads."""
+    model = randomised(CONFIGS[name])
+    with torch.inference_mode():
+        network = native_network(model, instructions)
+    for batch, threads in ((1, 1), (1, 2), (2, 2), (5, 3)):
+        height, width = random.integers(1, 130, 2)
+        images = random.integers(0, 256, (batch, model.config.in_channels, height, width), np.uint8)
+        expected = eager_output(model, torch.from_numpy(images)).numpy()
+        tolerance = (3e-2 if instructions.endswith("bf16") else 1e-4) * np.abs(expected).max()
+        np.testing.assert_allclose(network.heatmaps(images, threads), expected, atol=tolerance, rtol=0)
+        np.testing.assert_allclose(
+            network.heatmaps(images.astype(np.float32), threads), expected, atol=tolerance, rtol=0
+        )
+
+
+def test_threads_do_not_change_the_heatmaps(random):
+    images = torch.from_numpy(random.integers(0, 256, (5, 1, 61, 97), np.uint8))
     model = randomised(CONFIGS["plain"])
-    images = torch.randint(0, 256, (1, 1, 40, 30), dtype=torch.uint8)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    heatmaps, expected = Engine(model, precision="fp32").heatmaps(images), eager(model, images)
-    torch.testing.assert_close(heatmaps.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    expected = Engine(model, num_threads=1).heatmaps(images)
+    for threads in (2, 3, 64):
+        assert torch.equal(Engine(model, num_threads=threads).heatmaps(images), expected)
+    torch.testing.assert_close(Engine(model, num_threads=2).heatmaps(images[4:]), expected[4:], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["plain", "nano", "cross entropy"])
+def test_fit_is_the_fit_of_the_heatmaps(name, random):
+    model = randomised(CONFIGS[name])
+    fitter = NativeFitter(ShapeModel.fit(random.normal(size=(20, 3, 2)), 2))
+    images = torch.from_numpy(random.integers(0, 256, (5, 1, 40, 37), np.uint8))
+    engine = Engine(model, num_threads=2)
+    fitted, expected = engine.fit(images, fitter), fitter(engine.heatmaps(images).numpy(), model.config.stride)
+    np.testing.assert_array_equal(fitted.points, expected.points)
+    np.testing.assert_array_equal(fitted.certainties, expected.certainties)
+
+
+@pytest.mark.skipif("bf16" not in INSTRUCTIONS, reason="this processor has no bf16 instructions")
 @pytest.mark.parametrize("name", ["plain", "nano"])
 def test_bf16_is_no_worse_than_twice_torch_in_bf16(name):
     model = randomised(CONFIGS[name])
@@ -87,7 +133,11 @@ def test_says_what_runs():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"precision": "fp8"}, "precision: expected 'auto', 'fp32' or 'bf16', got 'fp8'"), ({"device": "tpu"}, "device")],
+    [
+        ({"precision": "fp8"}, "precision: expected 'auto', 'fp32' or 'bf16', got 'fp8'"),
+        ({"device": "tpu"}, "device"),
+        ({"num_threads": -1}, "num_threads: expected 0 or more, got -1"),
+    ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

@@ -4,6 +4,7 @@ import torch
 
 import lgcn_fast_kernels
 from lgcn_fast.operators import band_matrices, gaussian_sum, gaussian_sum_banded, gaussian_taps
+from lgcn_fast_kernels import INSTRUCTION_SETS
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 96, 96), (1, 2, 7, 113), (1, 1, 44, 46), (2, 1, 45, 1), (1, 5, 23, 97)]
 KERNELS = [(45, (1.0, 3.0, 5.0, 7.0, 9.0)), (9, (2.0,)), (1, (1.0, 4.0)), (101, (0.2, 30.0, 2.0))]
@@ -33,6 +34,7 @@ def native(x: torch.Tensor, kernel_size: int = 45, sigmas=(1.0, 3.0, 5.0, 7.0, 9
 @pytest.mark.parametrize("operator", [gaussian_sum, gaussian_sum_banded, native])
 @pytest.mark.parametrize(("size", "sigmas"), KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("poisoned_memory")
 def test_equals_equation_1_in_float64(operator, size, sigmas, shape, random):
     x = random.normal(size=shape)
     expected = convolve(x, kernel_of_equation_1(size, sigmas))
@@ -76,6 +78,25 @@ def test_band_matrices_made_in_inference_mode_serve_training():
     assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("instructions", [name for name in INSTRUCTION_SETS if name.endswith("bf16")])
+@pytest.mark.parametrize(("size", "sigmas"), KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_native_bf16_is_no_worse_than_twice_torch_in_bf16(instructions, size, sigmas, shape, random):
+    x = torch.from_numpy(random.normal(size=shape)).float()
+    exact = gaussian_sum(x.double(), size, sigmas)
+    torchs = (gaussian_sum_banded(x.bfloat16(), size, sigmas).double() - exact).abs().mean()
+    ours = torch.from_numpy(lgcn_fast_kernels.gaussian_sum(x.numpy(), size, sigmas, instructions=instructions))
+    assert (ours.double() - exact).abs().mean() <= 2 * torchs + 1e-6
+
+
+def test_bf16_needs_fewer_lines():
+    """The smallest of the five singular values of K is less than bf16 rounds away."""
+    lines = lgcn_fast_kernels.kernel_taps(45, (1.0, 3.0, 5.0, 7.0, 9.0), "amx_bf16")
+    assert lines.shape == (4, 45)
+    np.testing.assert_allclose(lines.T @ lines, kernel_of_equation_1(45, (1.0, 3.0, 5.0, 7.0, 9.0)), atol=1e-4)
+
+
 def test_native_does_not_depend_on_threads(random):
     x = random.normal(size=(2, 5, 33, 40)).astype(np.float32)
     expected = lgcn_fast_kernels.gaussian_sum(x, num_threads=1)
@@ -85,7 +106,12 @@ def test_native_does_not_depend_on_threads(random):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((44,), "kernel_size: expected an odd"), ((45, ()), "sigmas: expected"), ((45, (0.0,)), "sigmas: expected")],
+    [
+        ((45, (1.0,), 1, "mmx"), "instructions: expected one of INSTRUCTION_SETS, got 'mmx'"),
+        ((44,), "kernel_size: expected an odd"), 
+        ((45, ()), "sigmas: expected"),
+        ((45, (0.0,)), "sigmas: expected"),
+    ],
 )
 def test_native_names_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
