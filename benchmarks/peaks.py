@@ -4,7 +4,7 @@ import numpy as np
 import scipy.ndimage
 import torch
 from heatmaps import real_heatmaps
-from timing import compare, save, show
+from timing import compare, run, show
 
 import lgcn_fast_kernels as kernels
 from lgcn_fast import peaks
@@ -19,7 +19,7 @@ def scipy_maxima(heatmaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return found[:, :2], found[:, :1:-1]
 
 
-def main() -> None:
+def main() -> dict:
     results = {}
     threads = torch.get_num_threads()
     for count in (1, 16):
@@ -38,8 +38,8 @@ def main() -> None:
         }
         results[f"{count} faces"] = compare(functions)
         show(f"68 heatmaps of 96 x 96, {count} faces, {len(values)} peaks", results[f"{count} faces"])
-    save("peaks", results)
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

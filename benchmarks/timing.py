@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,6 @@ import numpy as np
 import torch
 
 from lgcn_fast.training import commit
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def compare(functions: dict[str, Callable[[], object]], rounds: int = 15, seconds: float = 0.05) -> dict[str, dict]:
@@ -48,11 +47,13 @@ def show(title: str, rows: dict[str, dict]) -> None:
         print(f"{name:<44}{row['median_ms']:>11.3f}{row['q20_ms']:>10.3f}{row['q80_ms']:>10.3f}{row['ratio']:>8.1f}x")
 
 
-def save(name: str, results: dict) -> None:
-    """Write results with machine, versions and commit where `--save` is given."""
-    parser = argparse.ArgumentParser(description=f"Benchmark {name}.")
-    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}/{name}.json")
-    if parser.parse_args().save:
+def run(benchmark: Callable[[], dict]) -> None:
+    """Run a benchmark as a script; with `--out FOLDER` write its results there, with machine, versions and commit."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the results as JSON")
+    out = parser.parse_args().out
+    results = benchmark()
+    if out:
         machine = {
             "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
@@ -61,8 +62,16 @@ def save(name: str, results: dict) -> None:
             "numpy": np.__version__,
             "commit": commit(),
         }
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{Path(sys.argv[0]).stem}.json"
+        path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of a matrix product, 2048 x 2048, its result in memory that is there already."""
+    a = torch.randn(2048, 2048).to(dtype)
+    out = torch.empty_like(a)
+    return 2 * 2048**3 / compare({"": lambda: torch.mm(a, a, out=out)}, rounds=5)[""]["median_ms"] / 1e6
 
 
 def cpu_name() -> str:

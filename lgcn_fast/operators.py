@@ -77,7 +77,8 @@ def band_matrices(
         return torch.where(inside, taps[:, offset.clamp(0, kernel_size - 1)], 0.0).to(device, dtype)
 
 
-def _banded_product(x: Tensor, kernel_size: int, sigmas: tuple[float, ...]) -> Tensor:
+def banded_product(x: Tensor, kernel_size: int, sigmas: tuple[float, ...]) -> Tensor:
+    """`gaussian_sum_banded` without its own gradient."""
     batch, channels, height, width = x.shape
     count = len(sigmas)
     rows = band_matrices(height, kernel_size, sigmas, x.dtype, x.device)
@@ -97,8 +98,8 @@ class _BandedGaussianSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, kernel_size: int, sigmas: tuple[float, ...]) -> Tensor:
         ctx.kernel = kernel_size, sigmas
-        return _banded_product(x, kernel_size, sigmas)
+        return banded_product(x, kernel_size, sigmas)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _banded_product(gradient, *ctx.kernel), None, None
+        return banded_product(gradient, *ctx.kernel), None, None

@@ -1,0 +1,83 @@
+"""The same network in other runtimes, where they are installed: torch.compile, ONNX Runtime, OpenVINO.
+
+They get the kernel convolution as matrix products, which makes them several times faster than the grouped convolution.
+"""
+
+import importlib.util
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lgcn_fast import LGCN
+from lgcn_fast.operators import banded_product
+
+
+class _Output(nn.Module):
+    def __init__(self, model: LGCN) -> None:
+        super().__init__()
+        self.model = deepcopy(model).eval().requires_grad_(False)
+        self.model.kernel_convolution.operator = banded_product
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).output
+
+
+def runtimes(model: LGCN, images: Tensor) -> dict[str, Callable[[], object]]:
+    """Functions that compute the heatmaps of `images` (float32), by name."""
+    functions = {}
+    if shutil.which("g++"):
+        functions |= _compiled(model, images)
+    else:
+        print("torch.compile: no g++")
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if missing:
+        print(f"ONNX Runtime, OpenVINO: not installed: {', '.join(missing)} (pip install '.[bench]')")
+        return functions
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(_Output(model), (images,), path, dynamo=True, verbose=False, external_data=False)
+        for name, load in (("onnxruntime", _onnx_runtime), ("openvino", _openvino)):
+            if importlib.util.find_spec(name):
+                functions |= load(path, images)
+            else:
+                print(f"{name}: not installed (pip install '.[bench]')")
+    return functions
+
+
+def _compiled(model: LGCN, images: Tensor) -> dict[str, Callable[[], object]]:
+    compiled = torch.compile(_Output(model).to(memory_format=torch.channels_last))
+
+    def bf16() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return compiled(images)
+
+    return {"torch.compile, fp32": lambda: compiled(images), "torch.compile, bf16": bf16}
+
+
+def _onnx_runtime(path: Path, images: Tensor) -> dict[str, Callable[[], object]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: images.numpy()}
+    return {"ONNX Runtime, fp32": lambda: session.run(None, inputs)}
+
+
+def _openvino(path: Path, images: Tensor) -> dict[str, Callable[[], object]]:
+    import openvino
+
+    functions = {}
+    for precision, hint in (("fp32", "f32"), ("bf16", "bf16")):
+        options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+        options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+        request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+        functions[f"OpenVINO, {precision}"] = lambda request=request: request.infer([images.numpy()])
+    return functions
