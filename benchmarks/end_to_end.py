@@ -24,7 +24,9 @@ def latencies(call, count: int) -> dict[str, float]:
         start = time.perf_counter()
         call()
         times.append(1e3 * (time.perf_counter() - start))
-    return dict(zip(("q20_ms", "median_ms", "q80_ms", "p99_ms"), np.quantile(times, (0.2, 0.5, 0.8, 0.99)), strict=True))
+    return dict(
+        zip(("q20_ms", "median_ms", "q80_ms", "p99_ms"), np.quantile(times, (0.2, 0.5, 0.8, 0.99)), strict=True)
+    )
 
 
 def main() -> dict:
@@ -45,7 +47,9 @@ def main() -> dict:
                 print(f"{f'{name}, {precision}, {title}':<32}{numbers}")
             results[f"{name}, {precision}"] = rows
     # (Kilobytes on Linux, bytes on macOS.)
-    results["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    results["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 1024
+    )
     print(f"peak memory of this process: {results['peak_rss_mb']:.0f} MB")
     return results
 

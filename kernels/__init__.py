@@ -13,7 +13,17 @@ import numpy as np
 from . import _native
 from ._native import Fitter, Network, Shape
 
-__all__ = ["INSTRUCTION_SETS", "Fitter", "Network", "Shape", "gaussian_sum", "local_maxima", "nearest_peaks", "peak_centroids", "window_moments"]
+__all__ = [
+    "INSTRUCTION_SETS",
+    "Fitter",
+    "Network",
+    "Shape",
+    "gaussian_sum",
+    "local_maxima",
+    "nearest_peaks",
+    "peak_centroids",
+    "window_moments",
+]
 
 INSTRUCTION_SETS = tuple(_native.instruction_sets())
 """What this processor multiplies matrices with, best first; those with bf16 in their name do it in bf16."""
@@ -39,7 +49,9 @@ def gaussian_sum(
     Returns:
         (B, C, H, W) float32.
     """
-    return _native.gaussian_sum(_contiguous(x), kernel_taps(kernel_size, sigmas, instructions), num_threads, instructions)
+    return _native.gaussian_sum(
+        _contiguous(x), kernel_taps(kernel_size, sigmas, instructions), num_threads, instructions
+    )
 
 
 @lru_cache(maxsize=8)

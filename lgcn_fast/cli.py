@@ -1,8 +1,9 @@
-"""The command line: `lgcn-fast predict | demo | evaluate | prepare | train | fit-shape`."""
+"""The command line: `lgcn-fast predict | demo | evaluate | prepare | train | fit-shape | bench`."""
 
 import argparse
 import csv
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ DEMO_BOX = (82, 70, 124, 124)
 """The face in demo.jpg (Eileen Collins, NASA, public domain)."""
 PICTURE_SIZE = 600
 """Smaller pictures are enlarged to about this many pixels before landmarks are drawn."""
+BENCHMARKS = ("kernel_convolution", "network", "peaks", "fit", "end_to_end")
 NETWORKS = ("nano", "16", "32", "64", "128")
 
 
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="lgcn-fast", description="Facial landmarks with the LGCN (CVPR 2018).")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_predict, _add_demo, _add_evaluate, _add_prepare, _add_train, _add_fit_shape):
+    for add in (_add_predict, _add_demo, _add_evaluate, _add_prepare, _add_train, _add_fit_shape, _add_bench):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -255,6 +257,24 @@ def _run_fit_shape(options: argparse.Namespace) -> int:
     model.save(options.out)
     model.draw(options.out.with_suffix(".png"))
     print(f"{options.out}: {len(model.modes)} modes of {len(shapes)} shapes")
+    return 0
+
+
+def _add_bench(commands) -> None:
+    parser = _add_command(commands, _run_bench, "Run all benchmarks of a checkout and write their results as JSON.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for one file a benchmark")
+    parser.add_argument("--benchmarks", type=Path, default=Path("benchmarks"), help="folder of the checkout")
+
+
+def _run_bench(options: argparse.Namespace) -> int:
+    scripts = [options.benchmarks / f"{name}.py" for name in BENCHMARKS]
+    missing = [str(script) for script in scripts if not script.is_file()]
+    if missing:
+        raise ValueError(f"--benchmarks: expected the folder benchmarks/ of a checkout, but there is no {missing[0]}")
+    for script in scripts:
+        print(f"\n{script}", flush=True)
+        if subprocess.run([sys.executable, script, "--out", options.out]).returncode:
+            raise ValueError(f"{script}: failed, see above")
     return 0
 
 

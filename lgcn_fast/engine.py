@@ -45,8 +45,6 @@ class Engine:
             ValueError: a device that is not there, a negative number of threads, an unknown precision, or one that
                 backend or processor do not have.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.config = model.config
         self.device = checked_device(device)
         self.backend = "cpu" if self.device.type == "cpu" else "eager"
@@ -124,7 +122,9 @@ def _checked_precision(precision: str, device: torch.device) -> str:
             raise ValueError(f"precision: expected 'fp32' or 'auto' on {device.type}, got 'bf16'")
         return "fp32"
     if precision == "bf16" and "bf16" not in INSTRUCTIONS:
-        raise ValueError("precision: expected 'fp32' or 'auto', got 'bf16', for which this processor has no instructions")
+        raise ValueError(
+            "precision: expected 'fp32' or 'auto', got 'bf16', for which this processor has no instructions"
+        )
     return precision if precision != "auto" else "bf16" if "bf16" in INSTRUCTIONS else "fp32"
 
 

@@ -18,7 +18,7 @@ from .shape import ShapeModel, similarity_basis
 
 Array = Any
 RADII = (None, 20.0, 7.0)
-"""Half sides of the windows of the three rounds, in pixels of the image: all pixels, then those near the last prediction."""
+"""Half sides of the windows of the three rounds, pixels of the image: all, then those near the last prediction."""
 THRESHOLD = 0.01
 """Pixels and maxima up to this value do not count."""
 CERTAIN = 0.1
@@ -26,8 +26,8 @@ CERTAIN = 0.1
 FALLBACK = 10
 """The best maxima that do, where fewer than two are certain."""
 NOISE = 50.0
-"""What a pixel's equation is worth against the prior: square pixels of the image, times the sum of squared weights of a landmark.
-A clear heatmap has a sum of about 90 within 7 px: it places its landmark to better than a pixel."""
+"""What a pixel's equation is worth against the prior: square pixels of the image, times the sum of squared weights of
+a landmark. A clear heatmap has a sum of about 90 within 7 px: it places its landmark to better than a pixel."""
 TRUST = 0.5
 """How much the final points listen to a heatmap's maximum where the network is as certain as can be. (The authors' code
 has 1. Half of it was better on the validation faces, by 0.1 points of the median error.)"""
@@ -73,8 +73,8 @@ def fit(model: ShapeModel, heatmaps: Array, stride: int = 1) -> Fit:
         stride: side of a heatmap's pixel in pixels of the image, see `LGCNConfig.stride`.
 
     Returns:
-        `Fit` with arrays of the heatmaps' namespace, in pixels of the heatmaps, finite for any finite heatmaps; without any evidence it is the
-        mean face in the middle.
+        `Fit` with arrays of the heatmaps' namespace, in pixels of the heatmaps, finite for any finite heatmaps; without
+        any evidence it is the mean face in the middle.
 
     Raises:
         ValueError: another number of landmarks, dimensions or pixels.

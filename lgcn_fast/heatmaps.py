@@ -12,7 +12,7 @@ from .operators import KERNEL_SIZE, SIGMAS, band_matrices
 
 def to_heatmap(points: Tensor, stride: int) -> Tensor:
     """Points in pixels of an image to pixels of its heatmaps, which are `stride` times as large."""
-    return (points + 0.5) / stride - 0.5
+    return points / stride + (0.5 / stride - 0.5)
 
 
 def bilinear_lines(coordinates: Tensor, length: int, visible: Tensor) -> Tensor:

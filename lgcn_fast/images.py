@@ -73,13 +73,14 @@ def square_box(box: np.ndarray, scale: float = 1.0) -> np.ndarray:
     return np.array([round(x + (width - side) / 2), round(y + (height - side) / 2), side, side])
 
 
-def crop(image: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
+def crop(image: np.ndarray, box: np.ndarray, size: int, gray: bool = False) -> np.ndarray:
     """Cut a square of whole pixels out and resize it; beyond the image the border's pixels repeat.
 
     Args:
         image: (H, W) or (H, W, 3) uint8 or float32.
         box: (4,) integers from `square_box`; must meet the image.
         size: side of the result in pixels.
+        gray: convert RGB to grayscale, before it is resized: less to resize.
 
     Returns:
         (size, size) or (size, size, 3), dtype of `image`.
@@ -89,6 +90,8 @@ def crop(image: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
     left, top = max(-x, 0), max(-y, 0)
     right, bottom = max(x + side - width, 0), max(y + side - height, 0)
     image = image[max(y, 0) : y + side, max(x, 0) : x + side]
+    if gray and image.ndim == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if left or top or right or bottom:
         image = cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_REPLICATE)
     if side == size:

@@ -143,15 +143,17 @@ def pad_to_grid(x: Tensor, step: int) -> Tensor:
 
 
 def checked_device(name: str) -> torch.device:
-    """A torch device that is there.
+    """A torch device that is there; for "auto", "cuda" where there is one and "cpu" elsewhere.
 
     Raises:
         ValueError: an unknown name, or CUDA where torch finds no GPU.
     """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device: expected 'cpu' or 'cuda', got {name!r}") from None
+        raise ValueError(f"device: expected 'cpu', 'cuda' or 'auto', got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         build = "this PyTorch is built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA GPU"
         raise ValueError(f"device: expected one that is there, got {name!r}, but {build}")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -103,9 +102,9 @@ def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int) 
     Returns:
         (channels, size, size), dtype of `image`.
     """
-    face = crop(image, box, size)
+    face = crop(image, box, size, gray=channels == 1)
     if channels == 1:
-        return torch.from_numpy(face if face.ndim == 2 else cv2.cvtColor(face, cv2.COLOR_RGB2GRAY))[None]
+        return torch.from_numpy(face)[None]
     face = face if face.ndim == 3 else np.repeat(face[..., None], 3, axis=2)
     return torch.from_numpy(face).permute(2, 0, 1)
 

@@ -1,10 +1,12 @@
 import csv
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from lgcn_fast import cli
 from lgcn_fast.checkpoints import load_card
 from lgcn_fast.cli import main
 from lgcn_fast.datasets import read_csv
@@ -129,3 +131,22 @@ def test_from_labels_to_report(tmp_path, faces, capsys):
     )
     assert json.loads((out / "evaluation.json").read_text())["percent"]["fit, 68 points"]["faces"] == 11
     assert {path.name for path in out.iterdir()} == {"evaluation.json", "curve.png", "sheet.png"}
+
+
+@pytest.mark.slow
+def test_bench_runs_and_writes_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "BENCHMARKS", ("kernel_convolution",))
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    assert main(["bench", "--benchmarks", str(benchmarks), "--out", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "kernel_convolution.json").read_text())
+    assert written["machine"]["cpu"]
+    assert written["results"]["136 maps"]["native, fp32"]["ratio"] > 1
+
+
+def test_bench_needs_a_checkout_and_says_what_failed(tmp_path, monkeypatch, capsys):
+    assert main(["bench", "--benchmarks", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "--benchmarks: expected the folder benchmarks/ of a checkout" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "BENCHMARKS", ("broken",))
+    (tmp_path / "broken.py").write_text("raise SystemExit(1)")
+    assert main(["bench", "--benchmarks", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "broken.py: failed" in capsys.readouterr().err

@@ -12,7 +12,6 @@ from lgcn_fast.heatmaps import blurred_ground_truth
 from lgcn_fast.images import crop, face_box, square_box, to_crop
 from lgcn_fast.prediction import DEFAULT_WEIGHTS, WEIGHTS
 
-
 HALF_SIGMAS = (0.5, 1.5, 2.5, 3.5, 4.5)
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgcn_fast.heatmaps import blurred_ground_truth, ground_truth, loss_weights
+from lgcn_fast.heatmaps import blurred_ground_truth, ground_truth, loss_weights, to_heatmap
 from lgcn_fast.operators import gaussian_sum
 
 NAN = float("nan")
@@ -63,3 +63,10 @@ def test_maximum_of_blurred_label_is_at_the_point():
     heatmap = blurred_ground_truth(torch.tensor([[[[30.0, 61.0]]]]), 96, 96)[0, 0].numpy()
     assert np.unravel_index(heatmap.argmax(), heatmap.shape) == (61, 30)
     assert heatmap.max() == pytest.approx(1)
+
+
+def test_points_on_coarser_heatmaps():
+    """A pixel of stride 2 covers the pixels 0 and 1: its centre lies between theirs."""
+    points = torch.tensor([[0.0, 1.0], [0.5, 10.5]])
+    torch.testing.assert_close(to_heatmap(points, 2), torch.tensor([[-0.25, 0.25], [0.0, 5.0]]))
+    assert torch.equal(to_heatmap(points, 1), points)

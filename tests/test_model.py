@@ -57,7 +57,7 @@ def test_any_image_size(name, height, width):
     images = torch.randint(0, 256, (2, config.in_channels, height, width), dtype=torch.uint8)
     with torch.inference_mode():
         heatmaps = model(images)
-    assert heatmaps.output.shape == heatmaps.local.shape == (2, 3, height, width)
+    assert heatmaps.output.shape == heatmaps.local.shape == (2, 3, *config.heatmap_size(height, width))
     assert torch.isfinite(heatmaps.output).all()
 
 
@@ -100,9 +100,10 @@ def test_nano_does_not_see_beyond_the_image():
     image = torch.rand(1, 1, 14, 14).double() * 255
     padded = nn.functional.pad(image, (0, 2, 0, 2), mode="replicate")
     maps = nn.functional.pixel_shuffle(
-        model.main(model.local_subnet(nn.functional.pixel_unshuffle((padded / 128 - 1) * 0.1, 4))), 4
-    )[..., :14, :14]
-    torch.testing.assert_close(model(image).local, gaussian_sum(maps) * model.config.blur_scale)
+        model.main(model.local_subnet(nn.functional.pixel_unshuffle((padded / 128 - 1) * 0.1, 4))), 2
+    )[..., :7, :7]
+    blurred = gaussian_sum(maps, model.config.kernel_size, model.config.sigmas)
+    torch.testing.assert_close(model(image).local, blurred * model.config.blur_scale)
 
 
 def test_train_and_eval_mode():

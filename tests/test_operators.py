@@ -108,7 +108,7 @@ def test_native_does_not_depend_on_threads(random):
     ("arguments", "message"),
     [
         ((45, (1.0,), 1, "mmx"), "instructions: expected one of INSTRUCTION_SETS, got 'mmx'"),
-        ((44,), "kernel_size: expected an odd"), 
+        ((44,), "kernel_size: expected an odd"),
         ((45, ()), "sigmas: expected"),
         ((45, (0.0,)), "sigmas: expected"),
     ],

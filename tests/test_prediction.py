@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import lgcn_fast
-from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model, predict
+from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model, predict, prediction
 from lgcn_fast.datasets import read_300w
 from lgcn_fast.evaluation import evaluate, summary
 from lgcn_fast.images import crop, face_box, read_image, square_box
@@ -211,3 +212,49 @@ def test_accuracy_of_the_shipped_model_on_lfpw(data):
     assert points["median"] <= 3.7
     assert inner["median"] <= 3.0
     assert points["failures"] < 2
+
+
+def test_engines_are_kept_until_the_weights_change(gray):
+    network = LGCN(LGCNConfig.nano(filters=8)).eval()
+    assert prediction._engine(network, "cpu") is (before := prediction._engine(network, "cpu"))
+    with torch.no_grad():
+        network.main.bias += 1
+    assert prediction._engine(network, "cpu") is not before
+    assert prediction._engine(None, "cpu") is prediction._engine(DEFAULT_WEIGHTS, "cpu")
+
+
+def test_several_threads_at_once(gray):
+    crops = [gray[i : i + 80, i : i + 80] for i in range(8)]
+    expected = [predict(crop).points for crop in crops]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for points, known in zip(pool.map(lambda crop: predict(crop).points, crops), expected, strict=True):
+                np.testing.assert_array_equal(points, known)
+
+
+MEMORY = """
+import numpy as np
+from lgcn_fast import LGCN, LGCNConfig, predict
+
+def peak() -> float:  # (ru_maxrss would be the largest of this process and its parent.)
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+crops = np.random.default_rng(0).integers(0, 256, (8, 96, 96), np.uint8)
+model = LGCN(LGCNConfig(filters=128)).eval()
+predict(crops, model=model)
+assert peak() < 700, f"F = 128: {peak()} MB"
+del model
+for _ in range(500):
+    predict(crops[0])
+before = peak()
+for _ in range(10_000):
+    predict(crops[0])
+assert peak() < before + 2, f"{before} MB before 10,000 calls, {peak()} MB behind"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_small_and_does_not_grow():
+    subprocess.run([sys.executable, "-c", MEMORY], check=True)

@@ -28,14 +28,40 @@ for shape in shapes:
         for threads in (1, 5):
             _native.peak_centroids(maps, threads)
             _native.local_maxima(maps, 0.5, threads)
-            for size, sigmas in ((45, (1.0, 9.0)), (1, (2.0,)), (101, (0.1, 50.0, 3.0))):
-                _native.gaussian_sum(maps, size, sigmas, threads)
+            for size in (1, 45, 101):
+                line = np.exp(-((np.arange(size) - size // 2) ** 2) / np.array([[0.1], [50.0]]))
+                for instructions in _native.instruction_sets():
+                    _native.gaussian_sum(maps, line, threads, instructions)
             _native.window_moments(maps, None, 0.0, 0.01, threads)
             for spread in (1, 1e3, 1e300):
                 points = random.normal(size=(*shape[:2], 2)) * spread
                 _native.nearest_peaks(maps, points, 0.0, threads)
                 for radius in (0.0, 7.0, 20.0, 1e300, np.inf):
                     _native.window_moments(maps, points, radius, 0.01, threads)
+
+
+def layers(*shapes):
+    return [(random.normal(size=s).astype(np.float32) / s[1], np.ones(s[0], np.float32)) for s in shapes]
+
+
+for instructions in _native.instruction_sets():
+    for filters, shuffle, stride, dilation, side in ((16, 1, 1, 4, 5), (21, 3, 1, 2, 0), (64, 4, 2, 1, 0)):
+        grid = (shuffle // stride) ** 2
+        shape = _native.Shape(landmarks=7, side_channels=side, shuffle=shuffle, stride=stride, dilation=dilation,
+                              taps=np.ones((2, 9)))
+        local = layers((filters, shuffle**2, 5, 5), (filters, filters, 3, 3))
+        context = layers((filters, 7 + side, 3, 3), (filters, filters, 3, 3))
+        heads, refine = layers(((7 + side) * grid, filters, 1, 1), (7 * grid, filters, 1, 1))
+        network = _native.Network(instructions, shape, local, heads, context, refine)
+        basis = random.normal(size=(6, 7, 2))
+        fitter = _native.Fitter(basis, np.ones(2), radii=[20.0, 7.0], certain=0.1, fallback=10, noise=50.0, trust=0.5,
+                                size_spread=0.3, shift_spread=1.0, threshold=0.01, nominal_size=0.3)
+        for batch, height, width in ((1, 1, 1), (3, 33, 95), (2, 96, 96), (0, 5, 5)):
+            images = random.integers(0, 256, (batch, 1, height, width)).astype(np.uint8)
+            for threads in (1, 2, 5):
+                heatmaps = network.heatmaps(images, threads)
+                network.fit(images.astype(np.float32), fitter, threads)
+                fitter.fit(heatmaps, stride, threads)
 print("clean")
 """
 
