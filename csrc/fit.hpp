@@ -67,7 +67,8 @@ public:
             for (std::int64_t p = 0; p < parameters; ++p)
                 for (std::int64_t q = 0; q < parameters; ++q) {
                     const double *a = row(p) + 2 * i, *b = row(q) + 2 * i;
-                    products_[static_cast<std::size_t>((i * parameters + p) * parameters + q)] = a[0] * b[0] + a[1] * b[1];
+                    products_[static_cast<std::size_t>((i * parameters + p) * parameters + q)] =
+                        a[0] * b[0] + a[1] * b[1];
                 }
     }
 
@@ -140,7 +141,8 @@ private:
         const auto rank = values.begin() + (std::min(options_.fallback, landmarks_) - 1);
         std::nth_element(values.begin(), rank, values.end(), std::greater<float>());
         double least = options_.certain;
-        if (std::count_if(evidence, evidence + landmarks_, [&](const Evidence& e) { return e.peak.value >= least; }) < 2)
+        if (std::count_if(evidence, evidence + landmarks_, [&](const Evidence& e) { return e.peak.value >= least; }) <
+            2)
             least = *rank;
         const double* mean = row(0);
         std::array<double, 4> centre{};  // of the maxima, of the mean shape
@@ -173,7 +175,9 @@ private:
         const double shift = options_.shift_spread * static_cast<double>(std::max(maps.height, maps.width));
         std::vector<double> left(static_cast<std::size_t>(count_ * count_));
         for (std::int64_t p = 0; p < count_; ++p) {
-            const double spread = p < 2 ? options_.size_spread * guess.size : p < 4 ? shift : guess.size * deviation(p - 4);
+            const double spread = p < 2   ? options_.size_spread * guess.size
+                                  : p < 4 ? shift
+                                          : guess.size * deviation(p - 4);
             // Square pixels times a sum over pixels: both are fewer by the square of the stride.
             const double precision = options_.noise / (spread * spread) / std::pow(stride, 4);
             left[static_cast<std::size_t>(p * count_ + p)] = precision;

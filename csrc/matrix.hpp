@@ -96,8 +96,8 @@ template <typename Vector, int kRows, int kColumns>
                 Vector columns[kVectors];
 #pragma GCC unroll 8
                 for (int j = 0; j < kVectors; ++j)
-                    columns[j] = *reinterpret_cast<const Vector*>(b + j * kLength / kPanel * p.panel_stride + k * kPanel +
-                                                                  j * kLength % kPanel);
+                    columns[j] = *reinterpret_cast<const Vector*>(b + j * kLength / kPanel * p.panel_stride +
+                                                                  k * kPanel + j * kLength % kPanel);
 #pragma GCC unroll 8
                 for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
@@ -136,7 +136,9 @@ inline void tall_baseline(const Product<float>& p, float* c) { multiply_fp32<Lan
 
 LGCN_AVX2 inline void wide_avx2(const Product<float>& p, float* c) { multiply_halves<Lanes8, 4>(p, c); }
 LGCN_AVX2 inline void tall_avx2(const Product<float>& p, float* c) { multiply_fp32<Lanes8, 4, kPanel>(p, kTall, c); }
-LGCN_AVX512 inline void wide_avx512(const Product<float>& p, float* c) { multiply_fp32<Lanes, 8, 2 * kPanel>(p, kWide, c); }
+LGCN_AVX512 inline void wide_avx512(const Product<float>& p, float* c) {
+    multiply_fp32<Lanes, 8, 2 * kPanel>(p, kWide, c);
+}
 LGCN_AVX512 inline void tall_avx512(const Product<float>& p, float* c) { multiply_fp32<Lanes, 8, kPanel>(p, kTall, c); }
 
 template <int kPanels>
@@ -250,7 +252,8 @@ inline bool has_avx512_bf16() {
 
 inline bool has_amx_bf16() {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1))
+        return false;
     // Linux gives the tile registers to processes that ask for them.
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

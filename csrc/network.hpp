@@ -5,11 +5,14 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <vector>
 
 #include "convolution.hpp"
+#include "gaussian_product.hpp"
 #include "gaussian_sum.hpp"
 #include "matrix.hpp"
+#include "planes.hpp"
 #include "threads.hpp"
 
 namespace lgcn {
@@ -19,87 +22,6 @@ struct Shape {
     std::int64_t landmarks, side_channels, shuffle, stride, dilation;
     Taps taps;  // of the kernel convolution
 };
-
-namespace detail {
-
-template <typename T>
-[[gnu::always_inline]] inline void put_line_as(const float* values, std::int64_t count, bool relu, T* out) {
-    const float least = relu ? 0.0f : -std::numeric_limits<float>::infinity();
-    std::int64_t x = 0;
-    for (; x + kLaneCount <= count; x += kLaneCount) {
-        const Lanes v = load(values + x);
-        put(out + x, v > least ? v : least - Lanes{});
-    }
-    for (; x < count; ++x) put(out + x, std::max(values[x], least));
-}
-
-LGCN_EVERY_SIMD inline void put_line(const float* values, std::int64_t count, bool relu, float* out) {
-    put_line_as(values, count, relu, out);
-}
-LGCN_EVERY_SIMD inline void put_line(const float* values, std::int64_t count, bool relu, Bf16* out) {
-    put_line_as(values, count, relu, out);
-}
-LGCN_EVERY_SIMD inline void add_line(const float* values, std::int64_t count, float* out) {
-    for (std::int64_t x = 0; x < count; ++x) out[x] += values[x];
-}
-
-// Means of 2 x 2 pixels of two lines.
-LGCN_EVERY_SIMD inline void halve(const float* first, const float* second, std::int64_t count, float* out) {
-    for (std::int64_t x = 0; x < count; ++x)
-        out[x] = 0.25f * (first[2 * x] + first[2 * x + 1] + second[2 * x] + second[2 * x + 1]);
-}
-
-// Values (pixels, 16) of some channels to pixels in a plane.
-template <typename T>
-[[gnu::always_inline]] inline void put_pixels_as(const float* values, T* const* pixels, std::int64_t count,
-                                                 std::int64_t channels) {
-    for (std::int64_t i = 0; i < count; ++i) {
-        if (channels == kLaneCount)
-            put(pixels[i], load(values + i * kLaneCount));
-        else
-            for (std::int64_t c = 0; c < channels; ++c) put(pixels[i] + c, values[i * kLaneCount + c]);
-    }
-}
-
-LGCN_EVERY_SIMD inline void put_pixels(const float* values, float* const* pixels, std::int64_t count, std::int64_t channels) {
-    put_pixels_as(values, pixels, count, channels);
-}
-LGCN_EVERY_SIMD inline void put_pixels(const float* values, Bf16* const* pixels, std::int64_t count, std::int64_t channels) {
-    put_pixels_as(values, pixels, count, channels);
-}
-
-// The blur of each precision.
-template <typename T>
-struct Blur;
-
-template <>
-struct Blur<float> {
-    GaussianSum sum;
-    std::int64_t stride, elements;
-
-    Blur(const Taps& taps, std::int64_t height, std::int64_t width)
-        : sum(taps, height, width), stride(width), elements(height * width) {}
-    void operator()(const Multiplier<float>&, const float* map, float* out) { sum(map, out); }
-};
-
-template <>
-struct Blur<Bf16> {
-    GaussianProduct product;
-    std::int64_t stride, elements;
-    Buffer<Bf16> scratch;
-
-    Blur(const Taps& taps, std::int64_t height, std::int64_t width)
-        : product(taps, height, width),
-          stride(product.row_stride()),
-          // A cache line more: the rows of 136 maps must not all fall into the same few sets of the cache.
-          elements(product.map_elements() + 32),
-          scratch(product.scratch_elements()) {}
-    void operator()(const Multiplier<Bf16>& multiplier, const Bf16* map, float* out) {
-        product(multiplier, map, scratch.data(), out);
-    }
-};
-
-}  // namespace detail
 
 // Pixels of one image, (channels, height, width).
 template <typename Pixel>
@@ -111,8 +33,8 @@ struct Image {
 template <typename T>
 class Network {
 public:
-    Network(const Shape& shape, const Multiplier<T>& multiplier, const std::vector<Filters>& local, const Filters& heads,
-            const std::vector<Filters>& context, const Filters& refine)
+    Network(const Shape& shape, const Multiplier<T>& multiplier, const std::vector<Filters>& local,
+            const Filters& heads, const std::vector<Filters>& context, const Filters& refine)
         : shape_(shape),
           multiplier_(multiplier),
           in_channels_(local.front().in),
@@ -121,6 +43,7 @@ public:
           step_(shape.shuffle / shape.stride),
           heads_(heads, channels_, step_),
           refine_(refine, channels_, step_) {
+        if (step_ > kWide) throw std::invalid_argument("shuffle: expected at most 32 times the stride");
         for (const Filters& f : local) {
             local_.emplace_back(f, local_.empty() ? in_channels_ : channels_);
             reach_ = std::max(reach_, f.kernel / 2);
@@ -164,11 +87,9 @@ public:
     }
 
 private:
-    using Blur = detail::Blur<T>;
-
     // What a member of a team has for itself.
     struct Member {
-        Blur blur;
+        Blur<T> blur;
         Buffer<T> maps;      // before the blur
         Buffer<float> side;  // of the side branch, behind it
     };
@@ -189,8 +110,8 @@ private:
             for (Buffer<T>& plane : global) plane = Buffer<T>(context_grid.elements(n.channels_));
         }
         void add_member(const Network& n) {
-            Blur blur(n.shape_.taps, height, width);
-            Buffer<T> maps(std::max(n.shape_.landmarks, n.shape_.side_channels) * blur.elements);
+            Blur<T> blur(n.shape_.taps, height, width);
+            Buffer<T> maps(std::max(n.shape_.landmarks, n.shape_.side_channels) * blur.map_elements());
             Buffer<float> side_maps(n.shape_.side_channels ? kPanel * height * width : 0);
             members.push_back({std::move(blur), std::move(maps), std::move(side_maps)});
         }
@@ -272,7 +193,8 @@ private:
                         const std::int64_t row = std::min(y * step + j, image.height - 1);
                         const Pixel* line = image.data + (c * image.height + row) * image.width;
                         for (std::int64_t i = 0; i < step; ++i)
-                            detail::put(pixel++, static_cast<float>(line[std::min(x * step + i, image.width - 1)]) - 128);
+                            detail::put(pixel++,
+                                        static_cast<float>(line[std::min(x * step + i, image.width - 1)]) - 128);
                     }
             }
     }
@@ -281,11 +203,14 @@ private:
     void make_maps(const T* plane, Range maps, Workspace& w, std::int64_t member, float* out) const {
         Member& mine = w.members[static_cast<std::size_t>(member)];
         const std::int64_t pixels = w.height * w.width;
-        const auto place = [&](std::int64_t map) { return mine.maps.data() + (map - maps.first) * mine.blur.elements; };
+        const auto place = [&](std::int64_t map) {
+            return mine.maps.data() + (map - maps.first) * mine.blur.map_elements();
+        };
         heads_(multiplier_, w.grid, plane, maps,
                [&](std::int64_t map, std::int64_t y, std::int64_t x, const float* line, std::int64_t count) {
-                   T* result = place(map) + y * mine.blur.stride + x;
-                   if (y < w.height) detail::put_line(line, std::min(count, w.width - x), map >= shape_.landmarks, result);
+                   T* result = place(map) + y * mine.blur.row_stride() + x;
+                   if (y < w.height)
+                       detail::put_line(line, std::min(count, w.width - x), map >= shape_.landmarks, result);
                });
         // Few at a time, so that they are still in the cache when the context is made of them.
         for (std::int64_t first = maps.first; first < maps.last; first += kPanel) {

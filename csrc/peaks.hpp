@@ -164,14 +164,13 @@ inline Peak nearest_peak(const Heatmap& map, double target_x, double target_y, f
         best_y = y;
         best_x = x;
     };
-    const std::int64_t furthest =
-        std::max({middle_y, map.height - 1 - middle_y, middle_x, map.width - 1 - middle_x});
+    const std::int64_t furthest = std::max({middle_y, map.height - 1 - middle_y, middle_x, map.width - 1 - middle_x});
     for (std::int64_t ring = 0; ring <= furthest; ++ring) {
         // A pixel of this ring is at least this far from the middle's pixel, which is the one nearest to the target.
         const double reach = static_cast<double>(ring) - 0.5;
         if (reach > 0 && reach * reach > best) break;
-        for (std::int64_t y = std::max<std::int64_t>(middle_y - ring, 0); y <= std::min(middle_y + ring, map.height - 1);
-             ++y) {
+        for (std::int64_t y = std::max<std::int64_t>(middle_y - ring, 0);
+             y <= std::min(middle_y + ring, map.height - 1); ++y) {
             const bool edge = y == middle_y - ring || y == middle_y + ring;
             const std::int64_t step = edge || ring == 0 ? 1 : 2 * ring;
             for (std::int64_t x = middle_x - ring; x <= middle_x + ring; x += step)
@@ -236,10 +235,9 @@ inline Moments window_moments(const Heatmap& map, double centre_x, double centre
     const auto bound = [](double v, std::int64_t length) {
         return static_cast<std::int64_t>(std::clamp(v, 0.0, static_cast<double>(length)));
     };
-    return window_moments(map, bound(std::ceil(centre_y - radius), map.height),
-                          bound(std::floor(centre_y + radius) + 1, map.height),
-                          bound(std::ceil(centre_x - radius), map.width),
-                          bound(std::floor(centre_x + radius) + 1, map.width), threshold);
+    return window_moments(
+        map, bound(std::ceil(centre_y - radius), map.height), bound(std::floor(centre_y + radius) + 1, map.height),
+        bound(std::ceil(centre_x - radius), map.width), bound(std::floor(centre_x + radius) + 1, map.width), threshold);
 }
 
 }  // namespace lgcn

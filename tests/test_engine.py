@@ -23,6 +23,7 @@ CONFIGS = {
     "nano": LGCNConfig.nano(filters=16, num_landmarks=3, local_kernels=(3, 3), global_layers=2),
     "odd shuffle": LGCNConfig(**SMALL | {"filters": 21}, side_channels=1, input_size=96, shuffle=3, dilation=3),
     "other filters": LGCNConfig(**SMALL | {"local_kernels": (1, 7)}, side_channels=0, shuffle=2, stride=2),
+    "pixels alone": LGCNConfig(**SMALL | {"local_kernels": (1,), "global_layers": 1}, side_channels=0, dilation=1),
     "nano with side": LGCNConfig.nano(filters=16, num_landmarks=3, local_kernels=(3,), side_channels=2),
 }
 

@@ -1,0 +1,81 @@
+// NumPy arrays as the native functions take them.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "gaussian_sum.hpp"
+#include "matrix.hpp"
+#include "peaks.hpp"
+
+namespace py = pybind11;
+
+// c_style without forcecast: another dtype is the caller's mistake, not something to copy silently.
+using Heatmaps = py::array_t<float, py::array::c_style>;
+using Points = py::array_t<double, py::array::c_style>;
+
+struct Batch {
+    const float* data;
+    py::ssize_t faces, landmarks, height, width;
+
+    explicit Batch(const Heatmaps& heatmaps) {
+        if (heatmaps.ndim() != 4) {
+            throw py::value_error("heatmaps: expected (B, N, H, W), got " + std::to_string(heatmaps.ndim()) +
+                                  " dimensions");
+        }
+        faces = heatmaps.shape(0);
+        landmarks = heatmaps.shape(1);
+        height = heatmaps.shape(2);
+        width = heatmaps.shape(3);
+        if (height == 0 || width == 0) {
+            throw py::value_error("heatmaps: expected at least one pixel, got " + std::to_string(height) + " x " +
+                                  std::to_string(width));
+        }
+        data = heatmaps.data();
+    }
+
+    std::int64_t count() const { return faces * landmarks; }
+    std::int64_t pixels() const { return height * width; }
+    lgcn::Heatmap map(std::int64_t i) const { return {data + i * height * width, height, width}; }
+};
+
+inline const double* checked_points(const Points& points, const Batch& batch, const char* name) {
+    if (points.ndim() != 3 || points.shape(0) != batch.faces || points.shape(1) != batch.landmarks ||
+        points.shape(2) != 2) {
+        throw py::value_error(std::string(name) + ": expected (" + std::to_string(batch.faces) + ", " +
+                              std::to_string(batch.landmarks) + ", 2), one point for each heatmap");
+    }
+    const double* data = points.data();
+    if (!std::all_of(data, data + points.size(), [](double v) { return std::isfinite(v); })) {
+        throw py::value_error(std::string(name) + ": expected finite coordinates, got NaN or infinity");
+    }
+    return data;
+}
+
+// Calls use with the matrix products of an instruction set.
+template <typename Use>
+void with_multiplier(const std::string& name, const Use& use) {
+    const std::vector<std::string> known = lgcn::instruction_sets();
+    lgcn::Multiplier<float> fp32;
+    lgcn::Multiplier<lgcn::Bf16> bf16;
+    if (std::find(known.begin(), known.end(), name) == known.end()) {
+        throw py::value_error("instructions: expected one of INSTRUCTION_SETS, got '" + name + "'");
+    }
+    if (lgcn::find_multiplier(name, bf16))
+        use(bf16);
+    else if (lgcn::find_multiplier(name, fp32))
+        use(fp32);
+}
+
+inline lgcn::Taps checked_taps(const Points& taps) {
+    if (taps.ndim() != 2 || taps.shape(0) == 0 || taps.shape(1) % 2 == 0) {
+        throw py::value_error("taps: expected (S, kernel_size) with an odd size");
+    }
+    return {taps.data(), taps.shape(0), taps.shape(1)};
+}

@@ -1,0 +1,129 @@
+// The kernel convolution (Eq. 1) as matrix products in bf16; the reference is lgcn_fast/operators.py.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "convolution.hpp"
+#include "gaussian_sum.hpp"
+#include "matrix.hpp"
+#include "planes.hpp"
+
+namespace lgcn {
+
+namespace detail {
+
+// Rows of sums, two and two, to rows of pairs in bf16: the format of a panel.
+LGCN_EVERY_SIMD inline void pair_rows(const float* c, std::int64_t row_stride, std::int64_t rows, Bf16* panel) {
+    for (std::int64_t y = 0; y < rows; y += 2) {
+        const LaneBits first = rounded(load(c + y * row_stride)) >> 16;
+        const LaneBits second = rounded(load(c + (y + 1) * row_stride)) & 0xffff0000u;
+        const LaneBits both = first | second;
+        std::memcpy(panel + y * kPanel, &both, sizeof both);
+    }
+}
+
+// Part of a result (kWide, kWide) to its place.
+LGCN_EVERY_SIMD inline void put_block(const float* c, std::int64_t rows, std::int64_t columns, float* out,
+                                      std::int64_t row_stride) {
+    for (std::int64_t y = 0; y < rows; ++y) {
+        std::int64_t x = 0;
+        for (; x + kLaneCount <= columns; x += kLaneCount) store(out + y * row_stride + x, load(c + y * kWide + x));
+        for (; x < columns; ++x) out[y * row_stride + x] = c[y * kWide + x];
+    }
+}
+
+}  // namespace detail
+
+// K * map as matrix products in bf16, for maps of one size; holds the buffers of one thread. A zero-padded convolution
+// along a line is a banded matrix T_s, K * X = sum_s T_s X T_s. Where bands are zero, nothing is multiplied.
+class GaussianProduct {
+public:
+    GaussianProduct(const Taps& taps, std::int64_t height, std::int64_t width)
+        : count_(static_cast<std::int64_t>(taps.reach.size())),
+          height_(height),
+          width_(width),
+          depth_x_(round_up(width, kStep)),
+          depth_y_(round_up(height, kStep)),
+          columns_(count_ * depth_x_ * depth_x_),
+          rows_(depth_y_ * count_ * depth_y_),
+          scratch_(count_ * depth_x_ * depth_y_) {
+        for (std::int64_t s = 0; s < count_; ++s) {
+            const float* line = taps.centre_of(static_cast<std::size_t>(s));
+            const std::int64_t reach = taps.reach[static_cast<std::size_t>(s)];
+            reach_.push_back(reach);
+            for (std::int64_t i = 0; i < width; ++i)
+                for (std::int64_t j = std::max<std::int64_t>(i - reach, 0); j <= std::min(i + reach, width - 1); ++j)
+                    detail::put(columns_.data() + (s * depth_x_ + i / kPanel * kPanel) * depth_x_ +
+                                    Convolution<Bf16>::packed_index(j, i % kPanel),
+                                line[i - j]);
+            for (std::int64_t i = 0; i < height; ++i)
+                for (std::int64_t j = std::max<std::int64_t>(i - reach, 0); j <= std::min(i + reach, height - 1); ++j)
+                    detail::put(rows_.data() + (i * count_ + s) * depth_y_ + j, line[i - j]);
+        }
+    }
+
+    // A map has rows of `row_stride()`, padded with zeros to whole blocks, and a cache line more: the rows of many maps
+    // must not all fall into the same few sets of the cache.
+    std::int64_t row_stride() const { return depth_x_; }
+    std::int64_t map_elements() const { return depth_y_ * depth_x_ + 32; }
+
+    // out: (height, width).
+    void operator()(const Multiplier<Bf16>& multiplier, const Bf16* map, float* out) {
+        Bf16* scratch = scratch_.data();
+        alignas(64) float c[kWide * kWide];
+        for (std::int64_t x = 0; x < depth_x_; x += kWide)
+            for (std::int64_t s = 0; s < count_; ++s) {
+                const Segment band = near(x, s, depth_x_);
+                for (std::int64_t y = 0; y < depth_y_; y += kWide) {
+                    const Product<Bf16> product{
+                        map + y * depth_x_, depth_x_, columns_.data() + (s * depth_x_ + x) * depth_x_,
+                        kPanel * depth_x_,  &band,    1};
+                    multiplier.wide(product, c);
+                    for (std::int64_t panel = 0; panel < 2; ++panel)
+                        detail::pair_rows(
+                            c + panel * kPanel, kWide, kWide,
+                            scratch + ((x + panel * kPanel) * count_ + s * kPanel) * depth_y_ + y * kPanel);
+                }
+            }
+        std::vector<Segment> bands;
+        for (std::int64_t y = 0; y < height_; y += kWide) {
+            bands.clear();
+            for (std::int64_t s = 0; s < count_; ++s) {
+                const Segment band = near(y, s, depth_y_);
+                bands.push_back({s * depth_y_ + band.a, s * depth_y_ + band.b, band.length});
+            }
+            for (std::int64_t x = 0; x < width_; x += kWide) {
+                const Product<Bf16> product{
+                    rows_.data() + y * count_ * depth_y_, count_ * depth_y_, scratch + x * count_ * depth_y_,
+                    kPanel * count_ * depth_y_,           bands.data(),      count_};
+                multiplier.wide(product, c);
+                detail::put_block(c, std::min(kWide, height_ - y), std::min(kWide, width_ - x), out + y * width_ + x,
+                                  width_);
+            }
+        }
+    }
+
+private:
+    static constexpr std::int64_t kStep = Convolution<Bf16>::kStep;
+
+    // What of a line the pixels [i, i + kWide) see of it.
+    Segment near(std::int64_t i, std::int64_t s, std::int64_t depth) const {
+        const std::int64_t reach = reach_[static_cast<std::size_t>(s)];
+        const std::int64_t first = std::max<std::int64_t>(i - reach, 0) / kStep * kStep;
+        return {first, first, round_up(std::min(i + kWide + reach, depth), kStep) - first};
+    }
+
+    std::int64_t count_, height_, width_, depth_x_, depth_y_;
+    std::vector<std::int64_t> reach_;
+    Buffer<Bf16> columns_, rows_, scratch_;
+};
+
+// The kernel convolution of each precision.
+template <typename T>
+using Blur = std::conditional_t<std::is_same_v<T, Bf16>, GaussianProduct, GaussianSum>;
+
+}  // namespace lgcn

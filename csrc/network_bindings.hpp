@@ -1,0 +1,213 @@
+// The Python classes Network, Shape and Fitter.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "arrays.hpp"
+#include "fit.hpp"
+#include "network.hpp"
+#include "threads.hpp"
+
+// Arrays for the fits of some faces.
+struct Fits {
+    Points points, shapes, coefficients, certainties, residuals;
+    std::int64_t landmarks, modes;
+    lgcn::FitResult first;
+
+    Fits(py::ssize_t faces, const lgcn::Fitter& fitter)
+        : points({faces, py::ssize_t{fitter.landmarks()}, py::ssize_t{2}}),
+          shapes({faces, py::ssize_t{fitter.landmarks()}, py::ssize_t{2}}),
+          coefficients({faces, py::ssize_t{fitter.modes()}}),
+          certainties({faces, py::ssize_t{fitter.landmarks()}}),
+          residuals(faces),
+          landmarks(fitter.landmarks()),
+          modes(fitter.modes()),
+          first{points.mutable_data(), shapes.mutable_data(), coefficients.mutable_data(), certainties.mutable_data(),
+                residuals.mutable_data()} {}
+
+    lgcn::FitResult face(std::int64_t i) const {
+        return {first.points + 2 * i * landmarks, first.shapes + 2 * i * landmarks, first.coefficients + i * modes,
+                first.certainties + i * landmarks, first.residual + i};
+    }
+    py::tuple tuple() const { return py::make_tuple(points, shapes, coefficients, certainties, residuals); }
+};
+
+// points, shapes, coefficients, certainties, residuals of all faces.
+inline py::tuple fit(const lgcn::Fitter& fitter, const Heatmaps& heatmaps, double stride, int num_threads) {
+    const Batch batch(heatmaps);
+    if (batch.landmarks != fitter.landmarks()) {
+        throw py::value_error("heatmaps: expected " + std::to_string(fitter.landmarks()) + " landmarks, got " +
+                              std::to_string(batch.landmarks));
+    }
+    const Fits fits(batch.faces, fitter);
+    {
+        py::gil_scoped_release unlocked;
+        std::vector<lgcn::Fitter::Evidence> evidence(static_cast<std::size_t>(batch.count()));
+        lgcn::parallel_for(batch.count(), batch.pixels(), num_threads,
+                           [&](std::int64_t i) { evidence[static_cast<std::size_t>(i)] = fitter.look(batch.map(i)); });
+        lgcn::parallel_for(batch.faces, batch.landmarks * 2000, num_threads, [&](std::int64_t i) {
+            fitter.fit(batch.map(i * batch.landmarks), evidence.data() + i * batch.landmarks, stride, fits.face(i));
+        });
+    }
+    return fits.tuple();
+}
+
+// LGCN.forward in eval mode, in the precision of an instruction set.
+class Network {
+public:
+    using Layer = std::pair<Heatmaps, Heatmaps>;  // filters (out, in, kernel, kernel), biases (out,)
+
+    Network(const std::string& instructions, const lgcn::Shape& shape, const std::vector<Layer>& local,
+            const Layer& heads, const std::vector<Layer>& context, const Layer& refine) {
+        if (local.empty()) throw py::value_error("local: expected at least one layer, got none");
+        with_multiplier(instructions, [&](const auto& multiplier) {
+            using T = typename std::decay_t<decltype(multiplier)>::Element;
+            network_ = std::make_unique<lgcn::Network<T>>(shape, multiplier, filters(local), filters(heads),
+                                                          filters(context), filters(refine));
+        });
+    }
+
+    template <typename Pixel>
+    using Images = py::array_t<Pixel, py::array::c_style>;
+
+    template <typename Pixel>
+    Heatmaps heatmaps(const Images<Pixel>& images, int num_threads) {
+        return std::visit([&](auto& network) { return heatmaps(*network, images, num_threads); }, network_);
+    }
+
+    // Heatmaps and fit of each face in one go, while its heatmaps are in the cache.
+    template <typename Pixel>
+    py::tuple fit(const Images<Pixel>& images, const lgcn::Fitter& fitter, int num_threads) {
+        return std::visit([&](auto& network) { return fit(*network, images, fitter, num_threads); }, network_);
+    }
+
+private:
+    static lgcn::Filters filters(const Layer& layer) {
+        const auto& [weight, bias] = layer;
+        if (weight.ndim() != 4 || weight.shape(2) != weight.shape(3) || weight.shape(2) % 2 == 0 || bias.ndim() != 1 ||
+            bias.shape(0) != weight.shape(0)) {
+            throw py::value_error("layer: expected filters (out, in, k, k) with odd k and biases (out,)");
+        }
+        return {weight.data(), bias.data(), weight.shape(0), weight.shape(1), weight.shape(2)};
+    }
+
+    static std::vector<lgcn::Filters> filters(const std::vector<Layer>& layers) {
+        std::vector<lgcn::Filters> all;
+        for (const Layer& layer : layers) all.push_back(filters(layer));
+        return all;
+    }
+
+    template <typename T, typename Pixel>
+    static lgcn::Image<Pixel> checked(const lgcn::Network<T>& network, const Images<Pixel>& images) {
+        if (images.ndim() != 4 || images.shape(1) != network.image_channels() || images.shape(2) == 0 ||
+            images.shape(3) == 0) {
+            throw py::value_error("images: expected (B, " + std::to_string(network.image_channels()) +
+                                  ", H, W) without empty sides");
+        }
+        return {images.data(), images.shape(1), images.shape(2), images.shape(3)};
+    }
+
+    template <typename T, typename Pixel>
+    static Heatmaps heatmaps(lgcn::Network<T>& network, const Images<Pixel>& images, int num_threads) {
+        struct {
+            float* out;
+            std::int64_t size;
+
+            float* place(std::int64_t face, float*) const { return out + face * size; }
+            void use_maps(std::int64_t, const float*, lgcn::Range) const {}
+            void use_face(std::int64_t, const float*) const {}
+        } user;
+        const lgcn::Image<Pixel> image = checked(network, images);
+        const py::ssize_t height = network.heatmap_side(image.height), width = network.heatmap_side(image.width);
+        Heatmaps heatmaps({images.shape(0), py::ssize_t{network.landmarks()}, height, width});
+        user = {heatmaps.mutable_data(), network.landmarks() * height * width};
+        const py::ssize_t count = images.shape(0);
+        py::gil_scoped_release unlocked;
+        network(image, count, num_threads, user);
+        return heatmaps;
+    }
+
+    template <typename T, typename Pixel>
+    static py::tuple fit(lgcn::Network<T>& network, const Images<Pixel>& images, const lgcn::Fitter& fitter,
+                         int num_threads) {
+        struct User {
+            const lgcn::Fitter& fitter;
+            const Fits& fits;
+            std::int64_t height, width;
+            double stride;
+            std::vector<lgcn::Fitter::Evidence>& evidence;
+
+            float* place(std::int64_t, float* buffer) const { return buffer; }
+            lgcn::Fitter::Evidence* of(std::int64_t face) const { return evidence.data() + face * fitter.landmarks(); }
+            void use_maps(std::int64_t face, const float* maps, lgcn::Range range) const {
+                const lgcn::Heatmap first{maps, height, width};
+                for (std::int64_t i = range.first; i < range.last; ++i) of(face)[i] = fitter.look(first.neighbour(i));
+            }
+            void use_face(std::int64_t face, const float* maps) const {
+                fitter.fit({maps, height, width}, of(face), stride, fits.face(face));
+            }
+        };
+        const lgcn::Image<Pixel> image = checked(network, images);
+        if (fitter.landmarks() != network.landmarks()) {
+            throw py::value_error("fitter: expected " + std::to_string(network.landmarks()) + " landmarks, got " +
+                                  std::to_string(fitter.landmarks()));
+        }
+        const py::ssize_t count = images.shape(0);
+        const Fits fits(count, fitter);
+        {
+            py::gil_scoped_release unlocked;
+            std::vector<lgcn::Fitter::Evidence> evidence(static_cast<std::size_t>(count * fitter.landmarks()));
+            network(image, count, num_threads,
+                    User{fitter, fits, network.heatmap_side(image.height), network.heatmap_side(image.width),
+                         static_cast<double>(network.stride()), evidence});
+        }
+        return fits.tuple();
+    }
+
+    std::variant<std::unique_ptr<lgcn::Network<float>>, std::unique_ptr<lgcn::Network<lgcn::Bf16>>> network_;
+};
+
+inline void bind_network(py::module_& module) {
+    py::class_<lgcn::Shape>(module, "Shape")
+        .def(py::init([](std::int64_t landmarks, std::int64_t side_channels, std::int64_t shuffle, std::int64_t stride,
+                         std::int64_t dilation, const Points& taps) {
+                 return lgcn::Shape{landmarks, side_channels, shuffle, stride, dilation, checked_taps(taps)};
+             }),
+             py::kw_only(), py::arg("landmarks"), py::arg("side_channels"), py::arg("shuffle"), py::arg("stride"),
+             py::arg("dilation"), py::arg("taps"));
+    py::class_<Network>(module, "Network")
+        .def(py::init<const std::string&, const lgcn::Shape&, const std::vector<Network::Layer>&, const Network::Layer&,
+                      const std::vector<Network::Layer>&, const Network::Layer&>(),
+             py::arg("instructions"), py::arg("shape"), py::arg("local"), py::arg("heads"), py::arg("context"),
+             py::arg("refine"))
+        .def("heatmaps", &Network::heatmaps<std::uint8_t>, py::arg("images").noconvert(), py::arg("num_threads"))
+        .def("heatmaps", &Network::heatmaps<float>, py::arg("images").noconvert(), py::arg("num_threads"))
+        .def("fit", &Network::fit<std::uint8_t>, py::arg("images").noconvert(), py::arg("fitter"),
+             py::arg("num_threads"))
+        .def("fit", &Network::fit<float>, py::arg("images").noconvert(), py::arg("fitter"), py::arg("num_threads"));
+    py::class_<lgcn::Fitter>(module, "Fitter")
+        .def(py::init([](const Points& basis, const Points& variances, const std::vector<double>& radii, double certain,
+                         std::int64_t fallback, double noise, double trust, double size_spread, double shift_spread,
+                         double threshold, double nominal_size) {
+                 if (basis.ndim() != 3 || basis.shape(2) != 2 || basis.shape(1) == 0 || variances.ndim() != 1 ||
+                     variances.shape(0) + 4 != basis.shape(0) || radii.empty()) {
+                     throw py::value_error("expected a basis (4 + K, N, 2), variances (K,) and radii");
+                 }
+                 return lgcn::Fitter(
+                     basis.data(), variances.data(), basis.shape(0), basis.shape(1),
+                     {radii, certain, noise, trust, size_spread, shift_spread, threshold, nominal_size, fallback});
+             }),
+             py::arg("basis"), py::arg("variances"), py::kw_only(), py::arg("radii"), py::arg("certain"),
+             py::arg("fallback"), py::arg("noise"), py::arg("trust"), py::arg("size_spread"), py::arg("shift_spread"),
+             py::arg("threshold"), py::arg("nominal_size"))
+        .def("fit", &fit, py::arg("heatmaps").noconvert(), py::arg("stride"), py::arg("num_threads"));
+}

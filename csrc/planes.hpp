@@ -1,0 +1,176 @@
+// Where activations and maps lie in memory, and how values get from one place to another.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "matrix.hpp"
+#include "simd.hpp"
+
+namespace lgcn {
+
+// Where the pixels of an image lie in a plane. Between the rows is a border of zeros that both share. For dilated
+// convolutions the columns are sorted by `phase` (x mod phases), each phase a segment with its border: what a filter
+// row sees is again one run.
+struct Grid {
+    std::int64_t height = 0, width = 0, phases = 1, border = 0;
+    std::int64_t segment = 0, pitch = 0;  // pixels from one phase to the next, from one row to the next
+    std::int64_t origin = 0;              // the first pixel
+    std::int64_t span = 0;                // from the first pixel to behind the last, in whole blocks
+    std::vector<std::uint8_t> inside;     // (span,): image, or border
+
+    Grid() = default;
+    Grid(std::int64_t height, std::int64_t width, std::int64_t phases, std::int64_t border)
+        : height(height), width(width), phases(phases), border(border) {
+        segment = (width + phases - 1) / phases + border;
+        pitch = phases * segment;
+        origin = border * phases * pitch + border;
+        span = round_up(height * pitch, kTall);
+        inside.resize(static_cast<std::size_t>(span));
+        for (std::int64_t y = 0; y < height; ++y)
+            for (std::int64_t x = 0; x < width; ++x) inside[static_cast<std::size_t>(position(y, x))] = 1;
+    }
+
+    // Of a pixel, counted from the first.
+    std::int64_t position(std::int64_t y, std::int64_t x) const {
+        return y * pitch + x % phases * segment + x / phases;
+    }
+
+    // Of a plane, with what blocks read beyond the last pixel's filter taps.
+    std::int64_t elements(std::int64_t channels) const { return (2 * origin + span) * channels + 64 * kPanel; }
+};
+
+namespace detail {
+
+typedef std::uint32_t LaneBits __attribute__((vector_size(64)));
+typedef Bf16 HalfLanes __attribute__((vector_size(32), aligned(2)));
+typedef std::uint32_t Eight __attribute__((vector_size(32), aligned(4)));
+
+// Round to nearest, ties to even.
+[[gnu::always_inline]] inline LaneBits rounded(Lanes v) {
+    LaneBits bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return bits + 0x7fff + (bits >> 16 & 1);
+}
+
+[[gnu::always_inline]] inline void put(float* p, Lanes v) { store(p, v); }
+[[gnu::always_inline]] inline void put(Bf16* p, Lanes v) {
+    *reinterpret_cast<HalfLanes*>(p) = __builtin_convertvector(rounded(v) >> 16, HalfLanes);
+}
+[[gnu::always_inline]] inline void put(float* p, float v) { *p = v; }
+[[gnu::always_inline]] inline void put(Bf16* p, float v) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    *p = static_cast<Bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#ifdef __clang__
+#define LGCN_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LGCN_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Eight{__VA_ARGS__})
+#endif
+
+// Eight rows of eight words, rows to columns: in pairs, in fours, in halves.
+[[gnu::always_inline]] inline void transpose8(const std::uint32_t* const* rows, std::int64_t column, std::uint32_t* out,
+                                              std::int64_t stride) {
+    Eight v[8], w[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) v[i] = *reinterpret_cast<const Eight*>(rows[i] + column);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        w[i] = LGCN_SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        w[i + 1] = LGCN_SHUFFLE(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            v[i + 2 * j] = LGCN_SHUFFLE(w[i + j], w[i + 2 + j], 0, 1, 8, 9, 4, 5, 12, 13);
+            v[i + 2 * j + 1] = LGCN_SHUFFLE(w[i + j], w[i + 2 + j], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        *reinterpret_cast<Eight*>(out + i * stride) = LGCN_SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        *reinterpret_cast<Eight*>(out + (i + 4) * stride) = LGCN_SHUFFLE(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+#undef LGCN_SHUFFLE
+
+// Sixteen rows of `count` words (a multiple of 8) to (count, 16). A word is a float or two neighbouring bf16: the format
+// of a panel.
+LGCN_EVERY_SIMD inline void transpose16(const void* const* rows, std::int64_t count, void* out) {
+    const auto* words = reinterpret_cast<const std::uint32_t* const*>(rows);
+    auto* columns = static_cast<std::uint32_t*>(out);
+    for (std::int64_t k = 0; k < count; k += 8)
+        for (int i = 0; i < 16; i += 8) transpose8(words + i, k, columns + k * 16 + i, 16);
+}
+
+template <int kStep>
+[[gnu::always_inline]] inline void interleave(const float* rows, const float* bias, float* line) {
+    for (std::int64_t x = 0; x < kWide; ++x)
+        for (int i = 0; i < kStep; ++i) line[x * kStep + i] = rows[i * kWide + x] + bias[i];
+}
+
+// Rows of kWide values and their biases to one line: value 0 of each, value 1 of each, ...
+LGCN_EVERY_SIMD inline void interleave(const float* rows, const float* bias, std::int64_t count, float* line) {
+    if (count == 1) return interleave<1>(rows, bias, line);
+    if (count == 2) return interleave<2>(rows, bias, line);
+    for (std::int64_t x = 0; x < kWide; ++x)
+        for (std::int64_t i = 0; i < count; ++i) line[x * count + i] = rows[i * kWide + x] + bias[i];
+}
+
+template <typename T>
+[[gnu::always_inline]] inline void put_line_as(const float* values, std::int64_t count, bool relu, T* out) {
+    const float least = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+    std::int64_t x = 0;
+    for (; x + kLaneCount <= count; x += kLaneCount) {
+        const Lanes v = load(values + x);
+        put(out + x, v > least ? v : least - Lanes{});
+    }
+    for (; x < count; ++x) put(out + x, std::max(values[x], least));
+}
+
+LGCN_EVERY_SIMD inline void put_line(const float* values, std::int64_t count, bool relu, float* out) {
+    put_line_as(values, count, relu, out);
+}
+LGCN_EVERY_SIMD inline void put_line(const float* values, std::int64_t count, bool relu, Bf16* out) {
+    put_line_as(values, count, relu, out);
+}
+LGCN_EVERY_SIMD inline void add_line(const float* values, std::int64_t count, float* out) {
+    for (std::int64_t x = 0; x < count; ++x) out[x] += values[x];
+}
+
+// Means of 2 x 2 pixels of two lines.
+LGCN_EVERY_SIMD inline void halve(const float* first, const float* second, std::int64_t count, float* out) {
+    for (std::int64_t x = 0; x < count; ++x)
+        out[x] = 0.25f * (first[2 * x] + first[2 * x + 1] + second[2 * x] + second[2 * x + 1]);
+}
+
+// Values (pixels, 16) of some channels to pixels in a plane.
+template <typename T>
+[[gnu::always_inline]] inline void put_pixels_as(const float* values, T* const* pixels, std::int64_t count,
+                                                 std::int64_t channels) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        if (channels == kLaneCount)
+            put(pixels[i], load(values + i * kLaneCount));
+        else
+            for (std::int64_t c = 0; c < channels; ++c) put(pixels[i] + c, values[i * kLaneCount + c]);
+    }
+}
+
+LGCN_EVERY_SIMD inline void put_pixels(const float* values, float* const* pixels, std::int64_t count,
+                                       std::int64_t channels) {
+    put_pixels_as(values, pixels, count, channels);
+}
+LGCN_EVERY_SIMD inline void put_pixels(const float* values, Bf16* const* pixels, std::int64_t count,
+                                       std::int64_t channels) {
+    put_pixels_as(values, pixels, count, channels);
+}
+
+}  // namespace detail
+
+}  // namespace lgcn
