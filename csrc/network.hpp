@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -57,36 +58,45 @@ public:
     std::int64_t image_channels() const { return in_channels_ / (shape_.shuffle * shape_.shuffle); }
 
     // images: (count, channels, height, width), image describes the first. As many faces as there are threads go side by
-    // side, and all threads share each of the rest. The user of the heatmaps (N, h, w) says where those of face i go,
-    // place(i, buffer), with a buffer of that size that is reused; and is told when some of its maps are there,
-    // use_maps(i, heatmaps, maps), in the thread that made them, and when all are, use_face(i, heatmaps).
+    // side; then the threads share the rest, a team for each face. The user of the heatmaps (N, h, w) says where those of
+    // face i go, place(i, buffer), with a buffer of that size that is reused; and is told when some of its maps are
+    // there, use_maps(i, heatmaps, maps), in the thread that made them, and when all are, use_face(i, heatmaps).
     template <typename Pixel, typename User>
     void operator()(const Image<Pixel>& image, std::int64_t count, int num_threads, const User& user) {
-        const std::int64_t threads = thread_count(num_threads), alone = count / threads * threads;
-        const std::int64_t pixels = image.channels * image.height * image.width;
+        const std::int64_t threads = thread_count(num_threads), rest = count % threads, alone = count - rest;
+        const std::int64_t team_size = rest ? std::min(threads / rest, useful_threads(image)) : 1;
+        const std::int64_t started = alone ? threads : rest * team_size;
         std::vector<std::unique_ptr<Workspace>> workspaces;
-        for (std::int64_t t = 0; t < (alone ? threads : 1); ++t)
-            workspaces.push_back(borrow(image.height, image.width, alone == count ? 1 : threads));
-        Team everyone(threads);
-        run_threads(threads, [&](std::int64_t t) {
-            const auto run_face = [&](std::int64_t i, Workspace& workspace, Team& team, std::int64_t member) {
+        for (std::int64_t t = 0; t < (alone ? threads : rest); ++t)
+            workspaces.push_back(borrow(image.height, image.width, t < rest ? team_size : 1));
+        std::deque<Team> teams;
+        for (std::int64_t i = 0; i < rest; ++i) teams.emplace_back(team_size);
+        Team everyone(started);
+        run_threads(started, [&](std::int64_t t) {
+            const auto run_face = [&](std::int64_t i, std::int64_t workspace, Team& team, std::int64_t member) {
                 Image<Pixel> face = image;
-                face.data += i * pixels;
-                run(face, workspace, team, member, i, user);
+                face.data += i * image.channels * image.height * image.width;
+                run(face, *workspaces[static_cast<std::size_t>(workspace)], team, member, i, user);
             };
             multiplier_.begin();
-            for (std::int64_t i = t; i < alone; i += threads) {
-                Team self(1);
-                run_face(i, *workspaces[static_cast<std::size_t>(t)], self, 0);
-            }
+            Team self(1);
+            for (std::int64_t i = t; i < alone; i += threads) run_face(i, t, self, 0);
             everyone.wait();
-            for (std::int64_t i = alone; i < count; ++i) run_face(i, *workspaces[0], everyone, t);
+            const std::int64_t team = t / team_size;
+            if (team < rest) run_face(alone + team, team, teams[static_cast<std::size_t>(team)], t % team_size);
             multiplier_.end();
         });
         for (auto& workspace : workspaces) give_back(std::move(workspace));
     }
 
 private:
+    // More than these have too few blocks each to be worth their start.
+    template <typename Pixel>
+    std::int64_t useful_threads(const Image<Pixel>& image) const {
+        const std::int64_t area = shape_.shuffle * shape_.shuffle;
+        return std::max<std::int64_t>(image.height * image.width / area / (2 * kTall), 1);
+    }
+
     // What a member of a team has for itself.
     struct Member {
         Blur<T> blur;

@@ -16,6 +16,7 @@ inline std::int64_t thread_count(int num_threads) {
 // Calls work(t) for t in [0, threads) on a thread each, the first on the caller's.
 template <typename Work>
 void run_threads(std::int64_t threads, const Work& work) {
+    if (threads < 1) return;
     std::vector<std::thread> pool;
     pool.reserve(static_cast<std::size_t>(threads));
     for (std::int64_t t = 1; t < threads; ++t) pool.emplace_back(work, t);

@@ -48,6 +48,7 @@ def predict(
     fit: bool = True,
     shape: ShapeModel | Path | str | None = None,
     device: str = "auto",
+    precision: str = "auto",
 ) -> Landmarks:
     """Find the landmarks of one face in each image.
 
@@ -63,6 +64,7 @@ def predict(
             otherwise each point is the maximum of its heatmap.
         shape: the shape model, or its file. Default: the one in the package for the model's number of landmarks.
         device: where the network runs, "cpu", "cuda" or "auto", see `Engine`; an engine brings its own.
+        precision: "fp32", "bf16" or "auto", likewise.
 
     Returns:
         `Landmarks` of all images, in the order given.
@@ -74,7 +76,7 @@ def predict(
     images = as_images(batch)
     boxes = _square_boxes(boxes, images)
     _check_sides(boxes)
-    engine = _engine(model, device)
+    engine = _engine(model, device, precision)
     fitter = _fitter(shape, engine.config.num_landmarks) if fit else None
     size = engine.config.input_size
     points, scores = [], []
@@ -200,26 +202,26 @@ def _loaded_fitter(path: Path) -> NativeFitter:
     return NativeFitter(ShapeModel.load(path))
 
 
-def _engine(model: Engine | LGCN | Path | str | None, device: str) -> Engine:
+def _engine(model: Engine | LGCN | Path | str | None, device: str, precision: str) -> Engine:
     if isinstance(model, Engine):
         return model
     if isinstance(model, LGCN):
-        return _built(model, device)
-    return _loaded(Path(model or DEFAULT_WEIGHTS), device)
+        return _built(model, device, precision)
+    return _loaded(Path(model or DEFAULT_WEIGHTS), device, precision)
 
 
 @lru_cache(maxsize=8)
-def _loaded(path: Path, device: str) -> Engine:
-    return Engine(load_model(path), device)
+def _loaded(path: Path, device: str, precision: str) -> Engine:
+    return Engine(load_model(path), device, precision)
 
 
 _engines: WeakKeyDictionary[LGCN, tuple[list, Engine]] = WeakKeyDictionary()
 
 
-def _built(model: LGCN, device: str) -> Engine:
+def _built(model: LGCN, device: str, precision: str) -> Engine:
     """The engine of a network, built again when its weights have changed."""
-    state = [device, *((tensor.data_ptr(), tensor._version) for tensor in model.state_dict().values())]
+    state = [device, precision, *((tensor.data_ptr(), tensor._version) for tensor in model.state_dict().values())]
     known = _engines.get(model)
     if known is None or known[0] != state:
-        known = _engines[model] = state, Engine(model, device)
+        known = _engines[model] = state, Engine(model, device, precision)
     return known[1]

@@ -214,13 +214,16 @@ def test_accuracy_of_the_shipped_model_on_lfpw(data):
     assert points["failures"] < 2
 
 
-def test_engines_are_kept_until_the_weights_change(gray):
+def test_engines_are_kept_until_the_weights_change():
     network = LGCN(LGCNConfig.nano(filters=8)).eval()
-    assert prediction._engine(network, "cpu") is (before := prediction._engine(network, "cpu"))
+    before = prediction._engine(network, "cpu", "fp32")
+    assert prediction._engine(network, "cpu", "fp32") is before
     with torch.no_grad():
         network.main.bias += 1
-    assert prediction._engine(network, "cpu") is not before
-    assert prediction._engine(None, "cpu") is prediction._engine(DEFAULT_WEIGHTS, "cpu")
+    assert prediction._engine(network, "cpu", "fp32") is not before
+    shipped = prediction._engine(None, "cpu", "fp32")
+    assert prediction._engine(DEFAULT_WEIGHTS, "cpu", "fp32") is shipped
+    assert shipped.precision == "fp32"
 
 
 def test_several_threads_at_once(gray):
