@@ -27,8 +27,8 @@ __all__ = [
 
 INSTRUCTION_SETS = tuple(_native.instruction_sets())
 """What this processor multiplies matrices with, best first; those with bf16 in their name do it in bf16."""
-BF16_ROUNDING = 2.0**-9
-"""Largest relative error of a number rounded to bf16."""
+BF16_TOLERANCE = 2.0**-12
+"""Of `kernel_taps` in bf16, whose rounding errors are up to 2**-9."""
 
 
 def gaussian_sum(
@@ -55,9 +55,9 @@ def gaussian_sum(
 
 
 @lru_cache(maxsize=8)
-def kernel_taps(kernel_size: int, sigmas: tuple[float, ...], instructions: str) -> np.ndarray:
-    """Lines whose outer products add up to the kernel K of Eq. 1: its Gaussians, or, where bf16 rounds more away than
-    the smallest singular values of K are worth, the fewer singular vectors that do as well.
+def kernel_taps(kernel_size: int, sigmas: tuple[float, ...], tolerance: float = 0.0) -> np.ndarray:
+    """Lines whose outer products add up to the kernel K of Eq. 1: its Gaussians; or, with a tolerance, the singular
+    vectors of K with singular values above that share of the largest, which are fewer.
 
     Returns:
         (S, kernel_size) float64.
@@ -68,10 +68,10 @@ def kernel_taps(kernel_size: int, sigmas: tuple[float, ...], instructions: str) 
         raise ValueError(f"sigmas: expected one or more positive numbers, got {sigmas}")
     x = np.arange(kernel_size) - kernel_size // 2
     gaussians = np.exp(-(x**2) / (2 * np.square(sigmas)[:, None])) / len(sigmas) ** 0.5
-    if not instructions.endswith("bf16"):
+    if not tolerance:
         return gaussians
     values, vectors = np.linalg.eigh(gaussians.T @ gaussians)
-    kept = values > BF16_ROUNDING / 8 * values[-1]
+    kept = values > tolerance * values[-1]
     return (vectors[:, kept] * values[kept] ** 0.5).T.copy()
 
 

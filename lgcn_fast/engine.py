@@ -142,13 +142,14 @@ def native_network(model: LGCN, instructions: str) -> lgcn_fast_kernels.Network:
     """
     config = model.config
     scale = config.activation_scale
+    tolerance = lgcn_fast_kernels.BF16_TOLERANCE if instructions.endswith("bf16") else 0.0
     shape = lgcn_fast_kernels.Shape(
         landmarks=config.num_landmarks,
         side_channels=config.side_channels,
         shuffle=config.shuffle,
         stride=config.stride,
         dilation=config.dilation,
-        taps=lgcn_fast_kernels.kernel_taps(config.kernel_size, config.sigmas, instructions),
+        taps=lgcn_fast_kernels.kernel_taps(config.kernel_size, config.sigmas, tolerance),
     )
     # The input's scale, (v / 128 - 1) * 0.1 = (v - 128) * 0.1 / 128: zero padding still means v = 128.
     local = _folded_blocks(model.local_subnet, 0.1 / 128, scale)

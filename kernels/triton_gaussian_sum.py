@@ -1,0 +1,138 @@
+"""The kernel convolution in Triton, forward and backward, for CUDA tensors (or, with TRITON_INTERPRET=1, any).
+
+A zero-padded convolution along a line is a banded matrix T_s, so `K * X = sum_s T_s X T_s`: one program multiplies the
+blocks of a map that its part of the result sees with the bands, on tensor cores.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import kernel_taps
+
+TOLERANCES = {torch.float32: 0.0, torch.float16: 2.0**-15, torch.bfloat16: 2.0**-12}
+"""Of `kernel_taps`: an eighth of the rounding error. Fewer lines, fewer products."""
+BLOCK_X = 32
+"""Columns of a program's part of the result. Not measured on a GPU yet."""
+LARGEST_BLOCK_Y = 128
+"""Rows of it at most: all rows of a map of 96 x 96, so that no product is made twice."""
+
+
+@triton.jit
+def _band(taps_ptr, rows, columns, KERNEL_SIZE: tl.constexpr):
+    """Part of T_s: what each of `rows` sees of `columns`."""
+    offset = rows[:, None] - columns[None, :] + KERNEL_SIZE // 2
+    return tl.load(taps_ptr + offset, mask=(offset >= 0) & (offset < KERNEL_SIZE), other=0.0)
+
+
+@triton.jit
+def _inside(index, length):
+    return (index >= 0) & (index < length)
+
+
+@triton.jit
+def _gaussian_sum_kernel(
+    x_ptr,
+    taps_ptr,
+    out_ptr,
+    height,
+    width,
+    channels,
+    first_side,
+    COUNT: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    REACH_Y: tl.constexpr,
+    REACH_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    map_index = tl.program_id(0)
+    start = map_index.to(tl.int64) * height * width
+    is_side = map_index % channels >= first_side
+    y0, x0 = tl.program_id(1) * BLOCK_Y, tl.program_id(2) * BLOCK_X
+    rows, columns = y0 + tl.arange(0, BLOCK_Y), x0 + tl.arange(0, BLOCK_X)
+    dtype = x_ptr.dtype.element_ty
+    total = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
+    for near_y in range(-REACH_Y, REACH_Y + 1):
+        seen_rows = rows + near_y * BLOCK_Y
+        for s in range(COUNT):
+            line_ptr = taps_ptr + s * KERNEL_SIZE
+            along_x = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
+            for near_x in range(-REACH_X, REACH_X + 1):
+                seen_columns = columns + near_x * BLOCK_X
+                inside = _inside(seen_rows, height)[:, None] & _inside(seen_columns, width)[None, :]
+                x = tl.load(x_ptr + start + seen_rows[:, None] * width + seen_columns[None, :], mask=inside, other=0.0)
+                x = tl.where(is_side, tl.maximum(x, 0.0), x).to(dtype)
+                band = _band(line_ptr, seen_columns, columns, KERNEL_SIZE)
+                along_x = tl.dot(x, band, along_x, input_precision=PRECISION)
+            band = _band(line_ptr, rows, seen_rows, KERNEL_SIZE)
+            total = tl.dot(band, along_x.to(dtype), total, input_precision=PRECISION)
+    inside = _inside(rows, height)[:, None] & _inside(columns, width)[None, :]
+    tl.store(out_ptr + start + rows[:, None] * width + columns[None, :], total.to(dtype), mask=inside)
+
+
+def gaussian_sum(
+    x: Tensor,
+    kernel_size: int = 45,
+    sigmas: tuple[float, ...] = (1.0, 3.0, 5.0, 7.0, 9.0),
+    first_side: int | None = None,
+) -> Tensor:
+    """Convolve every channel with the sum of Gaussians K of Eq. 1; the reference is `lgcn_fast.gaussian_sum`.
+
+    Sums are fp32. K is symmetric, so the gradient is the same operation.
+
+    Args:
+        x: (B, C, H, W) float32, float16 or bfloat16, on a GPU.
+        kernel_size: side of the truncated kernel in pixels, odd.
+        sigmas: standard deviations of the Gaussians, in pixels.
+        first_side: channels from this one on are the side branch: their ReLU in front of the convolution is computed
+            on the way. Not for training.
+
+    Returns:
+        (B, C, H, W), dtype of `x`.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    if x.ndim != 4 or x.dtype not in TOLERANCES:
+        expected = "(B, C, H, W) float32, float16 or bfloat16"
+        raise ValueError(f"x: expected {expected}, got {tuple(x.shape)} {x.dtype}")
+    if first_side is not None:
+        return _launch(x, kernel_size, tuple(sigmas), first_side)
+    return _GaussianSum.apply(x, kernel_size, tuple(sigmas))
+
+
+def _launch(x: Tensor, kernel_size: int, sigmas: tuple[float, ...], first_side: int) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if not x.numel():
+        return out
+    batch, channels, height, width = x.shape
+    lines = kernel_taps(kernel_size, sigmas, TOLERANCES[x.dtype])
+    taps = torch.from_numpy(lines).to(x.device, x.dtype)
+    block_y = min(max(triton.next_power_of_2(height), 16), LARGEST_BLOCK_Y)
+    grid = (batch * channels, triton.cdiv(height, block_y), triton.cdiv(width, BLOCK_X))
+    # Blocks to each side that the kernel reaches, where there are as many.
+    reach_y, reach_x = (min(triton.cdiv(kernel_size // 2, block), blocks - 1)
+                        for block, blocks in ((block_y, grid[1]), (BLOCK_X, grid[2])))  # fmt: skip
+    _gaussian_sum_kernel[grid](
+        x, taps, out, height, width, channels, first_side,
+        COUNT=len(lines), KERNEL_SIZE=kernel_size, REACH_Y=reach_y, REACH_X=reach_x,
+        BLOCK_Y=block_y, BLOCK_X=BLOCK_X, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+    return out
+
+
+class _GaussianSum(torch.autograd.Function):
+    """`gaussian_sum` for autograd: nothing is saved, the backward pass is the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel_size: int, sigmas: tuple[float, ...]) -> Tensor:
+        ctx.kernel = kernel_size, sigmas
+        return _launch(x, kernel_size, sigmas, x.shape[1])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _launch(gradient, *ctx.kernel, gradient.shape[1]), None, None

@@ -1,0 +1,73 @@
+"""The Triton kernels: in Triton's interpreter where there is no GPU (conftest.py), compiled where there is one."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from lgcn_fast import gaussian_sum
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton (pip install '.[gpu]')")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(1, 2, 96, 96), (1, 1, 1, 1), (2, 1, 31, 33), (1, 1, 130, 45), (1, 3, 7, 97), (0, 1, 4, 4)]
+KERNELS = [(45, (1.0, 3.0, 5.0, 7.0, 9.0)), (23, (0.5, 1.5, 2.5, 3.5, 4.5)), (1, (1.0,))]
+# fp32 sums in another order; in half precision the input, the band and what lies between the products are rounded.
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    from lgcn_fast_kernels import triton_gaussian_sum
+
+    return triton_gaussian_sum.gaussian_sum
+
+
+def poisoned(monkeypatch) -> None:
+    """Every `torch.empty_like` is full of NaN: an element that the kernel does not write fails the test."""
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, float("nan")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("size", "sigmas"), KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_reference(kernel, monkeypatch, random, shape, size, sigmas, dtype):
+    check(kernel, monkeypatch, random, shape, size, sigmas, dtype)
+
+
+# (Triton 3.6 interprets products of bf16 wrongly: it multiplies their bits.)
+@pytest.mark.gpu
+@pytest.mark.parametrize(("size", "sigmas"), KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_reference_in_bf16(kernel, monkeypatch, random, shape, size, sigmas):
+    check(kernel, monkeypatch, random, shape, size, sigmas, torch.bfloat16)
+
+
+def check(kernel, monkeypatch, random, shape, size, sigmas, dtype) -> None:
+    x = torch.from_numpy(random.normal(size=shape)).to(DEVICE, dtype)
+    expected = gaussian_sum(x.double(), size, sigmas)
+    poisoned(monkeypatch)
+    result = kernel(x, size, sigmas)
+    assert result.dtype == dtype
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=TOLERANCES[dtype] * scale)
+
+
+def test_relu_of_the_side_branch(kernel, random):
+    x = torch.from_numpy(random.normal(size=(2, 3, 20, 20))).float().to(DEVICE)
+    side = x.clone()
+    side[:, 2:].relu_()
+    torch.testing.assert_close(kernel(x, first_side=2), gaussian_sum(side), rtol=0, atol=1e-4)
+
+
+def test_gradient_is_the_operation_itself(kernel, random):
+    x = torch.from_numpy(random.normal(size=(1, 2, 18, 40))).float().to(DEVICE).requires_grad_()
+    weight = torch.from_numpy(random.normal(size=(1, 2, 18, 40))).float().to(DEVICE)
+    (expected,) = torch.autograd.grad((gaussian_sum(x) * weight).sum(), x)
+    (found,) = torch.autograd.grad((kernel(x) * weight).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((1, 96, 96), torch.float32), ((1, 1, 4, 4), torch.int64)])
+def test_wrong_input_is_named(kernel, shape, dtype):
+    with pytest.raises(ValueError, match=r"x: expected \(B, C, H, W\) float32, float16 or bfloat16, got"):
+        kernel(torch.zeros(shape, dtype=dtype))
