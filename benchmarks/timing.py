@@ -56,6 +56,7 @@ def run(benchmark: Callable[[], dict]) -> None:
     if out:
         machine = {
             "cpu": cpu_name(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
