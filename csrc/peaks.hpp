@@ -205,7 +205,7 @@ LGCN_EVERY_SIMD inline Moments window_moments(const Heatmap& map, std::int64_t y
             const Lanes values = load(row + width - kLaneCount);
             const Lanes again = lane_numbers + static_cast<float>(width - kLaneCount);
             const Lanes first = static_cast<float>(x) + Lanes{};
-            const Lanes w = (values > threshold) & (again >= first) ? values : Lanes{};
+            const Lanes w = ((values > threshold) & (again >= first)) ? values : Lanes{};
             sums += w * w;
             sums_x += w * w * again;
             x = width;

@@ -10,9 +10,11 @@ import torch
 import lgcn_fast
 from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model, predict, prediction
 from lgcn_fast.datasets import read_300w
-from lgcn_fast.evaluation import evaluate, summary
-from lgcn_fast.images import crop, face_box, read_image, square_box
-from lgcn_fast.prediction import DEFAULT_WEIGHTS
+from lgcn_fast.engine import INSTRUCTIONS
+from lgcn_fast.evaluation import evaluate, landmark_errors, summary
+from lgcn_fast.fitting import NativeFitter
+from lgcn_fast.images import crop, face_box, read_image, square_box, to_crop
+from lgcn_fast.prediction import DEFAULT_WEIGHTS, WEIGHTS
 
 FACE = [82, 70, 124, 124]
 
@@ -212,6 +214,28 @@ def test_accuracy_of_the_shipped_model_on_lfpw(data):
     assert points["median"] <= 3.7
     assert inner["median"] <= 3.0
     assert points["failures"] < 2
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "pixels", "points"), [("fp32", 1e-3, 1e-5), ("bf16", 0.05, 2e-4)])
+def test_engines_find_the_points_of_the_eager_model(data, precision, pixels, points):
+    """Median distance in pixels of the crop, and change of the error on the test set (shares)."""
+    if precision not in INSTRUCTIONS:
+        pytest.skip("this processor has no bf16 instructions")
+    model, fitter = load_model(DEFAULT_WEIGHTS), NativeFitter(ShapeModel.load(WEIGHTS / "shape-68.safetensors"))
+    faces = read_300w(data / "300w" / "lfpw" / "testset")
+    boxes = [square_box(face_box(face.points)) for face in faces]
+    crops = torch.from_numpy(np.stack([crop(face.image(), box, 96) for face, box in zip(faces, boxes, strict=True)]))
+    stride = model.config.stride
+    labels = np.stack([to_crop(face.points, box, 96 / stride) for face, box in zip(faces, boxes, strict=True)])
+    with torch.inference_mode():
+        heatmaps = torch.cat([model(part).output for part in crops[:, None].split(32)]).numpy()
+    expected = fitter(heatmaps, stride).points
+    found = Engine(model, "cpu", precision).fit(crops[:, None], fitter).points
+    assert stride * np.median(np.linalg.norm(found - expected, axis=-1)) <= pixels
+    errors = [np.median(landmark_errors(p, labels)) for p in (expected, found)]
+    assert abs(errors[0] - errors[1]) <= points
 
 
 def test_engines_are_kept_until_the_weights_change():
