@@ -49,9 +49,8 @@ def gaussian_sum(
     Returns:
         (B, C, H, W) float32.
     """
-    return _native.gaussian_sum(
-        _contiguous(x), kernel_taps(kernel_size, sigmas, instructions), num_threads, instructions
-    )
+    taps = kernel_taps(kernel_size, tuple(sigmas), BF16_TOLERANCE if instructions.endswith("bf16") else 0.0)
+    return _native.gaussian_sum(_contiguous(x), taps, num_threads, instructions)
 
 
 @lru_cache(maxsize=8)
