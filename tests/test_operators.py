@@ -87,7 +87,8 @@ def test_native_bf16_is_no_worse_than_twice_torch_in_bf16(instructions, size, si
     exact = gaussian_sum(x.double(), size, sigmas)
     torchs = (gaussian_sum_banded(x.bfloat16(), size, sigmas).double() - exact).abs().mean()
     ours = torch.from_numpy(lgcn_fast_kernels.gaussian_sum(x.numpy(), size, sigmas, instructions=instructions))
-    assert (ours.double() - exact).abs().mean() <= 2 * torchs + 1e-6
+    # (A map of one pixel may be exact by luck: one rounding is allowed in any case.)
+    assert (ours.double() - exact).abs().mean() <= 2 * torchs + 2**-9 * exact.abs().mean()
 
 
 def test_bf16_needs_fewer_lines():
