@@ -251,16 +251,11 @@ private:
         alignas(64) float means[kPanel * kPanel] = {}, turned[kPanel * kPanel];
         const void* lines[kPanel];
         for (std::int64_t i = 0; i < kPanel; ++i) lines[i] = means + i * kPanel;
-        const bool whole = step_ == 1 && maps == kPanel;
         for (std::int64_t y = 0; y < grid.height; ++y)
             for (std::int64_t x = 0; x < grid.width; x += kPanel) {
                 const std::int64_t count = std::min(kPanel, grid.width - x);
-                for (std::int64_t i = 0; i < maps; ++i) {
-                    if (whole && count == kPanel)
-                        lines[i] = blurred[i] + y * w.width + x;
-                    else
-                        lines[i] = average(blurred[i], w, y, x, count, means + i * kPanel);
-                }
+                for (std::int64_t i = 0; i < maps; ++i)
+                    lines[i] = average(blurred[i], w, y, x, count, means + i * kPanel);
                 detail::transpose16(lines, kPanel, turned);
                 T* pixels[kPanel];
                 for (std::int64_t i = 0; i < count; ++i)
@@ -269,10 +264,12 @@ private:
             }
     }
 
+    // A line of `count` means; may be the map itself.
     const float* average(const float* map, const Workspace& w, std::int64_t y, std::int64_t x, std::int64_t count,
                          float* means) const {
         const float* first = map + y * step_ * w.width + x * step_;
         const bool inside = (y + 1) * step_ <= w.height && (x + count) * step_ <= w.width;
+        if (step_ == 1 && count == kPanel) return first;
         if (step_ == 1) {
             std::copy_n(first, count, means);
         } else if (step_ == 2 && inside) {
