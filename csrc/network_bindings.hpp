@@ -68,7 +68,7 @@ public:
 
     Network(const std::string& instructions, const lgcn::Shape& shape, const std::vector<Layer>& local,
             const Layer& heads, const std::vector<Layer>& context, const Layer& refine) {
-        if (local.empty()) throw py::value_error("local: expected at least one layer, got none");
+        check(shape, local, heads, context, refine);
         with_multiplier(instructions, [&](const auto& multiplier) {
             using T = typename std::decay_t<decltype(multiplier)>::Element;
             network_ = std::make_unique<lgcn::Network<T>>(shape, multiplier, filters(local), filters(heads),
@@ -91,6 +91,33 @@ public:
     }
 
 private:
+    // Layers that do not fit together would read beyond their arrays.
+    static void check(const lgcn::Shape& shape, const std::vector<Layer>& local, const Layer& heads,
+                      const std::vector<Layer>& context, const Layer& refine) {
+        if (shape.landmarks < 1 || shape.side_channels < 0 || shape.stride < 1 || shape.shuffle < 1 ||
+            shape.shuffle % shape.stride || shape.dilation < 1) {
+            throw py::value_error("shape: expected positive numbers, and a shuffle that is a multiple of the stride");
+        }
+        if (local.empty() || context.empty()) throw py::value_error("local, context: expected at least one layer each");
+        const std::int64_t maps = shape.landmarks + shape.side_channels, step = shape.shuffle / shape.stride;
+        const std::int64_t width = filters(local[0]).out, inputs = filters(local[0]).in;
+        const auto expect = [](const char* name, const Layer& layer, std::int64_t out, std::int64_t in,
+                               std::int64_t kernel) {
+            const lgcn::Filters f = filters(layer);
+            if (f.out == out && f.in == in && (kernel == 0 || f.kernel == kernel)) return;
+            throw py::value_error(std::string(name) + ": expected filters (" + std::to_string(out) + ", " +
+                                  std::to_string(in) + ", k, k), got (" + std::to_string(f.out) + ", " +
+                                  std::to_string(f.in) + ", " + std::to_string(f.kernel) + ", ...)");
+        };
+        if (inputs % (shape.shuffle * shape.shuffle)) {
+            throw py::value_error("local[0]: expected inputs for whole images, got " + std::to_string(inputs));
+        }
+        for (std::size_t i = 1; i < local.size(); ++i) expect("local", local[i], width, width, 0);
+        expect("heads", heads, maps * step * step, width, 1);
+        for (std::size_t i = 0; i < context.size(); ++i) expect("context", context[i], width, i ? width : maps, 3);
+        expect("refine", refine, shape.landmarks * step * step, width, 1);
+    }
+
     static lgcn::Filters filters(const Layer& layer) {
         const auto& [weight, bias] = layer;
         if (weight.ndim() != 4 || weight.shape(2) != weight.shape(3) || weight.shape(2) % 2 == 0 || bias.ndim() != 1 ||
@@ -177,24 +204,34 @@ private:
 };
 
 inline void bind_network(py::module_& module) {
-    py::class_<lgcn::Shape>(module, "Shape")
+    py::class_<lgcn::Shape>(module, "Shape",
+                            "What `LGCNConfig` says of a network, without the factors; taps (S, kernel_size) float64 "
+                            "are the lines of the kernel convolution, see `kernel_taps`.")
         .def(py::init([](std::int64_t landmarks, std::int64_t side_channels, std::int64_t shuffle, std::int64_t stride,
                          std::int64_t dilation, const Points& taps) {
                  return lgcn::Shape{landmarks, side_channels, shuffle, stride, dilation, checked_taps(taps)};
              }),
              py::kw_only(), py::arg("landmarks"), py::arg("side_channels"), py::arg("shuffle"), py::arg("stride"),
              py::arg("dilation"), py::arg("taps"));
-    py::class_<Network>(module, "Network")
+    py::class_<Network>(
+        module, "Network",
+        "LGCN.forward in eval mode, in the precision of an instruction set; safe to call from several "
+        "threads.\n\nLayers are pairs of filters (out, in, k, k) and biases (out,), float32, with norms "
+        "and factors folded in; a ReLU follows those of `local` and `context`. Raises ValueError where "
+        "they do not fit together.")
         .def(py::init<const std::string&, const lgcn::Shape&, const std::vector<Network::Layer>&, const Network::Layer&,
                       const std::vector<Network::Layer>&, const Network::Layer&>(),
              py::arg("instructions"), py::arg("shape"), py::arg("local"), py::arg("heads"), py::arg("context"),
              py::arg("refine"))
-        .def("heatmaps", &Network::heatmaps<std::uint8_t>, py::arg("images").noconvert(), py::arg("num_threads"))
+        .def("heatmaps", &Network::heatmaps<std::uint8_t>, py::arg("images").noconvert(), py::arg("num_threads"),
+             "Heatmaps (B, N, h, w) float32 of images (B, C, H, W), uint8 or float32 in 0..255.")
         .def("heatmaps", &Network::heatmaps<float>, py::arg("images").noconvert(), py::arg("num_threads"))
         .def("fit", &Network::fit<std::uint8_t>, py::arg("images").noconvert(), py::arg("fitter"),
-             py::arg("num_threads"))
+             py::arg("num_threads"), "What `fitter.fit` makes of the heatmaps of images, which stay in the cache.")
         .def("fit", &Network::fit<float>, py::arg("images").noconvert(), py::arg("fitter"), py::arg("num_threads"));
-    py::class_<lgcn::Fitter>(module, "Fitter")
+    py::class_<lgcn::Fitter>(module, "Fitter",
+                             "The fit of section 3.3 with a shape model: basis (4 + K, N, 2) and variances (K,) "
+                             "float64; the constants are those of `lgcn_fast.fitting`, which is the reference.")
         .def(py::init([](const Points& basis, const Points& variances, const std::vector<double>& radii, double certain,
                          std::int64_t fallback, double noise, double trust, double size_spread, double shift_spread,
                          double threshold, double nominal_size) {
@@ -209,5 +246,7 @@ inline void bind_network(py::module_& module) {
              py::arg("basis"), py::arg("variances"), py::kw_only(), py::arg("radii"), py::arg("certain"),
              py::arg("fallback"), py::arg("noise"), py::arg("trust"), py::arg("size_spread"), py::arg("shift_spread"),
              py::arg("threshold"), py::arg("nominal_size"))
-        .def("fit", &fit, py::arg("heatmaps").noconvert(), py::arg("stride"), py::arg("num_threads"));
+        .def("fit", &fit, py::arg("heatmaps").noconvert(), py::arg("stride"), py::arg("num_threads"),
+             "Points (B, N, 2), shapes (B, N, 2), coefficients (B, K), certainties (B, N), residuals (B,), float64, of "
+             "heatmaps (B, N, H, W) float32; see `lgcn_fast.fitting.Fit`.");
 }

@@ -11,7 +11,7 @@ from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.images import read_image
 from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import DEFAULT_WEIGHTS
-from lgcn_fast_kernels import INSTRUCTION_SETS
+from lgcn_fast_kernels import INSTRUCTION_SETS, Network, Shape
 
 SMALL = {"filters": 16, "num_landmarks": 3, "local_kernels": (5, 3), "global_layers": 2}
 CONFIGS = {
@@ -83,6 +83,31 @@ def test_every_instruction_set_is_the_model(name, instructions, random):
         np.testing.assert_allclose(
             network.heatmaps(images.astype(np.float32), threads), expected, atol=tolerance, rtol=0
         )
+
+
+def test_native_layers_must_fit_together():
+    def layer(out: int, inputs: int, kernel: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((out, inputs, kernel, kernel), np.float32), np.zeros(out, np.float32)
+
+    shape = Shape(landmarks=3, side_channels=2, shuffle=2, stride=1, dilation=1, taps=np.ones((1, 3)))
+    good = {
+        "local": [layer(8, 4, 3), layer(8, 8, 3)],
+        "heads": layer(20, 8, 1),
+        "context": [layer(8, 5, 3)],
+        "refine": layer(12, 8, 1),
+    }
+    Network("baseline", shape, **good)
+    wrong = {
+        "local": [layer(8, 4, 3), layer(8, 7, 3)],
+        "heads": layer(19, 8, 1),
+        "context": [layer(8, 5, 5)],
+        "refine": layer(12, 9, 1),
+    }
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"{name}: expected filters"):
+            Network("baseline", shape, **good | {name: value})
+    with pytest.raises(ValueError, match="at least one layer"):
+        Network("baseline", shape, **good | {"context": []})
 
 
 def test_threads_do_not_change_the_heatmaps(random):
