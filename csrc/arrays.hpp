@@ -61,7 +61,7 @@ inline const double* checked_points(const Points& points, const Batch& batch, co
 // Calls use with the matrix products of an instruction set.
 template <typename Use>
 void with_multiplier(const std::string& name, const Use& use) {
-    const std::vector<std::string> known = lgcn::instruction_sets();
+    const std::vector<std::string>& known = lgcn::instruction_sets();
     lgcn::Multiplier<float> fp32;
     lgcn::Multiplier<lgcn::Bf16> bf16;
     if (std::find(known.begin(), known.end(), name) == known.end()) {

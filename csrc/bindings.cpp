@@ -122,7 +122,8 @@ void blur(const Batch& batch, const lgcn::Taps& taps, const lgcn::Multiplier<T>&
         Blur& mine = blurs[static_cast<std::size_t>(part)];
         T* map = maps[static_cast<std::size_t>(part)].data();
         multiplier.begin();
-        for (std::int64_t i = batch.count() * part / parts; i < batch.count() * (part + 1) / parts; ++i) {
+        const lgcn::Range share = lgcn::share(batch.count(), part, parts);
+        for (std::int64_t i = share.first; i < share.last; ++i) {
             const float* values = batch.map(i).data;
             for (std::int64_t y = 0; y < batch.height; ++y)
                 lgcn::detail::put_line(values + y * batch.width, batch.width, false, map + y * mine.row_stride());

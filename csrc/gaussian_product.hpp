@@ -19,8 +19,8 @@ namespace detail {
 // Rows of sums, two and two, to rows of pairs in bf16: the format of a panel.
 LGCN_EVERY_SIMD inline void pair_rows(const float* c, std::int64_t row_stride, std::int64_t rows, Bf16* panel) {
     for (std::int64_t y = 0; y < rows; y += 2) {
-        const LaneBits first = rounded(load(c + y * row_stride)) >> 16;
-        const LaneBits second = rounded(load(c + (y + 1) * row_stride)) & 0xffff0000u;
+        const LaneBits first = rounded<LaneBits>(load(c + y * row_stride)) >> 16;
+        const LaneBits second = rounded<LaneBits>(load(c + (y + 1) * row_stride)) & 0xffff0000u;
         const LaneBits both = first | second;
         std::memcpy(panel + y * kPanel, &both, sizeof both);
     }

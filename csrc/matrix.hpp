@@ -178,34 +178,10 @@ LGCN_AVX512_BF16 inline void multiply_avx512_bf16(const Product<Bf16>& p, std::i
 inline void wide_avx512_bf16(const Product<Bf16>& p, float* c) { multiply_avx512_bf16<2>(p, kWide, c); }
 inline void tall_avx512_bf16(const Product<Bf16>& p, float* c) { multiply_avx512_bf16<1>(p, kTall, c); }
 
-// Four tiles of 16 x 16 sums at once hide the latency of the matrix unit.
-LGCN_AMX_BF16 inline void wide_amx(const Product<Bf16>& p, float* c) {
-    const std::int64_t stride = p.row_stride * 2;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (std::int64_t s = 0; s < p.count; ++s) {
-        const Bf16* a = p.a + p.segments[s].a;
-        const Bf16* b = p.b + p.segments[s].b * kPanel;
-        for (std::int64_t k = 0; k < p.segments[s].length; k += 32) {
-            _tile_loadd(6, b + k * kPanel, 64);
-            _tile_loadd(4, a + k, stride);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, b + p.panel_stride + k * kPanel, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a + 16 * p.row_stride + k, stride);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-    _tile_stored(0, c, 128);
-    _tile_stored(1, c + 16, 128);
-    _tile_stored(2, c + 16 * 32, 128);
-    _tile_stored(3, c + 16 * 32 + 16, 128);
-}
-
-LGCN_AMX_BF16 inline void tall_amx(const Product<Bf16>& p, float* c) {
+// Four tiles of 16 x 16 sums at once hide the latency of the matrix unit: two by two with two panels, else one below
+// the other.
+template <int kPanels>
+LGCN_AMX_BF16 inline void multiply_amx(const Product<Bf16>& p, float* c) {
     const std::int64_t stride = p.row_stride * 2, tile = 16 * p.row_stride;
     _tile_zero(0);
     _tile_zero(1);
@@ -218,18 +194,27 @@ LGCN_AMX_BF16 inline void tall_amx(const Product<Bf16>& p, float* c) {
             _tile_loadd(6, b + k * kPanel, 64);
             _tile_loadd(4, a + k, stride);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, a + k + tile, stride);
-            _tile_dpbf16ps(1, 5, 6);
-            _tile_loadd(4, a + k + 2 * tile, stride);
-            _tile_dpbf16ps(2, 4, 6);
-            _tile_loadd(5, a + k + 3 * tile, stride);
-            _tile_dpbf16ps(3, 5, 6);
+            if constexpr (kPanels == 2) {
+                _tile_loadd(7, b + p.panel_stride + k * kPanel, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(5, a + k + tile, stride);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            } else {
+                _tile_loadd(5, a + k + tile, stride);
+                _tile_dpbf16ps(1, 5, 6);
+                _tile_loadd(4, a + k + 2 * tile, stride);
+                _tile_dpbf16ps(2, 4, 6);
+                _tile_loadd(5, a + k + 3 * tile, stride);
+                _tile_dpbf16ps(3, 5, 6);
+            }
         }
     }
-    _tile_stored(0, c, 64);
-    _tile_stored(1, c + 256, 64);
-    _tile_stored(2, c + 512, 64);
-    _tile_stored(3, c + 768, 64);
+    constexpr std::int64_t kRowBytes = 64 * kPanels, kNext = kPanels == 2 ? kPanel : 16 * kPanel;
+    _tile_stored(0, c, kRowBytes);
+    _tile_stored(1, c + kNext, kRowBytes);
+    _tile_stored(2, c + 512, kRowBytes);
+    _tile_stored(3, c + 512 + kNext, kRowBytes);
 }
 
 LGCN_AMX_BF16 inline void begin_amx() {
@@ -263,12 +248,13 @@ inline bool has_amx_bf16() {
 
 }  // namespace detail
 
-// Names of the instruction sets that this processor has, the fastest of each precision first.
-inline std::vector<std::string> instruction_sets() {
+namespace detail {
+
+inline std::vector<std::string> find_instruction_sets() {
     std::vector<std::string> names;
 #ifdef LGCN_X86
-    if (detail::has_amx_bf16()) names.push_back("amx_bf16");
-    if (detail::has_avx512_bf16()) names.push_back("avx512_bf16");
+    if (has_amx_bf16()) names.push_back("amx_bf16");
+    if (has_avx512_bf16()) names.push_back("avx512_bf16");
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) names.push_back("avx512");
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
 #endif
@@ -276,23 +262,34 @@ inline std::vector<std::string> instruction_sets() {
     return names;
 }
 
+}  // namespace detail
+
+// Names of the instruction sets that this processor has, the fastest of each precision first.
+inline const std::vector<std::string>& instruction_sets() {
+    static const std::vector<std::string> names = detail::find_instruction_sets();
+    return names;
+}
+
 // The products of an instruction set that is there; nothing where it has none in this precision.
 inline bool find_multiplier(const std::string& name, Multiplier<float>& found) {
-    found = {detail::wide_baseline, detail::tall_baseline};
+    found = {};
+    if (name == "baseline") found = {detail::wide_baseline, detail::tall_baseline};
 #ifdef LGCN_X86
     if (name == "avx512") found = {detail::wide_avx512, detail::tall_avx512};
     if (name == "avx2") found = {detail::wide_avx2, detail::tall_avx2};
 #endif
-    return name == "avx512" || name == "avx2" || name == "baseline";
+    return found.wide != nullptr;
 }
 
 inline bool find_multiplier(const std::string& name, Multiplier<Bf16>& found) {
+    found = {};
+    (void)name;
 #ifdef LGCN_X86
-    if (name == "amx_bf16") found = {detail::wide_amx, detail::tall_amx, detail::begin_amx, detail::end_amx};
+    if (name == "amx_bf16")
+        found = {detail::multiply_amx<2>, detail::multiply_amx<1>, detail::begin_amx, detail::end_amx};
     if (name == "avx512_bf16") found = {detail::wide_avx512_bf16, detail::tall_avx512_bf16};
 #endif
-    (void)found;
-    return name == "amx_bf16" || name == "avx512_bf16";
+    return found.wide != nullptr;
 }
 
 }  // namespace lgcn

@@ -22,7 +22,6 @@ struct Grid {
     std::int64_t span = 0;                // from the first pixel to behind the last, in whole blocks
     std::vector<std::uint8_t> inside;     // (span,): image, or border
 
-    Grid() = default;
     Grid(std::int64_t height, std::int64_t width, std::int64_t phases, std::int64_t border)
         : height(height), width(width), phases(phases), border(border) {
         segment = (width + phases - 1) / phases + border;
@@ -49,23 +48,21 @@ typedef std::uint32_t LaneBits __attribute__((vector_size(64)));
 typedef Bf16 HalfLanes __attribute__((vector_size(32), aligned(2)));
 typedef std::uint32_t Eight __attribute__((vector_size(32), aligned(4)));
 
-// Round to nearest, ties to even.
-[[gnu::always_inline]] inline LaneBits rounded(Lanes v) {
-    LaneBits bits;
+// Bits of floats, their upper half rounded to nearest, ties to even.
+template <typename Bits, typename Floats>
+[[gnu::always_inline]] inline Bits rounded(Floats v) {
+    Bits bits;
+    static_assert(sizeof bits == sizeof v);
     std::memcpy(&bits, &v, sizeof bits);
     return bits + 0x7fff + (bits >> 16 & 1);
 }
 
 [[gnu::always_inline]] inline void put(float* p, Lanes v) { store(p, v); }
 [[gnu::always_inline]] inline void put(Bf16* p, Lanes v) {
-    *reinterpret_cast<HalfLanes*>(p) = __builtin_convertvector(rounded(v) >> 16, HalfLanes);
+    *reinterpret_cast<HalfLanes*>(p) = __builtin_convertvector(rounded<LaneBits>(v) >> 16, HalfLanes);
 }
 [[gnu::always_inline]] inline void put(float* p, float v) { *p = v; }
-[[gnu::always_inline]] inline void put(Bf16* p, float v) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &v, sizeof bits);
-    *p = static_cast<Bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
+[[gnu::always_inline]] inline void put(Bf16* p, float v) { *p = static_cast<Bf16>(rounded<std::uint32_t>(v) >> 16); }
 
 #ifdef __clang__
 #define LGCN_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

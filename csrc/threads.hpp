@@ -13,6 +13,15 @@ inline std::int64_t thread_count(int num_threads) {
     return std::max<std::int64_t>(num_threads > 0 ? num_threads : std::thread::hardware_concurrency(), 1);
 }
 
+struct Range {
+    std::int64_t first, last;
+};
+
+// The part of [0, count) that belongs to one of some threads.
+inline Range share(std::int64_t count, std::int64_t thread, std::int64_t threads) {
+    return {count * thread / threads, count * (thread + 1) / threads};
+}
+
 // Calls work(t) for t in [0, threads) on a thread each, the first on the caller's.
 template <typename Work>
 void run_threads(std::int64_t threads, const Work& work) {
@@ -31,13 +40,10 @@ void parallel_for(std::int64_t count, std::int64_t pixels, int num_threads, cons
     const std::int64_t useful = std::min(count, count * pixels / 200000 + 1);
     const std::int64_t threads = std::max<std::int64_t>(std::min(thread_count(num_threads), useful), 1);
     run_threads(threads, [&](std::int64_t t) {
-        for (std::int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i) work(i);
+        const Range mine = share(count, t, threads);
+        for (std::int64_t i = mine.first; i < mine.last; ++i) work(i);
     });
 }
-
-struct Range {
-    std::int64_t first, last;
-};
 
 // Threads that work on the same thing, step by step.
 class Team {
@@ -45,9 +51,7 @@ public:
     explicit Team(std::int64_t size) : size_(size) {}
 
     // The part of [0, count) that belongs to one of them.
-    Range share(std::int64_t count, std::int64_t member) const {
-        return {count * member / size_, count * (member + 1) / size_};
-    }
+    Range share(std::int64_t count, std::int64_t member) const { return lgcn::share(count, member, size_); }
 
     // Returns when all have called it. Steps are short: who waits does not sleep.
     void wait() {

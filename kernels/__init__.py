@@ -50,8 +50,13 @@ def gaussian_sum(
     Returns:
         (B, C, H, W) float32.
     """
-    taps = kernel_taps(kernel_size, tuple(sigmas), BF16_TOLERANCE if instructions.endswith("bf16") else 0.0)
+    taps = kernel_taps(kernel_size, tuple(sigmas), tolerance_of(instructions))
     return _native.gaussian_sum(_contiguous(x), taps, num_threads, instructions)
+
+
+def tolerance_of(instructions: str) -> float:
+    """The tolerance of `kernel_taps` that costs nothing in the precision of an instruction set."""
+    return BF16_TOLERANCE if instructions.endswith("bf16") else 0.0
 
 
 @lru_cache(maxsize=8)

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import kernel_taps
+from . import BF16_TOLERANCE, kernel_taps
 
-TOLERANCES = {torch.float32: 0.0, torch.float16: 2.0**-15, torch.bfloat16: 2.0**-12}
+TOLERANCES = {torch.float32: 0.0, torch.float16: 2.0**-15, torch.bfloat16: BF16_TOLERANCE}
 """Of `kernel_taps`: an eighth of the rounding error. Fewer lines, fewer products."""
 BLOCK_X = 32
 """Columns of a program's part of the result. Not measured on a GPU yet."""

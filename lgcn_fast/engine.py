@@ -142,7 +142,7 @@ def native_network(model: LGCN, instructions: str) -> lgcn_fast_kernels.Network:
     """
     config = model.config
     scale = config.activation_scale
-    tolerance = lgcn_fast_kernels.BF16_TOLERANCE if instructions.endswith("bf16") else 0.0
+    tolerance = lgcn_fast_kernels.tolerance_of(instructions)
     shape = lgcn_fast_kernels.Shape(
         landmarks=config.num_landmarks,
         side_channels=config.side_channels,
