@@ -4,6 +4,8 @@ A zero-padded convolution along a line is a banded matrix T_s, so `K * X = sum_s
 blocks of a map that its part of the result sees with the bands, on tensor cores.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -70,7 +72,8 @@ def _gaussian_sum_kernel(
             band = _band(line_ptr, rows, seen_rows, KERNEL_SIZE)
             total = tl.dot(band, along_x.to(dtype), total, input_precision=PRECISION)
     inside = _inside(rows, height)[:, None] & _inside(columns, width)[None, :]
-    tl.store(out_ptr + start + rows[:, None] * width + columns[None, :], total.to(dtype), mask=inside)
+    out = out_ptr + start + rows[:, None] * width + columns[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def gaussian_sum(
@@ -78,6 +81,7 @@ def gaussian_sum(
     kernel_size: int = 45,
     sigmas: tuple[float, ...] = (1.0, 3.0, 5.0, 7.0, 9.0),
     first_side: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Convolve every channel with the sum of Gaussians K of Eq. 1; the reference is `lgcn_fast.gaussian_sum`.
 
@@ -89,9 +93,10 @@ def gaussian_sum(
         sigmas: standard deviations of the Gaussians, in pixels.
         first_side: channels from this one on are the side branch: their ReLU in front of the convolution is computed
             on the way. Not for training.
+        out: like `x`, contiguous, any floating-point dtype: where to write the result. Not for training.
 
     Returns:
-        (B, C, H, W), dtype of `x`.
+        (B, C, H, W), dtype of `x`, or `out`.
 
     Raises:
         ValueError: another shape or dtype.
@@ -99,19 +104,30 @@ def gaussian_sum(
     if x.ndim != 4 or x.dtype not in TOLERANCES:
         expected = "(B, C, H, W) float32, float16 or bfloat16"
         raise ValueError(f"x: expected {expected}, got {tuple(x.shape)} {x.dtype}")
-    if first_side is not None:
-        return _launch(x, kernel_size, tuple(sigmas), first_side)
+    if out is not None and (out.shape != x.shape or not out.is_contiguous()):
+        raise ValueError(
+            f"out: expected {tuple(x.shape)}, contiguous, got {tuple(out.shape)} of strides {out.stride()}"
+        )
+    if first_side is not None or out is not None:
+        return _launch(x, kernel_size, tuple(sigmas), x.shape[1] if first_side is None else first_side, out)
     return _GaussianSum.apply(x, kernel_size, tuple(sigmas))
 
 
-def _launch(x: Tensor, kernel_size: int, sigmas: tuple[float, ...], first_side: int) -> Tensor:
+@lru_cache(maxsize=16)
+def _taps(kernel_size: int, sigmas: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(S, kernel_size); kept on the device: a launch must not wait for a copy."""
+    return torch.from_numpy(kernel_taps(kernel_size, sigmas, TOLERANCES[dtype])).to(device, dtype)
+
+
+def _launch(
+    x: Tensor, kernel_size: int, sigmas: tuple[float, ...], first_side: int, out: Tensor | None = None
+) -> Tensor:
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     if not x.numel():
         return out
     batch, channels, height, width = x.shape
-    lines = kernel_taps(kernel_size, sigmas, TOLERANCES[x.dtype])
-    taps = torch.from_numpy(lines).to(x.device, x.dtype)
+    taps = _taps(kernel_size, sigmas, x.dtype, x.device)
     block_y = min(max(triton.next_power_of_2(height), 16), LARGEST_BLOCK_Y)
     grid = (batch * channels, triton.cdiv(height, block_y), triton.cdiv(width, BLOCK_X))
     # Blocks to each side that the kernel reaches, where there are as many.
@@ -119,7 +135,7 @@ def _launch(x: Tensor, kernel_size: int, sigmas: tuple[float, ...], first_side: 
                         for block, blocks in ((block_y, grid[1]), (BLOCK_X, grid[2])))  # fmt: skip
     _gaussian_sum_kernel[grid](
         x, taps, out, height, width, channels, first_side,
-        COUNT=len(lines), KERNEL_SIZE=kernel_size, REACH_Y=reach_y, REACH_X=reach_x,
+        COUNT=len(taps), KERNEL_SIZE=kernel_size, REACH_Y=reach_y, REACH_X=reach_x,
         BLOCK_Y=block_y, BLOCK_X=BLOCK_X, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     return out

@@ -8,13 +8,12 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from array_api_compat import array_namespace
 from torch import Tensor
-
-import lgcn_fast_kernels
 
 from .checkpoints import load_model
 from .engine import Engine
-from .fitting import NativeFitter
+from .fitting import Array
 from .images import crop, from_crop, square_box
 from .model import LGCN
 from .shape import ShapeModel
@@ -29,11 +28,11 @@ MAX_SIDE = 16384
 
 @dataclass(frozen=True)
 class Landmarks:
-    """Landmarks of a batch of faces."""
+    """Landmarks of a batch of faces, as NumPy arrays or, from `predict(to_host=False)`, torch tensors."""
 
-    points: np.ndarray
+    points: Array
     """(B, N, 2) float32: x and y in pixels of the input image, pixel centres at integers."""
-    scores: np.ndarray
+    scores: Array
     """(B, N) float32 in 0..1: how certain the network is, the height of the heatmap's maximum (with the fit: of the
     local maximum nearest to the shape)."""
 
@@ -49,13 +48,15 @@ def predict(
     shape: ShapeModel | Path | str | None = None,
     device: str = "auto",
     precision: str = "auto",
+    to_host: bool = True,
 ) -> Landmarks:
     """Find the landmarks of one face in each image.
 
     Args:
-        batch: NumPy array or torch tensor (B, H, W), (B, H, W, 3) or (B, 1 or 3, H, W); one image (H, W) or (H, W, 3);
-            or a list of such single images of any sizes. Colours are RGB. uint8, or floating point in 0..1 or
-            0..255 (where the largest value is above 1).
+        batch: array (B, H, W), (B, H, W, 3) or (B, 1 or 3, H, W); one image (H, W) or (H, W, 3); or a list of such
+            single images of any sizes. NumPy, torch, or anything that speaks DLPack. Colours are RGB. uint8, or
+            floating point in 0..1 or 0..255 (where the largest value is above 1). An array of uint8 on a GPU stays
+            there, where the engine runs there too; everything else takes the way over the host.
         boxes: (B, 4) x, y, width, height of the faces in pixels, about 1.17 times the tight square around the
             landmarks. Default: the whole image. Boxes that are not square become the square around their centre.
         model: an engine, a network, or the path of its weights. Default: the one in the package. Engines are kept and
@@ -65,6 +66,7 @@ def predict(
         shape: the shape model, or its file. Default: the one in the package for the model's number of landmarks.
         device: where the network runs, "cpu", "cuda" or "auto", see `Engine`; an engine brings its own.
         precision: "fp32", "bf16" or "auto", likewise.
+        to_host: NumPy arrays; otherwise torch tensors on the engine's device, which is not waited for.
 
     Returns:
         `Landmarks` of all images, in the order given.
@@ -73,25 +75,53 @@ def predict(
         ValueError: an empty batch, an image without pixels, a wrong number of channels, NaN, a box outside its image,
             no shape model for the number of landmarks; the message names the argument, what was expected and what came.
     """
-    images = as_images(batch)
+    engine = _engine(model, device, precision)
+    shape = _shape(shape, engine.config.num_landmarks) if fit else None
+    batch = _from_dlpack(batch)
+    frames = _channels_last(batch, "batch") if _stays_on(engine, batch) else None
+    images = as_images(batch) if frames is None else list(frames)
     boxes = _square_boxes(boxes, images)
     _check_sides(boxes)
-    engine = _engine(model, device, precision)
-    fitter = _fitter(shape, engine.config.num_landmarks) if fit else None
     size = engine.config.input_size
     points, scores = [], []
     for start in range(0, len(images), CHUNK):
-        part = zip(images[start : start + CHUNK], boxes[start : start + CHUNK], strict=True)
-        crops = torch.stack([network_input(image, box, size, engine.config.in_channels) for image, box in part])
-        if fitter:
-            fitted = engine.fit(crops, fitter)
-            found, values = fitted.points, fitted.certainties
+        part = slice(start, start + CHUNK)
+        if frames is None:
+            pairs = zip(images[part], boxes[part], strict=True)
+            crops = torch.stack([network_input(image, box, size, engine.config.in_channels) for image, box in pairs])
         else:
-            found, values = lgcn_fast_kernels.peak_centroids(engine.heatmaps(crops).cpu().numpy(), engine.num_threads)
+            crops = _device_crops(frames[part], boxes[part], size, engine.config.in_channels)
+        if shape is None:
+            found, values = engine.maxima(crops, to_host)
+        else:
+            fitted = engine.fit(crops, shape, to_host)
+            found, values = fitted.points, fitted.certainties
         points.append(found)
-        scores.append(values.clip(0, 1).astype(np.float32))
-    points = from_crop(np.concatenate(points), boxes, size / engine.config.stride)
-    return Landmarks(points.astype(np.float32), np.concatenate(scores))
+        scores.append(values.clip(0, 1))
+    if to_host:
+        points = from_crop(np.concatenate(points), boxes, size / engine.config.stride)
+        return Landmarks(points.astype(np.float32), np.concatenate(scores).astype(np.float32))
+    found = torch.cat(points)
+    boxes = torch.from_numpy(boxes).to(found.device, non_blocking=True)
+    return Landmarks(from_crop(found, boxes, size / engine.config.stride).float(), torch.cat(scores).float())
+
+
+def _from_dlpack(batch: Any) -> Any:
+    """Arrays of other libraries as tensors; what is none as it is."""
+    known = isinstance(batch, np.ndarray | Tensor | list | tuple)
+    return torch.from_dlpack(batch) if not known and hasattr(batch, "__dlpack__") else batch
+
+
+def _stays_on(engine: Engine, batch: Any) -> bool:
+    return isinstance(batch, Tensor) and batch.is_cuda and batch.device == engine.device and batch.dtype == torch.uint8
+
+
+def _device_crops(frames: Tensor, boxes: np.ndarray, size: int, channels: int) -> Tensor:
+    """What `network_input` makes of each frame, on the GPU that the frames are on."""
+    from lgcn_fast_kernels.triton_crop import crop
+
+    with torch.cuda.device(frames.device):
+        return crop(frames, boxes, size, gray=channels == 1)
 
 
 def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int) -> Tensor:
@@ -119,7 +149,7 @@ def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
     if isinstance(batch, list | tuple):
         if not batch:
             raise ValueError(f"{name}: expected at least one image, got none")
-        images = [as_images(image, f"{name}[{index}]") for index, image in enumerate(batch)]
+        images = [as_images(_from_dlpack(image), f"{name}[{index}]") for index, image in enumerate(batch)]
         for index, parts in enumerate(images):
             if len(parts) != 1:
                 raise ValueError(f"{name}[{index}]: expected one image, got {len(parts)}")
@@ -128,11 +158,11 @@ def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
         raise ValueError(f"{name}: expected a NumPy array, torch tensor or list of them, got {type(batch).__name__}")
     if 0 in batch.shape:
         raise ValueError(f"{name}: expected at least one image with at least one pixel, got shape {batch.shape}")
-    return list(_in_bytes_range(_channels_last(batch, name), name))
+    return list(_in_bytes_range(np.ascontiguousarray(_channels_last(batch, name)), name))
 
 
-def _channels_last(batch: np.ndarray, name: str) -> np.ndarray:
-    """(B, H, W) or (B, H, W, 3) of any accepted shape."""
+def _channels_last(batch: Array, name: str) -> Array:
+    """(B, H, W) or (B, H, W, 3) of any accepted shape, a view."""
     if batch.ndim == 2 or (batch.ndim == 3 and batch.shape[2] in (1, 3)):
         batch = batch[None]
     if batch.ndim == 3:
@@ -140,8 +170,9 @@ def _channels_last(batch: np.ndarray, name: str) -> np.ndarray:
     if batch.ndim == 4 and batch.shape[1] != 1 and batch.shape[3] in (1, 3):
         return batch[..., 0] if batch.shape[3] == 1 else batch
     if batch.ndim == 4 and batch.shape[1] in (1, 3):
-        return batch[:, 0] if batch.shape[1] == 1 else np.ascontiguousarray(batch.transpose(0, 2, 3, 1))
-    raise ValueError(f"{name}: expected (B, H, W), (B, H, W, 3), (B, 1, H, W) or (B, 3, H, W), got {batch.shape}")
+        return batch[:, 0] if batch.shape[1] == 1 else array_namespace(batch).permute_dims(batch, (0, 2, 3, 1))
+    shapes = "(B, H, W), (B, H, W, 3), (B, 1, H, W) or (B, 3, H, W)"
+    raise ValueError(f"{name}: expected {shapes}, got {tuple(batch.shape)}")
 
 
 def _in_bytes_range(batch: np.ndarray, name: str) -> np.ndarray:
@@ -191,15 +222,11 @@ def _shape_path(shape: Path | str | None, num_landmarks: int) -> Path:
     return path
 
 
-def _fitter(shape: ShapeModel | Path | str | None, num_landmarks: int) -> NativeFitter:
-    if isinstance(shape, ShapeModel):
-        return NativeFitter(shape)
-    return _loaded_fitter(_shape_path(shape, num_landmarks))
+def _shape(shape: ShapeModel | Path | str | None, num_landmarks: int) -> ShapeModel:
+    return shape if isinstance(shape, ShapeModel) else _loaded_shape(_shape_path(shape, num_landmarks))
 
 
-@lru_cache(maxsize=8)
-def _loaded_fitter(path: Path) -> NativeFitter:
-    return NativeFitter(ShapeModel.load(path))
+_loaded_shape = lru_cache(maxsize=8)(ShapeModel.load)
 
 
 def _engine(model: Engine | LGCN | Path | str | None, device: str, precision: str) -> Engine:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model
-from lgcn_fast.engine import INSTRUCTIONS, native_network
 from lgcn_fast.fitting import NativeFitter
+from lgcn_fast.folding import fold
 from lgcn_fast.images import read_image
+from lgcn_fast.native import INSTRUCTIONS, native_network
 from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import DEFAULT_WEIGHTS
 from lgcn_fast_kernels import INSTRUCTION_SETS, Network, Shape
@@ -72,8 +73,7 @@ def test_fp32_is_the_model(name, height, width):
 def test_every_instruction_set_is_the_model(name, instructions, random):
     """Any batch, size and number of threads: as many faces as threads side by side, the rest by all threads."""
     model = randomised(CONFIGS[name])
-    with torch.inference_mode():
-        network = native_network(model, instructions)
+    network = native_network(fold(model), instructions)
     for batch, threads in ((1, 1), (1, 2), (2, 5), (5, 3)):
         height, width = random.integers(1, 130, 2)
         images = random.integers(0, 256, (batch, model.config.in_channels, height, width), np.uint8)
@@ -122,10 +122,11 @@ def test_threads_do_not_change_the_heatmaps(random):
 @pytest.mark.parametrize("name", ["plain", "nano", "cross entropy"])
 def test_fit_is_the_fit_of_the_heatmaps(name, random):
     model = randomised(CONFIGS[name])
-    fitter = NativeFitter(ShapeModel.fit(random.normal(size=(20, 3, 2)), 2))
+    shape = ShapeModel.fit(random.normal(size=(20, 3, 2)), 2)
     images = torch.from_numpy(random.integers(0, 256, (5, 1, 40, 37), np.uint8))
-    engine = Engine(model, num_threads=2)
-    fitted, expected = engine.fit(images, fitter), fitter(engine.heatmaps(images).numpy(), model.config.stride)
+    engine = Engine(model, "cpu", num_threads=2)
+    fitted = engine.fit(images, shape)
+    expected = NativeFitter(shape)(engine.heatmaps(images).numpy(), model.config.stride)
     np.testing.assert_array_equal(fitted.points, expected.points)
     np.testing.assert_array_equal(fitted.certainties, expected.certainties)
 
