@@ -1,8 +1,6 @@
-"""The convolution in Triton: interpreted where there is no GPU (conftest.py), and compiled for one all the same."""
+"""The convolution in Triton: interpreted where there is no GPU (conftest.py)."""
 
 import importlib.util
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -115,42 +113,3 @@ def test_wrong_input_is_named(convolution):
         convolution(weight, bias)(torch.zeros(1, 2, 9, 9))
     with pytest.raises(ValueError, match="residual: expected strides"):
         convolution(weight, bias)(torch.zeros(1, 3, 9, 9), torch.zeros(1, 2, 9, 9))
-
-
-COMPILE = """
-import sys
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from lgcn_fast_kernels.triton_convolution import TILES, _convolution_kernel as kernel
-
-def ptx(filters, descriptors, capability):
-    tile = TILES[filters]
-    constants = {
-        "residual_ptr": None, "CHANNELS": filters, "FILTERS": filters, "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0,
-        "RELU": True, "DESCRIPTORS": descriptors, "BLOCK_Y": tile.block_y, "BLOCK_X": tile.block_x,
-        "BLOCK_K": tile.block_k, "BLOCK_F": tile.block_f, "FILTER_BLOCKS": 1, "PRECISION": "tf32",
-    }
-    types = dict.fromkeys(kernel.arg_names, "i32") | {"bias_ptr": "*fp32", "out_ptr": "*bf16"}
-    types |= {"x": "*bf16", "weight": "*bf16"} | dict.fromkeys(constants, "constexpr")
-    if descriptors:
-        types["x"] = f"tensordesc<bf16[1,{tile.block_y},{tile.block_x},{tile.block_k}]>"
-        types["weight"] = f"tensordesc<bf16[{tile.block_k},{tile.block_f}]>"
-    source = ASTSource(kernel, types, constants)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return compile(source, GPUTarget("cuda", capability, 32), options).asm["ptx"]
-
-for filters in TILES:
-    text = ptx(filters, True, 90)
-    assert "wgmma.mma_async" in text and "cp.async.bulk.tensor" in text, filters
-assert "wgmma.mma_async" in ptx(128, False, 90)
-assert "mma.sync" in ptx(128, True, 80)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
-def test_compiles_to_tensor_core_instructions(monkeypatch, tmp_path):
-    """Without a GPU, for Hopper (bulk tensor copies, wgmma) and for what came before it."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    subprocess.run([sys.executable, "-c", COMPILE], check=True)
