@@ -32,9 +32,11 @@ TILES = {
     16: Tile(8, 16, 16, 16, 4, 4),
     32: Tile(8, 16, 32, 32, 4, 4),
     64: Tile(8, 16, 64, 64, 4, 4),
-    128: Tile(8, 16, 64, 128, 8, 4),
+    128: Tile(8, 16, 64, 128, 8, 3),
 }
 """By the number of filters, rounded up. Not measured on a GPU yet: `benchmarks/gpu.py` compares them with others."""
+FP32_TILES = {filters: Tile(8, 16, min(filters, 32), min(filters, 64), 8, 3) for filters in TILES}
+"""Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory."""
 
 
 @triton.jit
@@ -69,7 +71,6 @@ def _convolution_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
     FILTER_BLOCKS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     PIXELS: tl.constexpr = BLOCK_Y * BLOCK_X
     REACH: tl.constexpr = KERNEL_SIZE // 2 * DILATION
@@ -104,7 +105,7 @@ def _convolution_kernel(
             seen = seen.to(dtype)
             kept = (term < TERMS)[:, None] & (filters < FILTERS)[None, :]
             filter_block = tl.load(weight + term[:, None] * FILTERS + filters[None, :], mask=kept, other=0.0)
-        total = tl.dot(seen, filter_block, total, input_precision=PRECISION)
+        total = tl.dot(seen, filter_block, total, input_precision="tf32x3")  # (of fp32, as exact)
     total += tl.load(bias_ptr + filters, mask=filters < FILTERS, other=0.0)[None, :]
     if RELU:
         total = tl.maximum(total, 0.0)
@@ -152,7 +153,8 @@ class Convolution:
             raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
         self.filters, self.channels, self.kernel_size, _ = weight.shape
         self.dilation, self.relu, self.origin, self.planes = dilation, relu, origin, planes
-        self.tile = tile or TILES[min(max(triton.next_power_of_2(self.filters), min(TILES)), max(TILES))]
+        tiles = FP32_TILES if weight.dtype == torch.float32 else TILES
+        self.tile = tile or tiles[min(max(triton.next_power_of_2(self.filters), min(tiles)), max(tiles))]
         self.weight = weight.permute(2, 3, 1, 0).reshape(-1, self.filters).contiguous()
         self.bias = bias.float().contiguous()
 
@@ -196,8 +198,7 @@ class Convolution:
                 CHANNELS=self.channels, FILTERS=self.filters, KERNEL_SIZE=self.kernel_size, DILATION=self.dilation,
                 ORIGIN=self.origin, RELU=self.relu, DESCRIPTORS=descriptors,
                 BLOCK_Y=tile.block_y, BLOCK_X=tile.block_x, BLOCK_K=tile.block_k, BLOCK_F=tile.block_f,
-                FILTER_BLOCKS=filter_blocks, PRECISION="ieee" if self.weight.dtype == torch.float32 else "tf32",
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
+                FILTER_BLOCKS=filter_blocks, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
         return out
 

@@ -165,7 +165,8 @@ class RecordedBatches:
         with torch.cuda.device(self._device if self._pool else -1):
             if images.dtype != torch.uint8 or images.shape[1:] != self._image:
                 return self._function(images.to(self._device))
-            return torch.cat([self._replay(part) for part in images.split(LADDER[-1])])
+            parts = [self._replay(part) for part in images.split(LADDER[-1])]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _replay(self, images: Tensor) -> Tensor:
         count = len(images)

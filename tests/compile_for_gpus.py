@@ -3,42 +3,61 @@
 What Triton would see at a launch is written down here: types of the arguments, and those that are constants.
 """
 
-from triton import compile
+import subprocess
+from tempfile import NamedTemporaryFile
+
+import torch
+from triton import compile, knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lgcn_fast_kernels import triton_convolution, triton_crop, triton_gaussian_sum, triton_peaks
-from lgcn_fast_kernels.triton_convolution import TILES
+from lgcn_fast_kernels.triton_convolution import FP32_TILES, TILES, Tile
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program may have on an H200."""
 
 
 def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90, **options) -> str:
-    """PTX of a kernel whose other arguments are 32-bit integers."""
+    """PTX of a kernel whose other arguments are 32-bit integers, checked to fit a multiprocessor."""
     types = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
-    return compile(ASTSource(kernel, types, constants), GPUTarget("cuda", capability, 32), options).asm["ptx"]
+    compiled = compile(ASTSource(kernel, types, constants), GPUTarget("cuda", capability, 32), options)
+    assert compiled.metadata.shared <= SHARED_MEMORY, (
+        f"{kernel.__name__}, {constants}: {compiled.metadata.shared} bytes"
+    )
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert " STACK:0 " in usage, f"{kernel.__name__}, {constants}: registers spilled, {usage}"
+    return compiled.asm["ptx"]
 
 
-def convolution(filters: int, descriptors: bool, capability: int = 90) -> str:
-    tile = TILES[filters]
+def convolution(tile: Tile, name: str, descriptors: bool, capability: int = 90) -> str:
+    """Of a layer of 128 filters."""
     constants = {
-        "residual_ptr": None, "CHANNELS": filters, "FILTERS": filters, "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0,
+        "residual_ptr": None, "CHANNELS": 128, "FILTERS": 128, "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0,
         "RELU": True, "DESCRIPTORS": descriptors, "BLOCK_Y": tile.block_y, "BLOCK_X": tile.block_x,
-        "BLOCK_K": tile.block_k, "BLOCK_F": tile.block_f, "FILTER_BLOCKS": 1, "PRECISION": "tf32",
+        "BLOCK_K": tile.block_k, "BLOCK_F": tile.block_f, "FILTER_BLOCKS": 128 // tile.block_f,
     }  # fmt: skip
-    pointers = {"x": "*bf16", "weight": "*bf16", "bias_ptr": "*fp32", "out_ptr": "*bf16"}
+    pointers = dict.fromkeys(("x", "weight", "out_ptr"), f"*{name}") | {"bias_ptr": "*fp32"}
     if descriptors:
-        pointers["x"] = f"tensordesc<bf16[1,{tile.block_y},{tile.block_x},{tile.block_k}]>"
-        pointers["weight"] = f"tensordesc<bf16[{tile.block_k},{tile.block_f}]>"
+        pointers["x"] = f"tensordesc<{name}[1,{tile.block_y},{tile.block_x},{tile.block_k}]>"
+        pointers["weight"] = f"tensordesc<{name}[{tile.block_k},{tile.block_f}]>"
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return ptx(triton_convolution._convolution_kernel, constants, pointers, capability, **options)
 
 
-def gaussian_sum(dtype: str) -> str:
+def gaussian_sum(dtype: torch.dtype, name: str) -> str:
+    block_y = triton_gaussian_sum.LARGEST_BLOCK_Y[dtype]
     constants = {
-        "COUNT": 4, "KERNEL_SIZE": 45, "REACH_Y": 0, "REACH_X": 2, "BLOCK_Y": 128, "BLOCK_X": 32,
-        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "COUNT": 4, "REACH_Y": int(block_y < 96), "REACH_X": 1, "BLOCK_Y": block_y,
+        "BLOCK_X": triton_gaussian_sum.BLOCK_X,
     }  # fmt: skip
-    pointers = {"x_ptr": f"*{dtype}", "taps_ptr": f"*{dtype}", "out_ptr": "*fp32"}
-    return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers)
+    pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), f"*{name}") | {"out_ptr": "*fp32"}
+    options = {"num_warps": triton_gaussian_sum.NUM_WARPS}
+    return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, **options)
 
 
 def heatmap_reduction() -> str:
@@ -57,14 +76,17 @@ def crop(to_gray: bool, taps: int) -> str:
 
 
 if __name__ == "__main__":
-    for filters in TILES:
-        text = convolution(filters, True)
-        assert "wgmma.mma_async" in text, filters
-        assert "cp.async.bulk.tensor" in text, filters
-    assert "wgmma.mma_async" in convolution(128, False)
-    assert "mma.sync" in convolution(128, True, capability=80)
-    assert "mma" in gaussian_sum("bf16")
-    gaussian_sum("fp32")
+    for tile in TILES.values():
+        text = convolution(tile, "bf16", True)
+        assert "wgmma.mma_async" in text, tile
+        assert "cp.async.bulk.tensor" in text, tile
+        assert "wgmma.mma_async" in convolution(tile, "bf16", False), tile
+        assert "mma.sync" in convolution(tile, "bf16", True, capability=80), tile
+    for tile in FP32_TILES.values():
+        for descriptors in (False, True):
+            assert "mma" in convolution(tile, "fp32", descriptors)
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        assert "mma" in gaussian_sum(dtype, name)
     heatmap_reduction()
     for to_gray in (False, True):
         for taps in (1, 4, 32):

@@ -2,6 +2,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import array_api_strict
 import cv2
 import numpy as np
 import pytest
@@ -57,12 +58,22 @@ def test_all_forms_of_a_batch_give_the_same_points(gray):
         "float 0..1": gray.astype(np.float32) / 255,
         "torch uint8": torch.from_numpy(gray),
         "torch bf16": torch.from_numpy(gray).bfloat16(),
+        "DLPack": array_api_strict.asarray(gray),
         "list": [gray],
         "list of torch": [torch.from_numpy(rgb)],
         "not contiguous": np.repeat(gray, 2, axis=1)[:, ::2],
     }
     for name, form in forms.items():
         np.testing.assert_allclose(predict(form).points, expected, atol=0.02, err_msg=name)
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_results_may_stay_on_the_device(gray, fit):
+    expected = predict([gray] * 3, fit=fit)
+    there = predict([gray] * 3, fit=fit, to_host=False)
+    assert there.points.device == there.scores.device == Engine(load_model(DEFAULT_WEIGHTS)).device
+    np.testing.assert_allclose(there.points.cpu().numpy(), expected.points, atol=1e-3)
+    np.testing.assert_allclose(there.scores.cpu().numpy(), expected.scores, atol=1e-3)
 
 
 def test_three_gray_images_are_not_one_in_colour(gray):
