@@ -54,6 +54,57 @@ def _overlap(target, source, cells, parts):
 
 
 @triton.jit
+def _enlarged(
+    image_ptr, target_y, target_x, side, size, top, left, height, width, stride_y, stride_x, stride_c, inside,
+    TO_GRAY: tl.constexpr,
+):  # fmt: skip
+    """Target pixels (P,) of a box as cv2.INTER_LINEAR interpolates them."""
+    y, weight_y = _interpolation(target_y, side, size)
+    x, weight_x = _interpolation(target_x, side, size)
+    y0, y1 = tl.maximum(y, 0), tl.minimum(y + 1, side - 1)
+    x0, x1 = tl.maximum(x, 0), tl.minimum(x + 1, side - 1)
+    v00 = _load(image_ptr, y0, x0, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
+    v01 = _load(image_ptr, y0, x1, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
+    v10 = _load(image_ptr, y1, x0, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
+    v11 = _load(image_ptr, y1, x1, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
+    upper = v00 * (2048 - weight_x) + v01 * weight_x
+    lower = v10 * (2048 - weight_x) + v11 * weight_x
+    # Cut off where OpenCV does, which works in 16 bits.
+    return ((((2048 - weight_y) * (upper >> 4)) >> 16) + ((weight_y * (lower >> 4)) >> 16) + 2) >> 2
+
+
+@triton.jit
+def _averaged(
+    image_ptr, target_y, target_x, cells, parts, top, left, height, width, stride_y, stride_x, stride_c, inside,
+    TO_GRAY: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Target pixels (P,) of a box as cv2.INTER_AREA averages what they cover, at most TAPS pixels along a line."""
+    # A source pixel's weight is its share of the target pixel; but OpenCV divides last where all are whole.
+    length = tl.where(parts == 1, 1, cells).to(tl.float32)
+    area = tl.where(parts == 1, cells * cells, 1)
+    # Its sums are rounded, so the order counts: along every row that a target pixel sees, then down the rows.
+    tap = tl.arange(0, TAPS)[:, None]
+    y = (target_y * cells // parts)[None, :] + tap
+    weight_y = tl.div_rn(_overlap(target_y[None, :], y, cells, parts), length)
+    rows = tl.zeros((TAPS, BLOCK_P), tl.float32)
+    for k in range(TAPS):
+        x = target_x * cells // parts + k
+        weight_x = tl.div_rn(_overlap(target_x, x, cells, parts), length)[None, :]
+        seen = (weight_y > 0) & (weight_x > 0) & inside[None, :]
+        value = _load(image_ptr, y, x[None, :], top, left, height, width, stride_y, stride_x, stride_c, seen, TO_GRAY)
+        rows += weight_x * value.to(tl.float32)
+    total = tl.zeros((BLOCK_P,), tl.float32)
+    for k in range(TAPS):
+        total += tl.sum(tl.where(tap == k, weight_y * rows, 0.0), axis=0)
+    mean = total * (1.0 / area.to(tl.float64)).to(tl.float32)
+    level = mean.to(tl.int32)
+    rest = mean - level.to(tl.float32)
+    # Halves go to the even number, or, where the side is twice the size, up: OpenCV's special case.
+    half_up = (level % 2 == 1) | ((cells == 2) & (parts == 1))
+    return level + ((rest > 0.5) | ((rest == 0.5) & half_up)).to(tl.int32)
+
+
+@triton.jit
 def _crop_kernel(
     image_ptr,
     places_ptr,
@@ -79,45 +130,15 @@ def _crop_kernel(
     inside = pixels < size * size
     target_y, target_x = pixels // size, pixels % size
     if side < size:
-        y, weight_y = _interpolation(target_y, side, size)
-        x, weight_x = _interpolation(target_x, side, size)
-        y0, y1 = tl.maximum(y, 0), tl.minimum(y + 1, side - 1)
-        x0, x1 = tl.maximum(x, 0), tl.minimum(x + 1, side - 1)
-        v00 = _load(image_ptr, y0, x0, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
-        v01 = _load(image_ptr, y0, x1, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
-        v10 = _load(image_ptr, y1, x0, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
-        v11 = _load(image_ptr, y1, x1, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
-        upper = v00 * (2048 - weight_x) + v01 * weight_x
-        lower = v10 * (2048 - weight_x) + v11 * weight_x
-        # Cut off where OpenCV does, which works in 16 bits.
-        result = (((2048 - weight_y) * (upper >> 4)) >> 16) + ((weight_y * (lower >> 4)) >> 16)
-        result = (result + 2) >> 2
+        result = _enlarged(
+            image_ptr, target_y, target_x, side, size, top, left, height, width, stride_y, stride_x, stride_c, inside,
+            TO_GRAY,
+        )  # fmt: skip
     else:
-        cells, parts = side // divisor, size // divisor
-        # A source pixel's weight is its share of the target pixel; but OpenCV divides last where all are whole.
-        length = tl.where(parts == 1, 1, cells).to(tl.float32)
-        area = tl.where(parts == 1, cells * cells, 1)
-        # Its sums are rounded, so the order counts: along every row that a target pixel sees, then down the rows.
-        tap = tl.arange(0, TAPS)[:, None]
-        y = (target_y * cells // parts)[None, :] + tap
-        weight_y = tl.div_rn(_overlap(target_y[None, :], y, cells, parts), length)
-        rows = tl.zeros((TAPS, BLOCK_P), tl.float32)
-        for k in range(TAPS):
-            x = target_x * cells // parts + k
-            weight_x = tl.div_rn(_overlap(target_x, x, cells, parts), length)[None, :]
-            x = x[None, :]
-            seen = (weight_y > 0) & (weight_x > 0) & inside[None, :]
-            value = _load(image_ptr, y, x, top, left, height, width, stride_y, stride_x, stride_c, seen, TO_GRAY)
-            rows += weight_x * value.to(tl.float32)
-        total = tl.zeros((BLOCK_P,), tl.float32)
-        for k in range(TAPS):
-            total += tl.sum(tl.where(tap == k, weight_y * rows, 0.0), axis=0)
-        mean = total * (1.0 / area.to(tl.float64)).to(tl.float32)
-        result = mean.to(tl.int32)
-        rest = mean - result.to(tl.float32)
-        # Halves go to the even number, or, where the side is twice the size, up: OpenCV's special case.
-        half_up = (result % 2 == 1) | ((cells == 2) & (parts == 1))
-        result += ((rest > 0.5) | ((rest == 0.5) & half_up)).to(tl.int32)
+        result = _averaged(
+            image_ptr, target_y, target_x, side // divisor, size // divisor, top, left, height, width,
+            stride_y, stride_x, stride_c, inside, TO_GRAY, TAPS, BLOCK_P,
+        )  # fmt: skip
     start = (face.to(tl.int64) * tl.num_programs(1) + channel) * size * size
     tl.store(out_ptr + start + pixels, result.to(tl.uint8), mask=inside)
 
