@@ -1,6 +1,7 @@
 """Faces cut out of frames in Triton, for CUDA tensors (or, with TRITON_INTERPRET=1, any).
 
-The same pixels as OpenCV computes on the host, so that landmarks do not depend on where a face was cut out.
+The same bytes as OpenCV computes on the host: one pixel that differs by one level can tip the choice between two peaks
+of a heatmap, and a landmark moves by pixels.
 """
 
 from collections.abc import Sequence
@@ -13,12 +14,10 @@ from torch import Tensor
 
 from .tensors import described, result_tensor
 
-ELEMENTS = 1024
-"""Of a program's tile, target pixels times source pixels of each. Not measured on a GPU yet."""
-LARGEST_BLOCK_T = 256
-"""Source pixels of a target pixel that are added up side by side; further ones in a loop. Not measured on a GPU yet."""
+ELEMENTS = 512
+"""Of a program's tile, target pixels times the rows that each of them sees. Not measured on a GPU yet."""
 NUM_WARPS = 4
-"""8 elements of a tile per thread. Not measured on a GPU yet."""
+"""4 elements of a tile per thread. Not measured on a GPU yet."""
 LARGEST_SIDE = 16384
 """Of a box and of a crop, pixels: keeps 32-bit arithmetic from overflowing."""
 
@@ -47,9 +46,62 @@ def _interpolation(target, side, size):
 
 
 @triton.jit
-def _overlap(target, source, side, size):
-    """Of cv2.INTER_AREA along a line: what target and source pixel have in common, in source pixels times size."""
-    return tl.minimum((target + 1) * side, (source + 1) * size) - tl.maximum(target * side, source * size)
+def _overlap(target, source, cells, parts):
+    """Of cv2.INTER_AREA along a line: what target and source pixel have in common, where they are `cells` and `parts`
+    long; 0 where nothing."""
+    low, high = tl.maximum(target * cells, source * parts), tl.minimum((target + 1) * cells, (source + 1) * parts)
+    return tl.maximum(high - low, 0).to(tl.float32)
+
+
+@triton.jit
+def _enlarged(
+    image_ptr, target_y, target_x, side, size, top, left, height, width, stride_y, stride_x, stride_c, inside,
+    TO_GRAY: tl.constexpr,
+):  # fmt: skip
+    """Target pixels (P,) of a box as cv2.INTER_LINEAR interpolates them."""
+    y, weight_y = _interpolation(target_y, side, size)
+    x, weight_x = _interpolation(target_x, side, size)
+    y0, y1 = tl.maximum(y, 0), tl.minimum(y + 1, side - 1)
+    x0, x1 = tl.maximum(x, 0), tl.minimum(x + 1, side - 1)
+    v00 = _load(image_ptr, y0, x0, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
+    v01 = _load(image_ptr, y0, x1, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
+    v10 = _load(image_ptr, y1, x0, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
+    v11 = _load(image_ptr, y1, x1, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
+    upper = v00 * (2048 - weight_x) + v01 * weight_x
+    lower = v10 * (2048 - weight_x) + v11 * weight_x
+    # Cut off where OpenCV does, which works in 16 bits.
+    return ((((2048 - weight_y) * (upper >> 4)) >> 16) + ((weight_y * (lower >> 4)) >> 16) + 2) >> 2
+
+
+@triton.jit
+def _averaged(
+    image_ptr, target_y, target_x, cells, parts, top, left, height, width, stride_y, stride_x, stride_c, inside,
+    TO_GRAY: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Target pixels (P,) of a box as cv2.INTER_AREA averages what they cover, at most TAPS pixels along a line."""
+    # A source pixel's weight is its share of the target pixel; but OpenCV divides last where all are whole.
+    length = tl.where(parts == 1, 1, cells).to(tl.float32)
+    area = tl.where(parts == 1, cells * cells, 1)
+    # Its sums are rounded, so the order counts: along every row that a target pixel sees, then down the rows.
+    tap = tl.arange(0, TAPS)[:, None]
+    y = (target_y * cells // parts)[None, :] + tap
+    weight_y = tl.div_rn(_overlap(target_y[None, :], y, cells, parts), length)
+    rows = tl.zeros((TAPS, BLOCK_P), tl.float32)
+    for k in range(TAPS):
+        x = target_x * cells // parts + k
+        weight_x = tl.div_rn(_overlap(target_x, x, cells, parts), length)[None, :]
+        seen = (weight_y > 0) & (weight_x > 0) & inside[None, :]
+        value = _load(image_ptr, y, x[None, :], top, left, height, width, stride_y, stride_x, stride_c, seen, TO_GRAY)
+        rows += weight_x * value.to(tl.float32)
+    total = tl.zeros((BLOCK_P,), tl.float32)
+    for k in range(TAPS):
+        total += tl.sum(tl.where(tap == k, weight_y * rows, 0.0), axis=0)
+    mean = total * (1.0 / area.to(tl.float64)).to(tl.float32)
+    level = mean.to(tl.int32)
+    rest = mean - level.to(tl.float32)
+    # Halves go to the even number, or, where the side is twice the size, up: OpenCV's special case.
+    half_up = (level % 2 == 1) | ((cells == 2) & (parts == 1))
+    return level + ((rest > 0.5) | ((rest == 0.5) & half_up)).to(tl.int32)
 
 
 @triton.jit
@@ -68,7 +120,6 @@ def _crop_kernel(
     TO_GRAY: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_T: tl.constexpr,
 ):
     face, channel = tl.program_id(0) // blocks, tl.program_id(1)
     place_ptr = places_ptr + face * 5
@@ -79,40 +130,15 @@ def _crop_kernel(
     inside = pixels < size * size
     target_y, target_x = pixels // size, pixels % size
     if side < size:
-        y, weight_y = _interpolation(target_y, side, size)
-        x, weight_x = _interpolation(target_x, side, size)
-        y0, y1 = tl.maximum(y, 0), tl.minimum(y + 1, side - 1)
-        x0, x1 = tl.maximum(x, 0), tl.minimum(x + 1, side - 1)
-        v00 = _load(image_ptr, y0, x0, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
-        v01 = _load(image_ptr, y0, x1, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
-        v10 = _load(image_ptr, y1, x0, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
-        v11 = _load(image_ptr, y1, x1, top, left, height, width, stride_y, stride_x, stride_c, inside, TO_GRAY)
-        upper = v00 * (2048 - weight_x) + v01 * weight_x
-        lower = v10 * (2048 - weight_x) + v11 * weight_x
-        # Cut off where OpenCV does, which works in 16 bits.
-        result = (((2048 - weight_y) * (upper >> 4)) >> 16) + ((weight_y * (lower >> 4)) >> 16)
-        result = (result + 2) >> 2
+        result = _enlarged(
+            image_ptr, target_y, target_x, side, size, top, left, height, width, stride_y, stride_x, stride_c, inside,
+            TO_GRAY,
+        )  # fmt: skip
     else:
-        # Both in units of their common divisor: sums of small whole numbers are exact in fp32.
-        cells, parts = side // divisor, size // divisor
-        first_y, first_x = target_y * cells // parts, target_x * cells // parts
-        total = tl.zeros((BLOCK_P, BLOCK_T), tl.float32)
-        for block in range(TAPS * TAPS // BLOCK_T):
-            tap = block * BLOCK_T + tl.arange(0, BLOCK_T)
-            y, x = first_y[:, None] + (tap // TAPS)[None, :], first_x[:, None] + (tap % TAPS)[None, :]
-            weight_y = _overlap(target_y[:, None], y, cells, parts)
-            weight_x = _overlap(target_x[:, None], x, cells, parts)
-            seen = (weight_y > 0) & (weight_x > 0) & inside[:, None]
-            value = _load(image_ptr, y, x, top, left, height, width, stride_y, stride_x, stride_c, seen, TO_GRAY)
-            # Where nothing is seen, the value is 0.
-            total += weight_y.to(tl.float32) * weight_x.to(tl.float32) * value.to(tl.float32)
-        area = cells.to(tl.float64) * cells.to(tl.float64)
-        mean = tl.sum(total, axis=1) * (1.0 / area).to(tl.float32)
-        result = mean.to(tl.int32)
-        rest = mean - result.to(tl.float32)
-        # Halves go to the even number, or, where the side is twice the size, up: OpenCV's special case.
-        half_up = (result % 2 == 1) | ((cells == 2) & (parts == 1))
-        result += ((rest > 0.5) | ((rest == 0.5) & half_up)).to(tl.int32)
+        result = _averaged(
+            image_ptr, target_y, target_x, side // divisor, size // divisor, top, left, height, width,
+            stride_y, stride_x, stride_c, inside, TO_GRAY, TAPS, BLOCK_P,
+        )  # fmt: skip
     start = (face.to(tl.int64) * tl.num_programs(1) + channel) * size * size
     tl.store(out_ptr + start + pixels, result.to(tl.uint8), mask=inside)
 
@@ -191,11 +217,10 @@ def _launch(images: Tensor, boxes: np.ndarray, frames: np.ndarray, size: int, gr
         places = places.pin_memory().to(images.device, non_blocking=True)
     # The most source pixels that a target pixel meets along a line, rounded up: few different kernels to compile.
     taps = triton.next_power_of_2(max(int(((sides // divisors - 2) // (size // divisors) + 2).max()), 1))
-    block_t = min(taps * taps, LARGEST_BLOCK_T)
-    block_p = max(ELEMENTS // block_t, 1)
+    block_p = max(ELEMENTS // taps, 1)
     blocks = triton.cdiv(size * size, block_p)
-    # No fused multiply-add: halves are recognised after rounding, as OpenCV does.
+    # No fused multiply-add: it would round once where OpenCV rounds twice.
     _crop_kernel[(len(boxes) * blocks, out.shape[1])](
         images, places, out, height, width, *images.stride(), size, blocks,
-        TO_GRAY=to_gray, TAPS=taps, BLOCK_P=block_p, BLOCK_T=block_t, num_warps=NUM_WARPS, enable_fp_fusion=False,
+        TO_GRAY=to_gray, TAPS=taps, BLOCK_P=block_p, num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
