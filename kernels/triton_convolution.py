@@ -37,6 +37,8 @@ TILES = {
 """By the number of filters, rounded up. Not measured on a GPU yet: `benchmarks/gpu.py` compares them with others."""
 FP32_TILES = {filters: Tile(8, 16, min(filters, 32), min(filters, 64), 8, 3) for filters in TILES}
 """Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory."""
+LARGEST_GATHERED_K = 32
+"""Of `block_k` where the input is loaded element by element: each has an address, which takes registers."""
 
 
 @triton.jit
@@ -197,7 +199,8 @@ class Convolution:
                 0 if residual is None else residual.stride(0),
                 CHANNELS=self.channels, FILTERS=self.filters, KERNEL_SIZE=self.kernel_size, DILATION=self.dilation,
                 ORIGIN=self.origin, RELU=self.relu, DESCRIPTORS=descriptors,
-                BLOCK_Y=tile.block_y, BLOCK_X=tile.block_x, BLOCK_K=tile.block_k, BLOCK_F=tile.block_f,
+                BLOCK_Y=tile.block_y, BLOCK_X=tile.block_x, BLOCK_F=tile.block_f,
+                BLOCK_K=tile.block_k if descriptors else min(tile.block_k, LARGEST_GATHERED_K),
                 FILTER_BLOCKS=filter_blocks, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
         return out

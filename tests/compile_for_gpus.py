@@ -34,19 +34,24 @@ def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90,
     return compiled.asm["ptx"]
 
 
-def convolution(tile: Tile, name: str, descriptors: bool, capability: int = 90) -> str:
-    """Of a layer of 128 filters."""
+def convolution(
+    tile: Tile, name: str, descriptors: bool = False, capability: int = 90, pointers: dict | None = None, **changes
+) -> str:
+    """Of a layer of 128 filters; `changes` of the constants, `pointers` of the types."""
     constants = {
         "residual_ptr": None, "CHANNELS": 128, "FILTERS": 128, "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0,
         "RELU": True, "DESCRIPTORS": descriptors, "BLOCK_Y": tile.block_y, "BLOCK_X": tile.block_x,
-        "BLOCK_K": tile.block_k, "BLOCK_F": tile.block_f, "FILTER_BLOCKS": 128 // tile.block_f,
-    }  # fmt: skip
-    pointers = dict.fromkeys(("x", "weight", "out_ptr"), f"*{name}") | {"bias_ptr": "*fp32"}
+        "BLOCK_K": tile.block_k if descriptors else min(tile.block_k, triton_convolution.LARGEST_GATHERED_K),
+        "BLOCK_F": tile.block_f, "FILTER_BLOCKS": 128 // tile.block_f,
+    } | changes  # fmt: skip
+    types = dict.fromkeys(("x", "weight", "out_ptr"), f"*{name}") | {"bias_ptr": "*fp32"} | (pointers or {})
+    if "residual_ptr" in types:
+        del constants["residual_ptr"]
     if descriptors:
-        pointers["x"] = f"tensordesc<{name}[1,{tile.block_y},{tile.block_x},{tile.block_k}]>"
-        pointers["weight"] = f"tensordesc<{name}[{tile.block_k},{tile.block_f}]>"
+        types["x"] = f"tensordesc<{name}[1,{tile.block_y},{tile.block_x},{tile.block_k}]>"
+        types["weight"] = f"tensordesc<{name}[{tile.block_k},{tile.block_f}]>"
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return ptx(triton_convolution._convolution_kernel, constants, pointers, capability, **options)
+    return ptx(triton_convolution._convolution_kernel, constants, types, capability, **options)
 
 
 def gaussian_sum(dtype: torch.dtype, name: str) -> str:
@@ -80,8 +85,13 @@ if __name__ == "__main__":
         text = convolution(tile, "bf16", True)
         assert "wgmma.mma_async" in text, tile
         assert "cp.async.bulk.tensor" in text, tile
-        assert "wgmma.mma_async" in convolution(tile, "bf16", False), tile
+        assert "wgmma.mma_async" in convolution(tile, "bf16"), tile
         assert "mma.sync" in convolution(tile, "bf16", True, capability=80), tile
+        # The first layer, and the first behind the blur.
+        convolution(tile, "bf16", pointers={"x": "*u8"}, CHANNELS=1, KERNEL_SIZE=5, DILATION=1, ORIGIN=128)
+        convolution(tile, "bf16", pointers={"x": "*fp32"}, CHANNELS=136)
+    last = {"residual_ptr": "*fp32", "out_ptr": "*fp32"}  # the blurred heatmaps are added
+    convolution(TILES[128], "bf16", True, pointers=last, KERNEL_SIZE=1, DILATION=1, RELU=False, FILTERS=68)
     for tile in FP32_TILES.values():
         for descriptors in (False, True):
             assert "mma" in convolution(tile, "fp32", descriptors)
