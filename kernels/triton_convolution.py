@@ -5,7 +5,7 @@ the taps and channels that a pixel sees. Where the channels of a pixel lie side 
 through tensor descriptors, which also fill the zero padding; elsewhere element by element.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -121,6 +121,16 @@ def _convolution_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def tile_of(filters: int, channels: int, dtype: torch.dtype, planes: bool) -> Tile:
+    """The launch constants of a layer."""
+    tiles = FP32_TILES if dtype == torch.float32 else TILES
+    tile = tiles[min(max(triton.next_power_of_2(filters), min(tiles)), max(tiles))]
+    if planes:  # each element of the result has an address, which takes registers
+        tile = replace(tile, block_f=min(tile.block_f, 64), num_warps=8)
+    divisor = channels & -channels  # a power of two
+    return tile if divisor < 16 else replace(tile, block_k=min(tile.block_k, divisor))
+
+
 class Convolution:
     """A zero-padded convolution, its bias and what follows; the reference is `torch.nn.functional.conv2d`."""
 
@@ -155,8 +165,7 @@ class Convolution:
             raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
         self.filters, self.channels, self.kernel_size, _ = weight.shape
         self.dilation, self.relu, self.origin, self.planes = dilation, relu, origin, planes
-        tiles = FP32_TILES if weight.dtype == torch.float32 else TILES
-        self.tile = tile or tiles[min(max(triton.next_power_of_2(self.filters), min(tiles)), max(tiles))]
+        self.tile = tile or tile_of(self.filters, self.channels, weight.dtype, planes)
         self.weight = weight.permute(2, 3, 1, 0).reshape(-1, self.filters).contiguous()
         self.bias = bias.float().contiguous()
 

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lgcn_fast_kernels import triton_convolution, triton_crop, triton_gaussian_sum, triton_peaks
-from lgcn_fast_kernels.triton_convolution import FP32_TILES, TILES, Tile
+from lgcn_fast_kernels.triton_convolution import TILES, tile_of
 
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program may have on an H200."""
@@ -35,21 +35,23 @@ def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90,
 
 
 def convolution(
-    tile: Tile, name: str, descriptors: bool = False, capability: int = 90, pointers: dict | None = None, **changes
-) -> str:
-    """Of a layer of 128 filters; `changes` of the constants, `pointers` of the types."""
+    dtype: str, filters: int = 128, channels: int = 128, descriptors: bool = False, planes: bool = False,
+    capability: int = 90, types: dict | None = None, **changes,
+) -> str:  # fmt: skip
+    """`types` and `changes` of the kernel's arguments, beside those of an inner layer."""
+    tile = tile_of(filters, channels, torch.float32 if dtype == "fp32" else torch.bfloat16, planes)
     constants = {
-        "residual_ptr": None, "CHANNELS": 128, "FILTERS": 128, "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0,
+        "residual_ptr": None, "CHANNELS": channels, "FILTERS": filters, "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0,
         "RELU": True, "DESCRIPTORS": descriptors, "BLOCK_Y": tile.block_y, "BLOCK_X": tile.block_x,
         "BLOCK_K": tile.block_k if descriptors else min(tile.block_k, triton_convolution.LARGEST_GATHERED_K),
-        "BLOCK_F": tile.block_f, "FILTER_BLOCKS": 128 // tile.block_f,
+        "BLOCK_F": tile.block_f, "FILTER_BLOCKS": -(-filters // tile.block_f),
     } | changes  # fmt: skip
-    types = dict.fromkeys(("x", "weight", "out_ptr"), f"*{name}") | {"bias_ptr": "*fp32"} | (pointers or {})
+    types = dict.fromkeys(("x", "weight", "out_ptr"), f"*{dtype}") | {"bias_ptr": "*fp32"} | (types or {})
     if "residual_ptr" in types:
         del constants["residual_ptr"]
     if descriptors:
-        types["x"] = f"tensordesc<{name}[1,{tile.block_y},{tile.block_x},{tile.block_k}]>"
-        types["weight"] = f"tensordesc<{name}[{tile.block_k},{tile.block_f}]>"
+        types["x"] = f"tensordesc<{dtype}[1,{tile.block_y},{tile.block_x},{tile.block_k}]>"
+        types["weight"] = f"tensordesc<{dtype}[{tile.block_k},{tile.block_f}]>"
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return ptx(triton_convolution._convolution_kernel, constants, types, capability, **options)
 
@@ -72,29 +74,27 @@ def heatmap_reduction() -> str:
 
 
 def crop(to_gray: bool, taps: int) -> str:
-    block_t = min(taps * taps, triton_crop.LARGEST_BLOCK_T)
-    constants = {
-        "TO_GRAY": to_gray, "TAPS": taps, "BLOCK_T": block_t, "BLOCK_P": max(triton_crop.ELEMENTS // block_t, 1),
-    }  # fmt: skip
+    constants = {"TO_GRAY": to_gray, "TAPS": taps, "BLOCK_P": max(triton_crop.ELEMENTS // taps, 1)}
     pointers = {"image_ptr": "*u8", "places_ptr": "*i32", "out_ptr": "*u8"}
     return ptx(triton_crop._crop_kernel, constants, pointers, num_warps=triton_crop.NUM_WARPS, enable_fp_fusion=False)
 
 
 if __name__ == "__main__":
-    for tile in TILES.values():
-        text = convolution(tile, "bf16", True)
-        assert "wgmma.mma_async" in text, tile
-        assert "cp.async.bulk.tensor" in text, tile
-        assert "wgmma.mma_async" in convolution(tile, "bf16"), tile
-        assert "mma.sync" in convolution(tile, "bf16", True, capability=80), tile
-        # The first layer, and the first behind the blur.
-        convolution(tile, "bf16", pointers={"x": "*u8"}, CHANNELS=1, KERNEL_SIZE=5, DILATION=1, ORIGIN=128)
-        convolution(tile, "bf16", pointers={"x": "*fp32"}, CHANNELS=136)
-    last = {"residual_ptr": "*fp32", "out_ptr": "*fp32"}  # the blurred heatmaps are added
-    convolution(TILES[128], "bf16", True, pointers=last, KERNEL_SIZE=1, DILATION=1, RELU=False, FILTERS=68)
-    for tile in FP32_TILES.values():
-        for descriptors in (False, True):
-            assert "mma" in convolution(tile, "fp32", descriptors)
+    for filters in TILES:
+        text = convolution("bf16", filters, filters, descriptors=True)
+        assert "wgmma.mma_async" in text, filters
+        assert "cp.async.bulk.tensor" in text, filters
+        assert "mma.sync" in convolution("bf16", filters, filters, descriptors=True, capability=80), filters
+        for dtype in ("bf16", "fp32"):
+            # First layer, heads, behind the blur, inner layer, last layer: the blurred heatmaps are added.
+            first = {"KERNEL_SIZE": 5, "DILATION": 1, "ORIGIN": 128}
+            convolution(dtype, filters, 1, types={"x": "*u8"}, **first)
+            head = {"KERNEL_SIZE": 1, "DILATION": 1, "RELU": False}
+            convolution(dtype, 136, filters, descriptors=True, planes=True, **head)
+            convolution(dtype, filters, 136, types={"x": "*fp32"})
+            convolution(dtype, filters, filters, descriptors=True)
+            sums = {"residual_ptr": "*fp32", "out_ptr": "*fp32"}
+            convolution(dtype, 68, filters, descriptors=True, planes=True, types=sums, **head)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         assert "mma" in gaussian_sum(dtype, name)
     heatmap_reduction()

@@ -16,7 +16,7 @@ SHAPES = {
     "exact block, descriptors": (2, 16, 16, 3, 1, 8, 16),
     "dilated, descriptors": (1, 64, 64, 3, 4, 11, 18),
     "terms across taps": (1, 34, 16, 3, 4, 9, 7),
-    "several blocks of filters": (1, 16, 136, 1, 1, 3, 37),
+    "several blocks of filters, descriptors": (1, 16, 136, 1, 1, 3, 37),
     "no image": (0, 4, 4, 3, 1, 5, 5),
 }
 # fp32 sums in another order; otherwise the result is rounded.
