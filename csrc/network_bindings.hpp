@@ -248,5 +248,17 @@ inline void bind_network(py::module_& module) {
              py::arg("threshold"), py::arg("nominal_size"))
         .def("fit", &fit, py::arg("heatmaps").noconvert(), py::arg("stride"), py::arg("num_threads"),
              "Points (B, N, 2), shapes (B, N, 2), coefficients (B, K), certainties (B, N), residuals (B,), float64, of "
-             "heatmaps (B, N, H, W) float32; see `lgcn_fast.fitting.Fit`.");
+             "heatmaps (B, N, H, W) float32; see `lgcn_fast.fitting.Fit`.")
+        .def_property_readonly("landmarks", &lgcn::Fitter::landmarks)
+        .def_property_readonly("modes", &lgcn::Fitter::modes)
+        .def_property_readonly("windows", &lgcn::Fitter::windows, "Rounds that see windows.")
+        .def_property_readonly(
+            "constants",
+            [](const lgcn::Fitter& fitter) {
+                return Points(static_cast<py::ssize_t>(fitter.constants().size()), fitter.constants().data());
+            },
+            "(M,) float64: all that `fit_face.hpp` needs of the model and the options, see `FitModel`.")
+        .def_property_readonly(
+            "workspace", [](const lgcn::Fitter& fitter) { return fitter.model().workspace(); },
+            "float64 numbers that a fit needs to work with, see `FitModel`.");
 }

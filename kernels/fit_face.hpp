@@ -12,7 +12,9 @@
 
 #ifdef __CUDACC_RTC__
 #define INFINITY __int_as_float(0x7f800000)
+#define LGCN_UNROLL_8 _Pragma("unroll 8")  // loads that are on their way at once
 #else
+#define LGCN_UNROLL_8
 #include <math.h>
 
 #include <cstdint>
@@ -84,17 +86,27 @@ inline Peak centroid(const Heatmap& map, Index y, Index x) {
     const Index dy = smaller(kRadius, smaller(y, map.height - 1 - y));
     const Index dx = smaller(kRadius, smaller(x, map.width - 1 - x));
     Peak peak{static_cast<float>(x), static_cast<float>(y), map.at(y, x)};
+    // Loops of constant length, so that a GPU has all pixels on their way at once. Outside of the window stands the
+    // peak's own value.
+    constexpr int reach = static_cast<int>(kRadius), side = 2 * reach + 1;
+    float values[side * side];
     float smallest = peak.value;
-    for (Index j = -dy; j <= dy; ++j)
-        for (Index i = -dx; i <= dx; ++i) smallest = smaller(smallest, map.at(y + j, x + i));
+    for (int j = -reach; j <= reach; ++j)
+        for (int i = -reach; i <= reach; ++i) {
+            const bool inside = -dy <= j && j <= dy && -dx <= i && i <= dx;
+            const float value = inside ? map.at(y + j, x + i) : peak.value;
+            values[(j + reach) * side + i + reach] = value;
+            smallest = smaller(smallest, value);
+        }
     if (!(smallest > -INFINITY && peak.value < INFINITY)) return peak;
     double sum = 0, sum_x = 0, sum_y = 0;
-    for (Index j = -dy; j <= dy; ++j)
-        for (Index i = -dx; i <= dx; ++i) {
-            const double weight = static_cast<double>(map.at(y + j, x + i)) - smallest;
+    for (int j = -reach; j <= reach; ++j)
+        for (int i = -reach; i <= reach; ++i) {
+            if (j < -dy || j > dy || i < -dx || i > dx) continue;
+            const double weight = static_cast<double>(values[(j + reach) * side + i + reach]) - smallest;
             sum += weight;
-            sum_x += weight * static_cast<double>(i);
-            sum_y += weight * static_cast<double>(j);
+            sum_x += weight * i;
+            sum_y += weight * j;
         }
     if (sum > 0 && sum < INFINITY) {
         peak.x = static_cast<float>(static_cast<double>(x) + sum_x / sum);
@@ -106,15 +118,16 @@ inline Peak centroid(const Heatmap& map, Index y, Index x) {
 // Larger than the neighbours before it (rows first), not smaller than those after it, of eight.
 inline bool is_local_maximum(const Heatmap& map, Index y, Index x) {
     const float value = map.at(y, x);
-    if (value == -INFINITY) return false;
-    for (Index j = larger<Index>(y - 1, 0); j <= smaller(y + 1, map.height - 1); ++j)
-        for (Index i = larger<Index>(x - 1, 0); i <= smaller(x + 1, map.width - 1); ++i) {
-            if (j == y && i == x) continue;
-            const bool before = j < y || (j == y && i < x);
-            const float neighbour = map.at(j, i);
-            if (before ? !(value > neighbour) : !(value >= neighbour)) return false;
+    // No early end: a GPU has all neighbours on their way at once.
+    bool is_maximum = value > -INFINITY;
+    for (int j = -1; j <= 1; ++j)
+        for (int i = -1; i <= 1; ++i) {
+            const bool inside = 0 <= y + j && y + j < map.height && 0 <= x + i && x + i < map.width;
+            const float neighbour = inside ? map.at(y + j, x + i) : -INFINITY;
+            const bool before = j < 0 || (j == 0 && i < 0), itself = j == 0 && i == 0;
+            is_maximum &= itself || (before ? value > neighbour : value >= neighbour);
         }
-    return true;
+    return is_maximum;
 }
 
 // What needs all pixels of a heatmap: its largest one with its centroid, and the moments of those above the threshold.
@@ -171,28 +184,41 @@ void combine(const Group& group, const double* weights, long long count, const d
              double* sums) {
     for (long long column = group.lane(); column < width; column += group.lanes()) {
         double sum = 0;
+        LGCN_UNROLL_8
         for (long long row = 0; row < count; ++row) sum += weights[row] * rows[row * width + column];
         sums[column] = sum;
     }
 }
 
+// How the threads of a team share a window: in rows of up to 16 columns.
+struct Share {
+    Index across, down, column, row;
+
+    template <typename Group>
+    explicit Share(const Group& group)
+        : across(smaller(static_cast<Index>(group.size()), static_cast<Index>(16))),
+          down(static_cast<Index>(group.size()) / across),
+          column(static_cast<Index>(group.rank()) % across),
+          row(static_cast<Index>(group.rank()) / across) {}
+};
+
 // Moments of the pixels with a value above the threshold in a window, for all threads of a team.
 template <typename Group>
 Moments window_moments(const Group& group, const Heatmap& map, const Window& window, float threshold) {
-    const Index width = window.x1 - window.x0, count = (window.y1 - window.y0) * width;
+    const Share share(group);
     // Each thread adds up few pixels, with positions counted from the corner: fp32 is enough.
-    const float* corner = map.data + window.y0 * map.width + window.x0;
     float w2 = 0, w2x = 0, w2y = 0;
-#ifdef __CUDACC_RTC__
-#pragma unroll 8
-#endif
-    for (Index i = static_cast<Index>(group.rank()); i < count; i += static_cast<Index>(group.size())) {
-        const Index y = i / width, x = i - y * width;
-        const float value = corner[y * map.width + x];
-        const float squared = value > threshold ? value * value : 0.0f;
-        w2 += squared;
-        w2x += squared * static_cast<float>(x);
-        w2y += squared * static_cast<float>(y);
+    for (Index x = window.x0 + share.column; x < window.x1; x += share.across) {
+        float column = 0;
+        LGCN_UNROLL_8
+        for (Index y = window.y0 + share.row; y < window.y1; y += share.down) {
+            const float value = map.data[y * map.width + x];
+            const float squared = value > threshold ? value * value : 0.0f;
+            column += squared;
+            w2y += squared * static_cast<float>(y - window.y0);
+        }
+        w2 += column;
+        w2x += column * static_cast<float>(x - window.x0);
     }
     double sums[3] = {w2, w2x, w2y};
     group.sum(sums);
@@ -209,21 +235,21 @@ Peak nearest_peak(const Group& group, const Heatmap& map, double x, double y, do
     // sqrt(2) (radius + kRadius) from the target, and so are all that are nearer: these pixels alone decide. As most
     // maxima are close to their target, a small square is searched first; it holds all pixels as near as its half side.
     const double furthest = 1.4142136 * (radius + static_cast<double>(kRadius));
-    double best = INFINITY;
-    double place = 0;
+    const Share share(group);
+    double best, place;
     for (double reach = smaller(3.0, furthest);; reach = furthest) {
         const Window square = window(map, x, y, reach);
-        const Index width = square.x1 - square.x0, count = (square.y1 - square.y0) * width;
-        double mine = INFINITY, my_place = 0;
-        for (Index i = static_cast<Index>(group.rank()); i < count; i += static_cast<Index>(group.size())) {
-            const Index row = square.y0 + i / width, column = square.x0 + i % width;
-            if (!(map.data[row * map.width + column] > threshold)) continue;
-            const double dy = static_cast<double>(row) - y, dx = static_cast<double>(column) - x;
-            const double distance = dy * dy + dx * dx;
-            if (!(distance < mine) || !is_local_maximum(map, row, column)) continue;
-            mine = distance;
-            my_place = static_cast<double>(row * map.width + column);
-        }
+        double mine = INFINITY, my_place = INFINITY;
+        for (Index row = square.y0 + share.row; row < square.y1; row += share.down)
+            for (Index column = square.x0 + share.column; column < square.x1; column += share.across) {
+                const Index pixel = row * map.width + column;
+                if (!(map.data[pixel] > threshold)) continue;
+                const double dy = static_cast<double>(row) - y, dx = static_cast<double>(column) - x;
+                const double distance = dy * dy + dx * dx;
+                if (!(distance < mine) || !is_local_maximum(map, row, column)) continue;
+                mine = distance;
+                my_place = static_cast<double>(pixel);
+            }
         best = group.least(mine);
         place = group.least(mine == best ? my_place : INFINITY);
         if (best <= reach * reach || reach == furthest) break;
@@ -430,7 +456,7 @@ struct Block {
 };
 
 // One block a face; workspace in shared memory.
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 1)
     fit_faces(const float* heatmaps, const Evidence<float>* evidence, const double* constants, long long landmarks,
               long long parameters, long long windows, long long height, long long width, double stride, float* points,
               float* shapes, float* coefficients, float* certainties, float* residuals) {
