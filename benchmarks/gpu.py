@@ -14,9 +14,10 @@ from heatmaps import real_heatmaps
 from timing import run
 
 from lgcn_fast import LGCN, LGCNConfig, ShapeModel, gaussian_sum
-from lgcn_fast.fitting import fit
+from lgcn_fast.fitting import THRESHOLD, CudaFitter, fit
 from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import WEIGHTS
+from lgcn_fast_kernels import peak_centroids, window_moments
 
 BATCHES = (1, 64)
 
@@ -95,16 +96,30 @@ def network(filters: int) -> dict[str, dict]:
     return results
 
 
-def fits() -> dict[str, float]:
-    """64 faces from heatmaps on the device, on torch's stream."""
+def fits() -> dict[str, dict]:
+    """From heatmaps on the device to points, on torch's stream: arrays in CuPy, and all in one launch."""
     import cupy
 
     model = ShapeModel.load(WEIGHTS / "shape-68.safetensors")
-    heatmaps = real_heatmaps(64)
-    on_device = cupy.from_dlpack(torch.from_numpy(heatmaps).cuda())
-    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
-        np.testing.assert_allclose(cupy.asnumpy(fit(model, on_device).points), fit(model, heatmaps).points, atol=1e-3)
-        return table("fit of 64 faces", {"CuPy": lambda: fit(model, on_device)})
+    fitter = CudaFitter(model)
+    results = {}
+    for batch in BATCHES:
+        heatmaps = real_heatmaps(batch)
+        points, values = peak_centroids(heatmaps)
+        moments = window_moments(heatmaps, threshold=THRESHOLD)
+        peaks = torch.from_numpy(np.concatenate([points, values[..., None], moments], axis=2)).float().cuda()
+        maps = torch.from_numpy(heatmaps).cuda()
+        arrays = cupy.from_dlpack(maps)
+        with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
+            out, expected = fitter(maps, peaks), fit(model, heatmaps).points
+            np.testing.assert_allclose(out.points.cpu(), expected, atol=1e-3)
+            np.testing.assert_allclose(cupy.asnumpy(fit(model, arrays).points), expected, atol=1e-3)
+            functions = {
+                "CuPy": lambda a=arrays: fit(model, a),
+                "one launch, after the reduction": lambda m=maps, p=peaks, o=out: fitter(m, p, 1, o),
+            }
+            results[f"batch {batch}"] = table(f"fit, batch {batch}", functions)
+    return results
 
 
 def main() -> dict:

@@ -26,7 +26,7 @@ struct Alone {
 };
 
 LGCN_EVERY_SIMD inline void combine(const Alone&, const double* weights, long long count, const double* rows,
-                                    long long width, double* sums) {
+                                    long long width, double* sums, long long) {
     std::fill(sums, sums + width, 0.0);
     for (long long row = 0; row < count; ++row)
         for (long long i = 0; i < width; ++i) sums[i] += weights[row] * rows[row * width + i];

@@ -178,11 +178,12 @@ struct Guess {
     double cos, sin, size;
 };
 
-// sums (width,) = weights (count,) times rows (count, width).
+// sums (width,) = weights (count,) times rows (count, width), for the threads behind the first `busy` ones.
 template <typename Group>
 void combine(const Group& group, const double* weights, long long count, const double* rows, long long width,
-             double* sums) {
-    for (long long column = group.lane(); column < width; column += group.lanes()) {
+             double* sums, long long busy) {
+    const long long lanes = group.lanes();
+    for (long long column = (group.lane() + lanes - busy % lanes) % lanes; column < width; column += lanes) {
         double sum = 0;
         LGCN_UNROLL_8
         for (long long row = 0; row < count; ++row) sum += weights[row] * rows[row * width + column];
@@ -389,13 +390,13 @@ void fit_face(const Group& group, const FitModel& model, const Heatmap& maps, co
             turned[2 * i + 1] = guess.cos * m.w2y - guess.sin * m.w2x;
         }
         group.sync();
-        combine(group, weights, landmarks, model.products, half, left);
-        combine(group, turned, 2 * landmarks, model.transposed, parameters, right);
+        combine(group, weights, landmarks, model.products, half, left, 0);
+        combine(group, turned, 2 * landmarks, model.transposed, parameters, right, half);
         group.sync();
         add_prior(group, model, guess, maps, stride, left, right);
         group.sync();
         solve_system(group, left, right, parameters, theta);
-        combine(group, theta, parameters, model.basis, 2 * landmarks, shape);
+        combine(group, theta, parameters, model.basis, 2 * landmarks, shape, 0);
         frame = guess;
         const double size = hypot(theta[0], theta[1]), cos = theta[0] / size, sin = theta[1] / size;
         guess = {frame.cos * cos - frame.sin * sin, frame.sin * cos + frame.cos * sin, size};
