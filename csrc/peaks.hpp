@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "fit_face.hpp"
+#include "heatmap.hpp"
 #include "simd.hpp"
 
 namespace lgcn {

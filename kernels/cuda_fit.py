@@ -1,5 +1,6 @@
 """The fit of section 3.3 on an NVIDIA GPU: the source that the CPU runs too (`fit_face.hpp`), one block of threads a
-face, compiled by CuPy when a fitter is built."""
+face, compiled by CuPy when a fitter is built.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -10,13 +11,18 @@ from torch import Tensor
 
 from ._native import Fitter
 
-SOURCE = Path(__file__).with_name("fit_face.hpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("heatmap.hpp", "fit_face.hpp"))
 OPTIONS = ("-std=c++17", "-default-device")
 """Of NVRTC. (The functions of the source are not marked for a device: on a CPU there is no such mark.)"""
 THREADS = 512
 """Of a block, as in the source's launch bounds. Not measured on a GPU yet."""
 PLAIN_SHARED_BYTES = 48 * 1024
 """Shared memory that a kernel gets without asking for it."""
+
+
+def cuda_source() -> str:
+    """What NVRTC compiles: one text without includes, as CuPy keeps compiled kernels on disk by their text alone."""
+    return "\n".join(source.read_text() for source in SOURCES)
 
 
 class CudaFitter:
@@ -100,8 +106,7 @@ def _compiled(device_index: int) -> Any:
     """The kernel, compiled and loaded: the first launch may be one into a CUDA graph, where neither is possible."""
     cupy = _cupy()
     with cupy.cuda.Device(device_index):
-        # One source without includes: CuPy keeps compiled kernels on disk and looks at the source alone.
-        kernel = cupy.RawModule(code=SOURCE.read_text(), options=OPTIONS).get_function("fit_faces")
+        kernel = cupy.RawModule(code=cuda_source(), options=OPTIONS).get_function("fit_faces")
         kernel.compile()
     return kernel
 

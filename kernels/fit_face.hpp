@@ -10,125 +10,11 @@
 // On a CPU the group is one thread, which replaces the three steps that take its time by SIMD versions (csrc/fit.hpp).
 #pragma once
 
-#ifdef __CUDACC_RTC__
-#define INFINITY __int_as_float(0x7f800000)
-#define LGCN_UNROLL_8 _Pragma("unroll 8")  // loads that are on their way at once
-#else
-#define LGCN_UNROLL_8
-#include <math.h>
-
-#include <cstdint>
+#ifndef __CUDACC_RTC__  // CuPy puts the two files together: it keeps compiled kernels, and does not look into includes.
+#include "heatmap.hpp"
 #endif
 
 namespace lgcn {
-
-#ifdef __CUDACC_RTC__
-using Index = int;  // within a heatmap
-#else
-using Index = std::int64_t;
-#endif
-
-template <typename T>
-T smaller(T a, T b) {
-    return b < a ? b : a;
-}
-
-template <typename T>
-T larger(T a, T b) {
-    return a < b ? b : a;
-}
-
-// One heatmap: row-major pixels. NaN counts as minus infinity.
-struct Heatmap {
-    const float* data;
-    Index height, width;
-
-    // Of the same size, `index` heatmaps further in memory.
-    Heatmap neighbour(long long index) const { return {data + index * height * width, height, width}; }
-
-    float at(Index y, Index x) const {
-        const float value = data[y * width + x];
-        return value == value ? value : -INFINITY;
-    }
-};
-
-struct Peak {
-    float x, y;   // pixels, pixel centres at integers
-    float value;  // of the peak's pixel
-};
-
-// Sums of w^2, w^2 x and w^2 y over pixels with value w.
-struct Moments {
-    double w2 = 0, w2x = 0, w2y = 0;
-};
-
-// The rows [y0, y1) and columns [x0, x1) of a heatmap.
-struct Window {
-    Index y0, y1, x0, x1;
-};
-
-// Pixels at most `radius` from a centre along x and along y.
-inline Window window(const Heatmap& map, double centre_x, double centre_y, double radius) {
-    // In this order, NaN becomes 0.
-    const auto bound = [](double v, Index length) {
-        return static_cast<Index>(smaller(larger(0.0, v), static_cast<double>(length)));
-    };
-    return {bound(ceil(centre_y - radius), map.height), bound(floor(centre_y + radius) + 1, map.height),
-            bound(ceil(centre_x - radius), map.width), bound(floor(centre_x + radius) + 1, map.width)};
-}
-
-// The window around a peak reaches this many pixels to each side.
-constexpr Index kRadius = 2;
-
-// Centroid of the window around a pixel: weights are the values minus the window's smallest, the window is cut at the
-// border to one that is symmetric about the pixel. In a constant window, or one with an infinite value, the pixel.
-inline Peak centroid(const Heatmap& map, Index y, Index x) {
-    const Index dy = smaller(kRadius, smaller(y, map.height - 1 - y));
-    const Index dx = smaller(kRadius, smaller(x, map.width - 1 - x));
-    Peak peak{static_cast<float>(x), static_cast<float>(y), map.at(y, x)};
-    // Loops of constant length, so that a GPU has all pixels on their way at once. Outside of the window stands the
-    // peak's own value.
-    constexpr int reach = static_cast<int>(kRadius), side = 2 * reach + 1;
-    float values[side * side];
-    float smallest = peak.value;
-    for (int j = -reach; j <= reach; ++j)
-        for (int i = -reach; i <= reach; ++i) {
-            const bool inside = -dy <= j && j <= dy && -dx <= i && i <= dx;
-            const float value = inside ? map.at(y + j, x + i) : peak.value;
-            values[(j + reach) * side + i + reach] = value;
-            smallest = smaller(smallest, value);
-        }
-    if (!(smallest > -INFINITY && peak.value < INFINITY)) return peak;
-    double sum = 0, sum_x = 0, sum_y = 0;
-    for (int j = -reach; j <= reach; ++j)
-        for (int i = -reach; i <= reach; ++i) {
-            if (j < -dy || j > dy || i < -dx || i > dx) continue;
-            const double weight = static_cast<double>(values[(j + reach) * side + i + reach]) - smallest;
-            sum += weight;
-            sum_x += weight * i;
-            sum_y += weight * j;
-        }
-    if (sum > 0 && sum < INFINITY) {
-        peak.x = static_cast<float>(static_cast<double>(x) + sum_x / sum);
-        peak.y = static_cast<float>(static_cast<double>(y) + sum_y / sum);
-    }
-    return peak;
-}
-
-// Larger than the neighbours before it (rows first), not smaller than those after it, of eight.
-inline bool is_local_maximum(const Heatmap& map, Index y, Index x) {
-    const float value = map.at(y, x);
-    // No early end: a GPU has all neighbours on their way at once.
-    bool is_maximum = value > -INFINITY;
-    for (int j = -1; j <= 1; ++j)
-        for (int i = -1; i <= 1; ++i) {
-            const bool inside = 0 <= y + j && y + j < map.height && 0 <= x + i && x + i < map.width;
-            const float neighbour = inside ? map.at(y + j, x + i) : -INFINITY;
-            const bool before = j < 0 || (j == 0 && i < 0), itself = j == 0 && i == 0;
-            is_maximum &= itself || (before ? value > neighbour : value >= neighbour);
-        }
-    return is_maximum;
-}
 
 // What needs all pixels of a heatmap: its largest one with its centroid, and the moments of those above the threshold.
 template <typename Number>
@@ -165,7 +51,7 @@ struct FitModel {
     long long half() const { return parameters * (parameters + 1) / 2; }
     // In doubles.
     long long constants() const { return products + landmarks * half() - reinterpret_cast<const double*>(options); }
-    long long workspace() const { return half() + 3 * parameters + 5 * landmarks; }
+    long long workspace() const { return half() + 2 * parameters + 5 * landmarks; }
 };
 
 template <typename Number>
@@ -354,6 +240,53 @@ void solve_system(const Group& group, double* left, double* right, long long cou
     group.sync();
 }
 
+// The point of a shape in the frame of the model, in the image.
+struct Placed {
+    double x, y;
+
+    Placed(const Guess& frame, const double* point)
+        : x(frame.cos * point[0] - frame.sin * point[1]), y(frame.sin * point[0] + frame.cos * point[1]) {}
+};
+
+// From the last round's solution to the result.
+//   frame, theta, shape: of the last round; size: that it found
+//   certainties, squares: (landmarks,), to work with
+template <typename Group, typename Out>
+void finish(const Group& group, const FitModel& model, const Heatmap& maps, double stride, const Guess& frame,
+            double size, const double* theta, const double* shape, double* certainties, double* squares,
+            const FitResult<Out>& result) {
+    const FitOptions& options = *model.options;
+    for (long long k = group.lane(); k < model.parameters - 4; k += group.lanes())
+        result.coefficients[k] = static_cast<Out>(theta[4 + k] / (frame.size * model.deviations[k]));
+    const double radius = model.radii[model.windows - 1] / stride;
+    for (long long i = group.team(); i < model.landmarks; i += group.teams()) {
+        const auto [x, y] = Placed(frame, shape + 2 * i);
+        const auto threshold = static_cast<float>(options.threshold);
+        const Peak peak = nearest_peak(group, maps.neighbour(i), x, y, radius, threshold);
+        if (group.rank() > 0) continue;
+        const double dx = peak.x - x, dy = peak.y - y;
+        // A maximum outside the last window is a false one, however high.
+        const bool near = larger(fabs(dx), fabs(dy)) <= radius;
+        const double certainty = near ? smaller(larger(0.0, static_cast<double>(peak.value)), 1.0) : 0;
+        certainties[i] = certainty;
+        squares[i] = dx * dx + dy * dy;
+        result.certainties[i] = static_cast<Out>(certainty);
+        result.shapes[2 * i] = static_cast<Out>(x);
+        result.shapes[2 * i + 1] = static_cast<Out>(y);
+        result.points[2 * i] = static_cast<Out>(x + options.trust * certainty * dx);
+        result.points[2 * i + 1] = static_cast<Out>(y + options.trust * certainty * dy);
+    }
+    group.sync();
+    double totals[2] = {};  // of the certainties; of the squared distances, weighted by them
+    for (long long i = group.rank(); i < model.landmarks; i += group.size()) {
+        totals[0] += certainties[i];
+        totals[1] += certainties[i] * squares[i];
+    }
+    group.sum(totals);
+    if (group.lane() == 0)
+        *result.residual = static_cast<Out>(totals[0] > 0 ? sqrt(totals[1] / totals[0]) / size : INFINITY);
+}
+
 // Fits a face.
 //   maps: the first of the face's (landmarks, height, width)
 //   evidence: (landmarks,)
@@ -362,8 +295,7 @@ void solve_system(const Group& group, double* left, double* right, long long cou
 template <typename Group, typename In, typename Out>
 void fit_face(const Group& group, const FitModel& model, const Heatmap& maps, const Evidence<In>* evidence,
               double stride, double* workspace, const FitResult<Out>& result) {
-    const FitOptions& options = *model.options;
-    const auto threshold = static_cast<float>(options.threshold);
+    const auto threshold = static_cast<float>(model.options->threshold);
     const long long landmarks = model.landmarks, parameters = model.parameters, half = model.half();
     double* left = workspace;
     double* right = left + half;
@@ -374,15 +306,13 @@ void fit_face(const Group& group, const FitModel& model, const Heatmap& maps, co
 
     Guess frame{};  // of the shape
     Guess guess = first_guess(group, model, evidence, static_cast<double>(larger(maps.height, maps.width)));
-    const auto shape_x = [&](long long i) { return frame.cos * shape[2 * i] - frame.sin * shape[2 * i + 1]; };
-    const auto shape_y = [&](long long i) { return frame.sin * shape[2 * i] + frame.cos * shape[2 * i + 1]; };
     for (long long round = 0; round <= model.windows; ++round) {
         for (long long i = group.team(); i < landmarks; i += group.teams()) {
             Moments m{evidence[i].w2, evidence[i].w2x, evidence[i].w2y};
             if (round > 0) {
                 const Heatmap map = maps.neighbour(i);
-                const double radius = model.radii[round - 1] / stride;
-                m = window_moments(group, map, window(map, shape_x(i), shape_y(i), radius), threshold);
+                const auto [x, y] = Placed(frame, shape + 2 * i);
+                m = window_moments(group, map, window(map, x, y, model.radii[round - 1] / stride), threshold);
             }
             if (group.rank() > 0) continue;
             weights[i] = m.w2;
@@ -402,34 +332,7 @@ void fit_face(const Group& group, const FitModel& model, const Heatmap& maps, co
         guess = {frame.cos * cos - frame.sin * sin, frame.sin * cos + frame.cos * sin, size};
         group.sync();
     }
-    for (long long k = group.lane(); k < parameters - 4; k += group.lanes())
-        result.coefficients[k] = static_cast<Out>(theta[4 + k] / (frame.size * model.deviations[k]));
-    const double radius = model.radii[model.windows - 1] / stride;
-    for (long long i = group.team(); i < landmarks; i += group.teams()) {
-        const double x = shape_x(i), y = shape_y(i);
-        const Peak peak = nearest_peak(group, maps.neighbour(i), x, y, radius, threshold);
-        if (group.rank() > 0) continue;
-        const double dx = peak.x - x, dy = peak.y - y;
-        // A maximum outside the last window is a false one, however high.
-        const bool near = larger(fabs(dx), fabs(dy)) <= radius;
-        const double certainty = near ? smaller(larger(0.0, static_cast<double>(peak.value)), 1.0) : 0;
-        weights[i] = certainty;
-        turned[i] = certainty * (dx * dx + dy * dy);
-        result.certainties[i] = static_cast<Out>(certainty);
-        result.shapes[2 * i] = static_cast<Out>(x);
-        result.shapes[2 * i + 1] = static_cast<Out>(y);
-        result.points[2 * i] = static_cast<Out>(x + options.trust * certainty * dx);
-        result.points[2 * i + 1] = static_cast<Out>(y + options.trust * certainty * dy);
-    }
-    group.sync();
-    double totals[2] = {};  // of the certainties; with squared distances
-    for (long long i = group.rank(); i < landmarks; i += group.size()) {
-        totals[0] += weights[i];
-        totals[1] += turned[i];
-    }
-    group.sum(totals);
-    if (group.lane() == 0)
-        *result.residual = static_cast<Out>(totals[0] > 0 ? sqrt(totals[1] / totals[0]) / guess.size : INFINITY);
+    finish(group, model, maps, stride, frame, guess.size, theta, shape, weights, turned, result);
 }
 
 #ifdef __CUDACC_RTC__

@@ -60,7 +60,7 @@ def emulated(tmp_path_factory):
         pytest.skip("needs g++ or clang++")
     library = tmp_path_factory.mktemp("emulated") / "emulated_block.so"
     source = Path(__file__).with_name("emulated_block.cpp")
-    include = f"-I{cuda_fit.SOURCE.parent}"
+    include = f"-I{cuda_fit.SOURCES[0].parent}"
     flags = ["-std=c++20", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
     subprocess.run([compiler, *flags, include, source, "-o", library], check=True)
     function = ctypes.CDLL(str(library)).fit_faces
@@ -134,7 +134,7 @@ def test_nearest_maximum_beyond_the_window_hides_one_in_its_corner(emulated, ran
 def test_compiles_without_a_warning(architecture):
     nvrtc = load_nvrtc()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    source = cuda_fit.SOURCE.read_bytes()
+    source = cuda_fit.cuda_source().encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"fit_face.cu", 0, None, None) == 0
     # (-ftz: CuPy's.)
     options = [option.encode() for option in (*cuda_fit.OPTIONS, "-ftz=true", f"-arch={architecture}")]
