@@ -113,14 +113,13 @@ Moments window_moments(const Group& group, const Heatmap& map, const Window& win
             sums[2] + sums[0] * static_cast<double>(window.y0)};
 }
 
-// The local maximum above the threshold nearest to a target, for all threads of a team; the target itself, with value
-// 0, where there is none. It need not be found where its centroid is more than `radius` from the target along x or y,
-// nor may another one be found then that is nearer than that along both.
+// The local maximum above the threshold nearest to a target, for all threads of a team, if its centroid is at most
+// `radius` from the target along x and y; else a maximum that is not as near, or the target itself with value 0.
 template <typename Group>
 Peak nearest_peak(const Group& group, const Heatmap& map, double x, double y, double radius, float threshold) {
-    // A centroid is at most kRadius from its pixel along x and y, so the pixel of one within the radius is at most
-    // sqrt(2) (radius + kRadius) from the target, and so are all that are nearer: these pixels alone decide. As most
-    // maxima are close to their target, a small square is searched first; it holds all pixels as near as its half side.
+    // A centroid is at most kRadius from its pixel along x and y. So the pixel of a centroid within the radius is at
+    // most sqrt(2) (radius + kRadius) from the target, and so is every pixel nearer to it: no others need be looked at.
+    // As most maxima are close to their target, a small square is searched first; it holds all pixels up to `reach`.
     const double furthest = 1.4142136 * (radius + static_cast<double>(kRadius));
     const Share share(group);
     double best, place;
