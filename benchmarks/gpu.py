@@ -27,7 +27,9 @@ from lgcn_fast.prediction import DEFAULT_WEIGHTS, WEIGHTS
 BATCHES = (1, 64)
 LAST_COMPILATION = 300
 """Seconds behind the start at which torch.compile, which takes minutes, is begun at the latest."""
-TESTS = ("test_triton.py", "test_triton_convolution.py", "test_triton_crop.py", "test_triton_peaks.py", "test_cuda.py")
+TESTS = tuple(
+    f"test_{name}.py" for name in ("triton", "triton_convolution", "triton_crop", "triton_peaks", "cuda", "cuda_fit")
+)
 START = time.monotonic()
 
 
@@ -182,13 +184,17 @@ def network(name: str, peak: float) -> dict[str, dict]:
 
 
 def fits() -> dict[str, float]:
-    """64 faces from heatmaps on the device, on torch's stream, beside plain PyTorch; and NumPy's time."""
+    """64 faces from heatmaps on the device, on torch's stream, beside the same on other arrays; and NumPy's time."""
+    import cupy
+
     from lgcn_fast_kernels.triton_peaks import heatmap_reduction
 
     model = ShapeModel.load(WEIGHTS / "shape-68.safetensors")
     heatmaps = real_heatmaps(64)
     on_device = torch.from_numpy(heatmaps).cuda()
     fitter = CudaFitter(model)
+    stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream())
+    cupy_heatmaps = cupy.from_dlpack(on_device)
 
     def fused() -> object:
         return fitter(on_device, heatmap_reduction(on_device), 1)
@@ -199,10 +205,12 @@ def fits() -> dict[str, float]:
     numpy = 1e3 * (time.perf_counter() - start)
     functions = {
         "PyTorch": lambda: fit(model, on_device),
+        "CuPy arrays": lambda: fit(model, cupy_heatmaps),
         "reduction": lambda: heatmap_reduction(on_device),
         "reduction and fit": fused,
     }
-    times = table("fit of 64 faces, 96 x 96", functions)
+    with stream:
+        times = table("fit of 64 faces, 96 x 96", functions)
     print(f"NumPy, on the host: {numpy:.1f} ms, {numpy / times['reduction and fit']:.0f} x")
     return times | {"NumPy": numpy}
 

@@ -94,9 +94,9 @@ py::array_t<double> window_moments(const Heatmaps& heatmaps, const std::optional
         py::gil_scoped_release unlocked;
         lgcn::parallel_for(batch.count(), pixels, num_threads, [&](std::int64_t i) {
             const lgcn::Heatmap map = batch.map(i);
-            const lgcn::Moments m = centre
-                                        ? lgcn::window_moments(map, centre[2 * i], centre[2 * i + 1], radius, threshold)
-                                        : lgcn::window_moments(map, 0, map.height, 0, map.width, threshold);
+            const lgcn::Window window = centre ? lgcn::window(map, centre[2 * i], centre[2 * i + 1], radius)
+                                               : lgcn::Window{0, map.height, 0, map.width};
+            const lgcn::Moments m = lgcn::window_moments(map, window, threshold);
             out[3 * i] = m.w2;
             out[3 * i + 1] = m.w2x;
             out[3 * i + 2] = m.w2y;

@@ -21,7 +21,7 @@
 struct Fits {
     Points points, shapes, coefficients, certainties, residuals;
     std::int64_t landmarks, modes;
-    lgcn::FitResult first;
+    lgcn::FitResult<double> first;
 
     Fits(py::ssize_t faces, const lgcn::Fitter& fitter)
         : points({faces, py::ssize_t{fitter.landmarks()}, py::ssize_t{2}}),
@@ -34,7 +34,7 @@ struct Fits {
           first{points.mutable_data(), shapes.mutable_data(), coefficients.mutable_data(), certainties.mutable_data(),
                 residuals.mutable_data()} {}
 
-    lgcn::FitResult face(std::int64_t i) const {
+    lgcn::FitResult<double> face(std::int64_t i) const {
         return {first.points + 2 * i * landmarks, first.shapes + 2 * i * landmarks, first.coefficients + i * modes,
                 first.certainties + i * landmarks, first.residual + i};
     }
@@ -233,20 +233,32 @@ inline void bind_network(py::module_& module) {
                              "The fit of section 3.3 with a shape model: basis (4 + K, N, 2) and variances (K,) "
                              "float64; the constants are those of `lgcn_fast.fitting`, which is the reference.")
         .def(py::init([](const Points& basis, const Points& variances, const std::vector<double>& radii, double certain,
-                         std::int64_t fallback, double noise, double trust, double size_spread, double shift_spread,
+                         double fallback, double noise, double trust, double size_spread, double shift_spread,
                          double threshold, double nominal_size) {
                  if (basis.ndim() != 3 || basis.shape(2) != 2 || basis.shape(1) == 0 || variances.ndim() != 1 ||
                      variances.shape(0) + 4 != basis.shape(0) || radii.empty()) {
                      throw py::value_error("expected a basis (4 + K, N, 2), variances (K,) and radii");
                  }
                  return lgcn::Fitter(
-                     basis.data(), variances.data(), basis.shape(0), basis.shape(1),
-                     {radii, certain, noise, trust, size_spread, shift_spread, threshold, nominal_size, fallback});
+                     basis.data(), variances.data(), basis.shape(0), basis.shape(1), radii,
+                     {certain, fallback, noise, trust, size_spread, shift_spread, threshold, nominal_size});
              }),
              py::arg("basis"), py::arg("variances"), py::kw_only(), py::arg("radii"), py::arg("certain"),
              py::arg("fallback"), py::arg("noise"), py::arg("trust"), py::arg("size_spread"), py::arg("shift_spread"),
              py::arg("threshold"), py::arg("nominal_size"))
         .def("fit", &fit, py::arg("heatmaps").noconvert(), py::arg("stride"), py::arg("num_threads"),
              "Points (B, N, 2), shapes (B, N, 2), coefficients (B, K), certainties (B, N), residuals (B,), float64, of "
-             "heatmaps (B, N, H, W) float32; see `lgcn_fast.fitting.Fit`.");
+             "heatmaps (B, N, H, W) float32; see `lgcn_fast.fitting.Fit`.")
+        .def_property_readonly("landmarks", &lgcn::Fitter::landmarks)
+        .def_property_readonly("modes", &lgcn::Fitter::modes)
+        .def_property_readonly("windows", &lgcn::Fitter::windows, "Rounds that see windows.")
+        .def_property_readonly(
+            "constants",
+            [](const lgcn::Fitter& fitter) {
+                return Points(static_cast<py::ssize_t>(fitter.constants().size()), fitter.constants().data());
+            },
+            "(M,) float64: all that `fit_face.hpp` needs of the model and the options, see `FitModel`.")
+        .def_property_readonly(
+            "workspace", [](const lgcn::Fitter& fitter) { return fitter.model().workspace(); },
+            "float64 numbers that a fit needs to work with, see `FitModel`.");
 }

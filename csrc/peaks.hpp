@@ -7,61 +7,10 @@
 #include <limits>
 #include <vector>
 
+#include "heatmap.hpp"
 #include "simd.hpp"
 
 namespace lgcn {
-
-// One heatmap: row-major pixels. NaN counts as minus infinity.
-struct Heatmap {
-    const float* data;
-    std::int64_t height, width;
-
-    // Of the same size, `index` heatmaps further in memory.
-    Heatmap neighbour(std::int64_t index) const { return {data + index * height * width, height, width}; }
-
-    float at(std::int64_t y, std::int64_t x) const {
-        const float value = data[y * width + x];
-        return std::isnan(value) ? -std::numeric_limits<float>::infinity() : value;
-    }
-};
-
-struct Peak {
-    float x, y;   // pixels, pixel centres at integers
-    float value;  // of the peak's pixel
-};
-
-// Sums of w^2, w^2 x and w^2 y over pixels with value w.
-struct Moments {
-    double w2 = 0, w2x = 0, w2y = 0;
-};
-
-// The window around a peak reaches this many pixels to each side.
-constexpr std::int64_t kRadius = 2;
-
-// Centroid of the window around a pixel: weights are the values minus the window's smallest, the window is cut at the
-// border to one that is symmetric about the pixel. In a constant window, or one with an infinite value, the pixel.
-inline Peak centroid(const Heatmap& map, std::int64_t y, std::int64_t x) {
-    const std::int64_t dy = std::min({kRadius, y, map.height - 1 - y});
-    const std::int64_t dx = std::min({kRadius, x, map.width - 1 - x});
-    Peak peak{static_cast<float>(x), static_cast<float>(y), map.at(y, x)};
-    double smallest = peak.value;
-    for (std::int64_t j = -dy; j <= dy; ++j)
-        for (std::int64_t i = -dx; i <= dx; ++i) smallest = std::min<double>(smallest, map.at(y + j, x + i));
-    if (!std::isfinite(smallest) || !std::isfinite(peak.value)) return peak;
-    double sum = 0, sum_x = 0, sum_y = 0;
-    for (std::int64_t j = -dy; j <= dy; ++j)
-        for (std::int64_t i = -dx; i <= dx; ++i) {
-            const double weight = map.at(y + j, x + i) - smallest;
-            sum += weight;
-            sum_x += weight * static_cast<double>(i);
-            sum_y += weight * static_cast<double>(j);
-        }
-    if (sum > 0 && std::isfinite(sum)) {
-        peak.x = static_cast<float>(static_cast<double>(x) + sum_x / sum);
-        peak.y = static_cast<float>(static_cast<double>(y) + sum_y / sum);
-    }
-    return peak;
-}
 
 // Largest value of a row; NaN is never larger.
 LGCN_EVERY_SIMD inline float row_maximum(const float* row, std::int64_t width) {
@@ -115,18 +64,10 @@ inline Peak peak_centroid(const Heatmap& map) {
     return centroid(map, index / map.width, index % map.width);
 }
 
-// Larger than the neighbours before it (rows first), not smaller than those after it, of eight.
-inline bool is_local_maximum(const Heatmap& map, std::int64_t y, std::int64_t x) {
-    const float value = map.at(y, x);
-    if (value == -std::numeric_limits<float>::infinity()) return false;
-    for (std::int64_t j = std::max<std::int64_t>(y - 1, 0); j <= std::min(y + 1, map.height - 1); ++j)
-        for (std::int64_t i = std::max<std::int64_t>(x - 1, 0); i <= std::min(x + 1, map.width - 1); ++i) {
-            if (j == y && i == x) continue;
-            const bool before = j < y || (j == y && i < x);
-            const float neighbour = map.at(j, i);
-            if (before ? !(value > neighbour) : !(value >= neighbour)) return false;
-        }
-    return true;
+// What most pixels that are no local maximum fail already: a look at the neighbours in their row.
+inline bool may_be_local_maximum(const Heatmap& map, std::int64_t y, std::int64_t x) {
+    const float* pixel = map.data + y * map.width + x;
+    return !(x + 1 < map.width && pixel[1] > *pixel) && !(x > 0 && pixel[-1] >= *pixel);
 }
 
 // Calls found(y, x) for every local maximum above the threshold, rows first.
@@ -138,9 +79,7 @@ void for_each_local_maximum(const Heatmap& map, float threshold, Found found) {
         if (!(row_maximum(row, map.width) > threshold)) continue;
         for (std::int64_t x = 0; x < map.width; ++x) {
             if (!(row[x] > threshold)) continue;
-            if (x + 1 < map.width && row[x + 1] > row[x]) continue;
-            if (x > 0 && row[x - 1] >= row[x]) continue;
-            if (is_local_maximum(map, y, x)) found(y, x);
+            if (may_be_local_maximum(map, y, x) && is_local_maximum(map, y, x)) found(y, x);
         }
     }
 }
@@ -159,7 +98,8 @@ inline Peak nearest_peak(const Heatmap& map, double target_x, double target_y, f
         const double dy = static_cast<double>(y) - target_y, dx = static_cast<double>(x) - target_x;
         const double distance = dy * dy + dx * dx;
         const bool first = y < best_y || (y == best_y && x < best_x);
-        if (distance > best || (distance == best && !first) || !is_local_maximum(map, y, x)) return;
+        if (distance > best || (distance == best && !first)) return;
+        if (!may_be_local_maximum(map, y, x) || !is_local_maximum(map, y, x)) return;
         best = distance;
         best_y = y;
         best_x = x;
@@ -181,10 +121,10 @@ inline Peak nearest_peak(const Heatmap& map, double target_x, double target_y, f
     return centroid(map, best_y, best_x);
 }
 
-// Moments of the pixels with a value w above the threshold in the rows [y0, y1) and columns [x0, x1). Lanes of a row add
-// up in fp32, which is enough for so few pixels and for positions counted from x0; rows add up in double.
-LGCN_EVERY_SIMD inline Moments window_moments(const Heatmap& map, std::int64_t y0, std::int64_t y1, std::int64_t x0,
-                                              std::int64_t x1, float threshold) {
+// Moments of the pixels with a value w above the threshold in a window. Lanes of a row add up in fp32, which is enough
+// for so few pixels and for positions counted from x0; rows add up in double.
+LGCN_EVERY_SIMD inline Moments window_moments(const Heatmap& map, const Window& window, float threshold) {
+    const auto [y0, y1, x0, x1] = window;
     const std::int64_t width = x1 - x0;
     const Lanes lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     WideLanes w2 = {}, w2x = {}, w2y = {};
@@ -228,16 +168,6 @@ LGCN_EVERY_SIMD inline Moments window_moments(const Heatmap& map, std::int64_t y
     }
     moments.w2x += moments.w2 * static_cast<double>(x0);
     return moments;
-}
-
-// The same in the window of pixels at most `radius` from a centre along x and along y.
-inline Moments window_moments(const Heatmap& map, double centre_x, double centre_y, double radius, float threshold) {
-    const auto bound = [](double v, std::int64_t length) {
-        return static_cast<std::int64_t>(std::clamp(v, 0.0, static_cast<double>(length)));
-    };
-    return window_moments(
-        map, bound(std::ceil(centre_y - radius), map.height), bound(std::floor(centre_y + radius) + 1, map.height),
-        bound(std::ceil(centre_x - radius), map.width), bound(std::floor(centre_x + radius) + 1, map.width), threshold);
 }
 
 }  // namespace lgcn

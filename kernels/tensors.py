@@ -1,4 +1,4 @@
-"""What the launchers of the Triton kernels share: tensors to write to, and tensors in error messages."""
+"""What the launchers of GPU kernels share: tensors that they check or write to."""
 
 import torch
 from torch import Tensor
@@ -12,9 +12,14 @@ def result_tensor(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
     """
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    if out.shape != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
-        raise ValueError(f"out: expected contiguous {shape} {dtype} on {device}, got {described(out)}")
+    check_tensor("out", out, shape, dtype, device)
     return out
+
+
+def check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError where a tensor is another one than expected, or not contiguous."""
+    if x.shape != shape or x.dtype != dtype or x.device != device or not x.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous {shape} {dtype} on {device}, got {described(x)}")
 
 
 def described(x: Tensor) -> str:

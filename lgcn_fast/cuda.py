@@ -128,7 +128,7 @@ class CudaEngine:
         return RecordedBatches(function, (self._config.in_channels, size, size), self._device)
 
     def _fit_of(self, shape: ShapeModel) -> "RecordedBatches":
-        fitter = self._make_fitter(shape)
+        fitter = self._make_fitter(shape, self._device)
 
         def packed(images: Tensor) -> Tensor:
             """All parts of a fit side by side: one copy brings them to the host."""

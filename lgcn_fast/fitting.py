@@ -4,13 +4,14 @@ Written once for any array namespace (NumPy, CuPy, torch): nothing in it waits f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device
 
 import lgcn_fast_kernels
+from lgcn_fast_kernels import cuda_fit
 
 from . import peaks
 from .images import BOX_ENLARGEMENT
@@ -107,19 +108,7 @@ class NativeFitter:
     """`fit` for NumPy float32 heatmaps, in native code; everything that depends on the model alone is computed once."""
 
     def __init__(self, model: ShapeModel) -> None:
-        self.native = lgcn_fast_kernels.Fitter(
-            _model_basis(model),
-            np.asarray(model.variances, np.float64),
-            radii=RADII[1:],
-            certain=CERTAIN,
-            fallback=FALLBACK,
-            noise=NOISE,
-            trust=TRUST,
-            size_spread=SIZE_SPREAD,
-            shift_spread=SHIFT_SPREAD,
-            threshold=THRESHOLD,
-            nominal_size=_nominal_size(model),
-        )
+        self.native = _native_fitter(model)
         self.num_landmarks = model.num_landmarks
 
     def __call__(self, heatmaps: np.ndarray, stride: int = 1, num_threads: int = 0) -> Fit:
@@ -130,6 +119,58 @@ class NativeFitter:
         """
         _check_heatmaps(heatmaps, self.num_landmarks)
         return Fit(*self.native.fit(np.ascontiguousarray(heatmaps, np.float32), stride, num_threads))
+
+
+class CudaFitter:
+    """`fit` for heatmaps on an NVIDIA GPU, in one launch; needs CuPy, which compiles it here.
+
+    Args:
+        device: "cuda", or one of several such as "cuda:1".
+
+    Raises:
+        ImportError: without CuPy.
+        ValueError: a device of another kind, or more landmarks than fit the device's shared memory (some thousands).
+    """
+
+    def __init__(self, model: ShapeModel, device: Any = "cuda") -> None:
+        self.kernel = cuda_fit.CudaFitter(_native_fitter(model), device)
+        self.num_landmarks = model.num_landmarks
+
+    def __call__(self, heatmaps: Array, peaks: Array, stride: int = 1, out: Fit | None = None) -> Fit:
+        """Fit the shape model to heatmaps, on torch's current stream and without waiting for it.
+
+        Args:
+            heatmaps: (B, N, H, W) float32 torch tensor on the device, contiguous, at least one pixel.
+            peaks: (B, N, 6) float32, likewise: of every heatmap the point and the value of `peaks.peak_centroids` and
+                the moments of `peaks.window_moments` over all pixels above `THRESHOLD`.
+            stride: side of a heatmap's pixel in pixels of the image, see `LGCNConfig.stride`.
+            out: float32 tensors to write to; then nothing is allocated, as CUDA graphs need it.
+
+        Returns:
+            `Fit` with float32 torch tensors on the device: `out` where it is given.
+
+        Raises:
+            ValueError: another shape, dtype, layout or device.
+        """
+        _check_heatmaps(heatmaps, self.num_landmarks)
+        arrays = None if out is None else tuple(getattr(out, field.name) for field in fields(Fit))
+        return Fit(*self.kernel.fit(heatmaps, peaks, stride, arrays))
+
+
+def _native_fitter(model: ShapeModel) -> lgcn_fast_kernels.Fitter:
+    return lgcn_fast_kernels.Fitter(
+        _model_basis(model),
+        np.asarray(model.variances, np.float64),
+        radii=RADII[1:],
+        certain=CERTAIN,
+        fallback=FALLBACK,
+        noise=NOISE,
+        trust=TRUST,
+        size_spread=SIZE_SPREAD,
+        shift_spread=SHIFT_SPREAD,
+        threshold=THRESHOLD,
+        nominal_size=_nominal_size(model),
+    )
 
 
 def basis_products(basis: Array) -> tuple[Array, Array]:

@@ -118,7 +118,7 @@ def test_batches_of_several_threads(cuda):
 class HostFitter:
     """In the place of the fit on the device."""
 
-    def __init__(self, shape: ShapeModel) -> None:
+    def __init__(self, shape: ShapeModel, device: torch.device) -> None:
         self._fitter = NativeFitter(shape)
 
     def __call__(self, heatmaps, reductions, stride) -> Fit:

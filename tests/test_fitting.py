@@ -193,7 +193,7 @@ def test_cupy_gives_the_same_fit_on_torchs_stream(model, random):
     heatmaps = heatmaps_of(faces(model, random)) + random.normal(size=(4, 68, 96, 96)).astype(np.float32) * 0.01
     expected = fit(model, heatmaps)
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream), cupy.cuda.ExternalStream(stream.cuda_stream):
+    with torch.cuda.stream(stream), cupy.cuda.Stream.from_external(stream):
         fitted = fit(model, cupy.from_dlpack(torch.from_numpy(heatmaps).cuda()))
         points = torch.from_dlpack(fitted.points).cpu()
     np.testing.assert_allclose(points.numpy(), expected.points, atol=1e-3)

@@ -1,0 +1,252 @@
+"""The fit on a GPU. Without one: its source in emulated blocks of threads, and the CUDA compiler over it."""
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_fitting import faces, heatmaps_of, small_model
+
+from lgcn_fast import ShapeModel, fitting
+from lgcn_fast.fitting import CudaFitter, Fit, NativeFitter, fit
+from lgcn_fast.prediction import WEIGHTS
+from lgcn_fast_kernels import cuda_fit, peak_centroids, window_moments
+
+NAMES = ("points", "shapes", "coefficients", "certainties", "residuals")
+# (landmarks, height, width, stride)
+CASES = [(9, 96, 96, 1), (68, 41, 67, 1), (68, 48, 48, 2), (5, 13, 7, 3), (2, 41, 67, 2), (1, 20, 33, 1), (3, 1, 1, 1)]
+# (threads, threads in a team): one, many alone, the teams of a GPU, a team of two rows of a window.
+BLOCKS = [(1, 1), (3, 1), (8, 4), (32, 32)]
+
+
+def reduction(heatmaps: np.ndarray) -> np.ndarray:
+    """What the fit needs of all pixels, (B, N, 6) float32."""
+    points, values = peak_centroids(heatmaps)
+    moments = window_moments(heatmaps, threshold=fitting.THRESHOLD)
+    return np.concatenate([points, values[..., None], moments], axis=2).astype(np.float32)
+
+
+def random_heatmaps(random, count, height, width, batch=3) -> np.ndarray:
+    return (random.uniform(-0.2, 1, (batch, count, height, width)) ** 3).astype(np.float32)
+
+
+def real_model() -> ShapeModel:
+    return ShapeModel.load(WEIGHTS / "shape-68.safetensors")
+
+
+def noisy_faces(model, random) -> np.ndarray:
+    heatmaps = heatmaps_of(faces(model, random, 3)) + random.normal(size=(3, 68, 96, 96)).astype(np.float32) * 0.01
+    heatmaps[:, ::5] = 0
+    heatmaps[random.random(heatmaps.shape) < 0.01] = np.nan
+    return heatmaps
+
+
+def check(found: Fit, expected: Fit, atol: float) -> None:
+    for name in NAMES:
+        array = np.asarray(getattr(found, name))
+        assert array.dtype == np.float32
+        np.testing.assert_allclose(array, getattr(expected, name), rtol=atol, atol=atol, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """`fit_face.hpp` on several CPU threads, as a function like `NativeFitter.__call__`."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        pytest.skip("needs g++ or clang++")
+    library = tmp_path_factory.mktemp("emulated") / "emulated_block.so"
+    source = Path(__file__).with_name("emulated_block.cpp")
+    include = f"-I{cuda_fit.SOURCES[0].parent}"
+    flags = ["-std=c++20", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([compiler, *flags, include, source, "-o", library], check=True)
+    function = ctypes.CDLL(str(library)).fit_faces
+
+    def run(model: ShapeModel, heatmaps: np.ndarray, stride: float, block: tuple[int, int]) -> Fit:
+        native = NativeFitter(model).native
+        evidence, constants = reduction(heatmaps), native.constants
+        batch, count, height, width = heatmaps.shape
+        shapes = (batch, count, 2), (batch, count, 2), (batch, native.modes), (batch, count), (batch,)
+        out = [np.full(shape, np.nan, np.float32) for shape in shapes]
+
+        def numbers(*values):
+            return [ctypes.c_longlong(value) for value in values]
+
+        def pointers(*arrays):
+            return [array.ctypes.data_as(ctypes.c_void_p) for array in arrays]
+
+        function(
+            *block, *numbers(batch), *pointers(heatmaps, evidence, constants),
+            *numbers(count, native.modes + 4, native.windows, height, width), ctypes.c_double(stride), *pointers(*out),
+        )  # fmt: skip
+        return Fit(*out)
+
+    return run
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("count", "height", "width", "stride"), CASES)
+def test_emulated_block_is_the_fit(emulated, random, count, height, width, stride, block):
+    model = small_model(random, count)
+    heatmaps = random_heatmaps(random, count, height, width)
+    check(emulated(model, heatmaps, stride, block), fit(model, heatmaps, stride), 1e-4)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_emulated_block_of_faces_is_the_fit(emulated, random, block):
+    model = real_model()
+    heatmaps = noisy_faces(model, random)
+    check(emulated(model, heatmaps, 1, block), fit(model, heatmaps), 1e-3)
+
+
+def test_without_evidence_the_mean_face_stands_in_the_middle(emulated):
+    fitted = emulated(real_model(), np.zeros((1, 68, 96, 96), np.float32), 1, (8, 4))
+    np.testing.assert_allclose(fitted.shapes[0].mean(axis=0), 47.5, atol=1e-5)
+    assert np.isinf(fitted.residuals[0])
+    assert not fitted.certainties.any()
+
+
+def test_nearest_maximum_beyond_the_window_hides_one_in_its_corner(emulated, random):
+    """The search is limited, its result is not: the maximum nearest to the shape is what counts, wherever it is."""
+    model = real_model()
+    heatmaps = heatmaps_of(faces(model, random, 4, size=12))
+    heatmaps[:, ::2] = 0
+    shapes = fit(model, heatmaps).shapes
+    pixels = np.round(shapes).astype(int)
+    towards = np.where(shapes >= pixels, 1, -1)
+    for face in range(4):
+        for landmark in range(0, 68, 2):
+            (x, y), (right, down) = pixels[face, landmark], towards[face, landmark]
+            # Too weak to move the shape, at about 9.5 pixels both.
+            heatmaps[face, landmark, y + 7 * down, x + 7 * right] = 0.02
+            heatmaps[face, landmark, y - 9 * down, x] = 0.02
+    expected = fit(model, heatmaps)
+    certain = expected.certainties[:, ::2] > 0
+    assert 0 < certain.mean() < 1
+    check(emulated(model, heatmaps, 1, (8, 4)), expected, 1e-3)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("nvidia"), reason="needs NVRTC (pip install nvidia-cuda-nvrtc-cu12)")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_compiles_without_a_warning(architecture):
+    nvrtc = load_nvrtc()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    source = cuda_fit.cuda_source().encode()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"fit_face.cu", 0, None, None) == 0
+    # (-ftz: CuPy's.)
+    options = [option.encode() for option in (*cuda_fit.OPTIONS, "-ftz=true", f"-arch={architecture}")]
+    result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    assert nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)) == 0
+    log = ctypes.create_string_buffer(size.value)
+    assert nvrtc.nvrtcGetProgramLog(program, log) == 0
+    assert (result, log.value.decode()) == (0, "")
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def load_nvrtc() -> ctypes.CDLL:
+    folders = importlib.util.find_spec("nvidia").submodule_search_locations
+    for library in (path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc.so.*")):
+        return ctypes.CDLL(str(library))
+    pytest.skip("needs NVRTC (pip install nvidia-cuda-nvrtc-cu12)")
+
+
+def test_wrong_device_is_named():
+    with pytest.raises(ValueError, match="device: expected 'cuda', got 'cpu'"):
+        CudaFitter(real_model(), "cpu")
+
+
+def poisoned(fitter: CudaFitter, batch: int) -> Fit:
+    count, modes = fitter.num_landmarks, fitter.kernel.modes
+    shapes = (batch, count, 2), (batch, count, 2), (batch, modes), (batch, count), (batch,)
+    return Fit(*(torch.full(shape, torch.nan, device="cuda") for shape in shapes))
+
+
+def on_host(fitted: Fit) -> Fit:
+    return Fit(*(getattr(fitted, name).cpu() for name in NAMES))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize(("count", "height", "width", "stride"), CASES)
+def test_on_a_gpu_is_the_fit(random, batch, count, height, width, stride):
+    model = small_model(random, count)
+    heatmaps = random_heatmaps(random, count, height, width, batch)
+    fitter = CudaFitter(model)
+    device_heatmaps, peaks = torch.from_numpy(heatmaps).cuda(), torch.from_numpy(reduction(heatmaps)).cuda()
+    out = poisoned(fitter, batch)
+    assert fitter(device_heatmaps, peaks, stride, out).points is out.points
+    check(on_host(out), fit(model, heatmaps, stride), 1e-4)
+    check(on_host(fitter(device_heatmaps, peaks, stride)), on_host(out), 0)
+
+
+@pytest.mark.gpu
+def test_more_faces_than_processors(random):
+    model = small_model(random, 5)
+    heatmaps = random_heatmaps(random, 5, 20, 20, 1000)
+    inputs = [torch.from_numpy(x).cuda() for x in (heatmaps, reduction(heatmaps))]
+    check(on_host(CudaFitter(model)(*inputs)), fit(model, heatmaps), 1e-4)
+
+
+@pytest.mark.gpu
+def test_faces_on_a_side_stream(random):
+    model = real_model()
+    arrays = noisy_faces(model, random)
+    fitter = CudaFitter(model)
+    out = poisoned(fitter, 3)
+    sources = [torch.from_numpy(x).pin_memory() for x in (arrays, reduction(arrays))]
+    inputs = [torch.zeros_like(source, device="cuda") for source in sources]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # The inputs come late: a fit on another stream would not see them.
+        for array, source in zip(inputs, sources, strict=True):
+            array.copy_(source, non_blocking=True)
+        fitter(*inputs, 1, out)
+        assert not stream.query()  # Nothing waited for the device.
+        found = on_host(out)
+    check(found, fit(model, arrays), 1e-3)
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph(random):
+    model = real_model()
+    fitter = CudaFitter(model)
+    heatmaps, peaks = torch.zeros(3, 68, 96, 96, device="cuda"), torch.zeros(3, 68, 6, device="cuda")
+    out = poisoned(fitter, 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fitter(heatmaps, peaks, 1, out)
+    for _ in range(2):
+        arrays = noisy_faces(model, random)
+        heatmaps.copy_(torch.from_numpy(arrays))
+        peaks.copy_(torch.from_numpy(reduction(arrays)))
+        graph.replay()
+        check(on_host(out), fit(model, arrays), 1e-3)
+
+
+@pytest.mark.gpu
+def test_many_landmarks_on_a_gpu(random):
+    """More than 48 KiB of shared memory."""
+    model = small_model(random, 1500)
+    heatmaps = random_heatmaps(random, 1500, 12, 12, 1)
+    inputs = [torch.from_numpy(x).cuda() for x in (heatmaps, reduction(heatmaps))]
+    check(on_host(CudaFitter(model)(*inputs)), fit(model, heatmaps), 1e-4)
+
+
+@pytest.mark.gpu
+def test_wrong_arrays_are_named():
+    fitter = CudaFitter(real_model())
+    heatmaps, peaks = torch.zeros(1, 68, 9, 9, device="cuda"), torch.zeros(1, 68, 6, device="cuda")
+    with pytest.raises(ValueError, match=r"heatmaps: expected \(B, 68, H, W\)"):
+        fitter(heatmaps[:, 1:], peaks)
+    with pytest.raises(ValueError, match=r"heatmaps: expected contiguous .* got strides"):
+        fitter(heatmaps.mT, peaks)
+    with pytest.raises(ValueError, match=r"peaks: expected contiguous .* got contiguous \(1, 68, 6\) torch.float64"):
+        fitter(heatmaps, peaks.double())
+    with pytest.raises(ValueError, match=r"stride: expected a positive number, got 0"):
+        fitter(heatmaps, peaks, 0)
+    with pytest.raises(ValueError, match=r"out: expected contiguous \(1, 68, 2\)"):
+        fitter(heatmaps, peaks, 1, poisoned(fitter, 2))
