@@ -10,7 +10,6 @@ from lgcn_fast.engine import INSTRUCTIONS, native_network
 from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.images import read_image
 from lgcn_fast.operators import gaussian_sum_banded
-from lgcn_fast.prediction import DEFAULT_WEIGHTS
 from lgcn_fast_kernels import INSTRUCTION_SETS, Network, Shape
 
 SMALL = {"filters": 16, "num_landmarks": 3, "local_kernels": (5, 3), "global_layers": 2}
@@ -178,7 +177,7 @@ def test_wrong_images_are_named():
 
 
 def test_several_threads_at_once(demo_picture):
-    engine = Engine(load_model(DEFAULT_WEIGHTS))
+    engine = Engine(load_model("lgcn-nano"))
     image = torch.from_numpy(read_image(demo_picture))[None, None]
     inputs = [image[..., 70 + i : 166 + i, 85:181].contiguous() for i in range(4)]
     expected = [engine.heatmaps(x) for x in inputs]
@@ -199,7 +198,7 @@ def test_several_threads_at_once(demo_picture):
 
 @pytest.mark.gpu
 def test_cuda_gives_the_same_heatmaps(demo_picture):
-    model = load_model(DEFAULT_WEIGHTS)
+    model = load_model("lgcn-nano")
     image = torch.from_numpy(read_image(demo_picture))[None, None, 70:194, 82:206].contiguous()
     engine = Engine(model, device="cuda")
     assert (engine.backend, engine.precision) == ("eager", "fp32")
