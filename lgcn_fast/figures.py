@@ -54,8 +54,9 @@ def draw_curves(
 
 def _draw_curve(axes, errors: np.ndarray, color: str, style: str) -> None:
     errors = np.sort(errors[~np.isnan(errors)])
+    width = 1.4 if style == STYLES["fit"] else 1.0  # the dashed ones are many and close
     shares = np.arange(len(errors) + 1) / len(errors)
-    axes.step([0, *(100 * errors)], shares, where="post", color=color, linestyle=style, linewidth=1.3)
+    axes.step([0, *(100 * errors)], shares, where="post", color=color, linestyle=style, linewidth=width)
 
 
 def _color(method: str, index: int) -> str:

@@ -16,6 +16,7 @@ from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.images import crop, face_box, read_image, square_box, to_crop
 from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import WEIGHTS
+from lgcn_fast.shipped import default_model
 
 FACE = [82, 70, 124, 124]
 
@@ -248,7 +249,9 @@ def test_engines_are_kept_until_the_weights_change():
         network.main.bias += 1
     assert prediction.engine_for(network, "cpu", "fp32") is not before
     shipped = prediction.engine_for(None, "cpu", "fp32")
-    assert prediction.engine_for(WEIGHTS / "lgcn-nano.safetensors", "cpu", "fp32") is shipped
+    name = default_model("cpu")
+    assert prediction.engine_for(name, "cpu", "fp32") is shipped
+    assert prediction.engine_for(WEIGHTS / f"{name}.safetensors", "cpu", "fp32") is shipped
     assert shipped.precision == "fp32"
 
 
