@@ -99,16 +99,9 @@ def write_report(data: Path, folder: Path, device: str = "auto") -> dict:
         title: {name: evaluate(faces, name, device=device) for name in names} for title, faces in sets.items()
     }
     mean_shape = np.array(load_card(names[0])["mean_shape"])
-    baselines = {}
+    baselines = {title: with_mean_shape(models[names[0]]["fit"], mean_shape) for title, models in evaluations.items()}
     for title, models in evaluations.items():
-        stem = title.lower().replace(" ", "-")
-        baselines[title] = with_mean_shape(models[names[0]]["fit"], mean_shape)
-        known = PUBLISHED if title == REFERENCE_SET else None
-        curves = models | {"": {"mean shape": baselines[title]}}
-        title = f"{title}, {len(baselines[title].faces)} faces"
-        draw_curves(curves, folder / f"{stem}-curve.png", title, known, "published, F = 128, LFPW + HELEN")
-        for name, methods in models.items():
-            draw_sheet(methods["fit"], folder / f"{stem}-{name}.png")
+        _draw(title, models, baselines[title], folder)
     face = sets[REFERENCE_SET][0]
     sample = crop(face.image(), square_box(face_box(face.points)), 96)
     values = {
@@ -125,6 +118,17 @@ def write_report(data: Path, folder: Path, device: str = "auto") -> dict:
     (folder / MEASURED).write_text(json.dumps(values["models"], indent=1) + "\n")
     (folder / "accuracy.md").write_text(accuracy_table(values))
     return values
+
+
+def _draw(title: str, models: dict[str, dict[str, Evaluation]], baseline: Evaluation, folder: Path) -> None:
+    """Curves of all models on a test set, and a contact sheet of each."""
+    stem = title.lower().replace(" ", "-")
+    published = PUBLISHED if title == REFERENCE_SET else None
+    curves = models | {"": {"mean shape": baseline}}
+    heading = f"{title}, {len(baseline.faces)} faces"
+    draw_curves(curves, folder / f"{stem}-curve.png", heading, published, "published, F = 128, LFPW + HELEN")
+    for name, methods in models.items():
+        draw_sheet(methods["fit"], folder / f"{stem}-{name}.png")
 
 
 def _measured(
