@@ -18,10 +18,8 @@ PLASTIC_RATIO = 0.7548776662466927
 """Multiples of both fill the circle and the interval evenly, however many views are taken."""
 
 
-def views(
-    images: list[np.ndarray], boxes: np.ndarray, count: int, num_landmarks: int
-) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """What to look at, to see each of B faces `count` times: the same in every call, the given boxes first.
+def views(images: list[np.ndarray], boxes: np.ndarray, count: int, num_landmarks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where to look, to see each of B faces `count` times: the same in every call, the given boxes first.
 
     Every other view is mirrored, where the scheme of the landmarks is known: elsewhere nobody knows what becomes of
     them in a mirror, and the boxes alone differ.
@@ -31,7 +29,7 @@ def views(
         boxes: (B, 4) whole pixels, square.
 
     Returns:
-        images, count * B; boxes (count * B, 4) int64; mirrored (count * B,) bool: flip the crop of this box.
+        boxes (count * B, 4) int64, of which box i is of image i mod B; mirrored (count * B,) bool: flip its crop.
 
     Raises:
         ValueError: a count below 1.
@@ -42,7 +40,7 @@ def views(
     for view in range(1, count):
         moved.append(np.stack([_moved(box, image, view) for box, image in zip(boxes, images, strict=True)]))
     mirrored = (np.arange(count) % 2 == 1) & (num_landmarks in SCHEMES)
-    return images * count, np.concatenate(moved), np.repeat(mirrored, len(boxes))
+    return np.concatenate(moved), np.repeat(mirrored, len(boxes))
 
 
 def merged(

@@ -109,15 +109,15 @@ def locate(
         ValueError: an ensemble below 1.
     """
     count = len(boxes)
-    images, boxes, mirrored = ensembles.views(images, boxes, ensemble, engine.config.num_landmarks)
+    boxes, mirrored = ensembles.views(images, boxes, ensemble, engine.config.num_landmarks)
     size = engine.config.input_size
     points, scores = [], []
-    for start in range(0, len(images), CHUNK):
-        part = zip(images[start : start + CHUNK], boxes[start : start + CHUNK], strict=True)
-        crops = torch.stack([network_input(image, box, size, engine.config.in_channels) for image, box in part])
-        turned = mirrored[start : start + CHUNK]
-        if turned.any():
-            crops[turned] = crops[turned].flip(-1)
+    for start in range(0, len(boxes), CHUNK):
+        part = slice(start, start + CHUNK)
+        pairs = ((images[(start + index) % count], box) for index, box in enumerate(boxes[part]))
+        crops = torch.stack([network_input(image, box, size, engine.config.in_channels) for image, box in pairs])
+        if mirrored[part].any():
+            crops[mirrored[part]] = crops[mirrored[part]].flip(-1)
         found, values = read(crops)
         points.append(found)
         scores.append(values.clip(0, 1).astype(np.float32))
