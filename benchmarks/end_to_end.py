@@ -9,7 +9,7 @@ from heatmaps import real_crops
 from timing import run
 
 from lgcn_fast import LGCN, Engine, LGCNConfig, load_model, predict
-from lgcn_fast.engine import INSTRUCTIONS
+from lgcn_fast.native import INSTRUCTIONS
 
 FACES = 64
 

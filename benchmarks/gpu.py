@@ -1,49 +1,79 @@
-"""Everything that needs an NVIDIA GPU: the `gpu` tests, then the parts beside what PyTorch does, in under 8 minutes.
+"""Everything that needs an NVIDIA GPU, in under 8 minutes: the tests of what runs there, then times beside PyTorch's.
 
 Not run on a GPU yet.
 """
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from heatmaps import real_heatmaps
+import torch.nn.functional as F
+from end_to_end import latencies
+from heatmaps import real_crops, real_heatmaps
+from network import CONFIGS, giga_multiply_adds
 from timing import run
 
-from lgcn_fast import LGCN, LGCNConfig, ShapeModel, gaussian_sum
-from lgcn_fast.fitting import fit
+from lgcn_fast import LGCN, Engine, ShapeModel, gaussian_sum, load_model, predict
+from lgcn_fast.fitting import CudaFitter, fit
 from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import WEIGHTS
 
 BATCHES = (1, 64)
+LAST_COMPILATION = 300
+"""Seconds behind the start at which torch.compile, which takes minutes, is begun at the latest."""
+TESTS = ("test_triton.py", "test_triton_convolution.py", "test_triton_crop.py", "test_triton_peaks.py", "test_cuda.py")
+START = time.monotonic()
 
 
 def milliseconds(function: Callable[[], object]) -> float:
     """Median time on the device."""
     from triton.testing import do_bench
 
-    return do_bench(function, warmup=50, rep=300, return_mode="median")
+    return do_bench(function, warmup=25, rep=100, return_mode="median")
 
 
 def table(title: str, functions: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Time functions one after the other and print them beside the first."""
-    times = {name: milliseconds(function) for name, function in functions.items()}
-    first = next(iter(times.values()))
+    """Time functions one after the other and print them beside the first; None for those that cannot run here."""
+    times: dict[str, float] = {}
     print(f"\n{title}")
-    for name, time in times.items():
-        print(f"{name:<44}{time:>11.4f} ms{first / time:>9.1f}x", flush=True)
+    for name, function in functions.items():
+        try:
+            times[name] = milliseconds(function)
+        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+            print(f"{name:<44}{type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+            continue
+        first = next(iter(times.values()))
+        print(f"{name:<44}{times[name]:>11.4f} ms{first / times[name]:>9.1f}x", flush=True)
     return times
 
 
 def tests() -> int:
-    """Exit code of the `gpu` tests; other tests do not run here."""
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], cwd=Path(__file__).parents[1]).returncode
+    """Exit code of the tests that run on a GPU: the `gpu` ones, and all of the kernels, compiled here."""
+    folder = Path(__file__).parents[1] / "tests"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20"]
+    kernels = subprocess.run([*command, *(folder / name for name in TESTS)], cwd=folder.parent)
+    others = [f"--ignore={folder / name}" for name in TESTS]
+    return kernels.returncode or subprocess.run([*command, "-m", "gpu", *others], cwd=folder.parent).returncode
 
 
-def kernel_convolution() -> dict[str, dict]:
+def limits() -> dict[str, float]:
+    """What this GPU can do at best: bytes moved by a copy, bf16 matrix products of random numbers."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    times = table("limits", {"copy of 2 GiB": source.clone, "8192 x 8192 x 8192, bf16": lambda: a @ a})
+    copy, matrix = times.values()
+    result = {"copy_gb_per_s": 2 * 2**31 / copy / 1e6, "bf16_tflops": 2 * 8192**3 / matrix / 1e9}
+    print(result)
+    return result
+
+
+def kernel_convolution(copy: float) -> dict[str, dict]:
     """136 maps of 96 x 96, with the share of the bandwidth of a copy."""
     from lgcn_fast_kernels.triton_gaussian_sum import gaussian_sum as fused
 
@@ -58,61 +88,172 @@ def kernel_convolution() -> dict[str, dict]:
             "matrix products, bf16": lambda m=half: gaussian_sum_banded(m),
             "Triton, fp32": lambda m=maps: fused(m),
             "Triton, bf16": lambda m=half: fused(m),
-            "copy, bf16": lambda m=half: m.clone(),
         }
-        results[f"batch {batch}"] = table(f"kernel convolution, 136 maps x batch {batch}", functions)
+        times = table(f"kernel convolution, 136 maps x batch {batch}", functions)
+        share = 2 * half.numel() * 2 / times["Triton, bf16"] / 1e6 / copy
+        print(f"{100 * share:.0f} % of the copy bandwidth")
+        results[f"batch {batch}"] = times | {"share_of_copy": share}
     return results
 
 
-def network(filters: int) -> dict[str, dict]:
-    """Eager PyTorch in three precisions, CUDA graphs of it, and torch.compile."""
+def convolutions(peak: float) -> dict[str, dict]:
+    """The dilated 3 x 3 layer in bf16: launch constants beside each other and beside cuDNN's fused call."""
+    from lgcn_fast_kernels.triton_convolution import TILES, Convolution, Tile
+
     results = {}
-    for batch in BATCHES:
-        images = torch.randint(0, 256, (batch, 1, 96, 96), device="cuda").float()
-        exact = LGCN(LGCNConfig(filters=filters)).cuda().eval().requires_grad_(False)
-        fast = LGCN(exact.config).cuda().eval().requires_grad_(False).to(memory_format=torch.channels_last).bfloat16()
-        fast.kernel_convolution.operator = gaussian_sum_banded
-        compiled = torch.compile(fast, mode="max-autotune")
-
-        def tf32(model: LGCN = exact, images: torch.Tensor = images) -> torch.Tensor:
-            with torch.backends.cudnn.flags(allow_tf32=True):
-                return model(images).output
-
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            fast(images)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            fast(images)
-        functions = {
-            "eager, fp32": lambda m=exact, x=images: m(x).output,
-            "eager, TF32": tf32,
-            "eager, bf16, banded": lambda m=fast, x=images: m(x).output,
-            "CUDA graph of it": graph.replay,
-            "torch.compile max-autotune, bf16": lambda m=compiled, x=images: m(x).output,
+    for filters, batch in product((128, 64, 32, 16), BATCHES):
+        x = torch.randn(batch, filters, 96, 96, device="cuda", dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(filters, filters, 3, 3, device="cuda", dtype=torch.bfloat16) / (3 * filters**0.5)
+        bias = torch.randn(filters, device="cuda", dtype=torch.bfloat16)
+        fused = weight.contiguous(memory_format=torch.channels_last)
+        functions: dict[str, Callable[[], object]] = {
+            "cuDNN": lambda x=x, w=fused, b=bias: F.conv2d(x, w, b, padding=4, dilation=4).relu_(),
+            "cuDNN, fused": lambda x=x, w=fused, b=bias: torch.cudnn_convolution_relu(
+                x, w, b, (1, 1), (4, 4), (4, 4), 1
+            ),
         }
-        results[f"batch {batch}"] = table(f"network F = {filters}, batch {batch}", functions)
+        block_k = TILES[filters].block_k
+        shapes = (((8, 16), 4), ((8, 16), 8), ((4, 16), 4), ((16, 16), 8))
+        for ((block_y, block_x), warps), stages in product(shapes, (3, 4)):
+            tile = Tile(block_y, block_x, block_k, TILES[filters].block_f, warps, stages)
+            ours = Convolution(weight, bias, dilation=4, relu=True, tile=tile)
+            functions[f"{block_y} x {block_x}, {warps} warps, {stages} stages"] = lambda f=ours, x=x: f(x)
+        times = table(f"convolution, F = {filters}, batch {batch}", functions)
+        rate = 2 * x.numel() * filters * 9 / min(times.values()) / 1e9
+        print(f"the best: {rate:.0f} TFLOP/s, {100 * rate / peak:.0f} % of the limit")
+        results[f"F = {filters}, batch {batch}"] = times
+    return results
+
+
+def model_of(name: str) -> LGCN:
+    config = CONFIGS[name]
+    if config is None:
+        return load_model("lgcn-nano")
+    model = LGCN(config).eval()
+    for head in (model.main, model.refine):  # random, for times that mean something
+        torch.nn.init.normal_(head.weight, std=0.1)
+    return model
+
+
+def network(name: str, peak: float) -> dict[str, dict]:
+    """Images on the device to heatmaps: eager PyTorch in three precisions, CUDA graphs of it, torch.compile, ours."""
+    results = {}
+    exact = model_of(name).cuda().requires_grad_(False)
+    ours = Engine(exact, "cuda")
+    for batch in BATCHES:
+        images = torch.randint(0, 256, (batch, 1, 96, 96), device="cuda", dtype=torch.uint8)
+        fast = model_of(name).cuda().requires_grad_(False).to(memory_format=torch.channels_last).bfloat16()
+        fast.load_state_dict(exact.state_dict())
+        fast.kernel_convolution.operator = gaussian_sum_banded
+
+        def tf32(images: torch.Tensor = images) -> torch.Tensor:
+            with torch.backends.cudnn.flags(allow_tf32=True):
+                return exact(images).output
+
+        def fp32(images: torch.Tensor = images) -> torch.Tensor:
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                return exact(images).output
+
+        with torch.inference_mode():
+            expected = fp32()
+            error = (ours.heatmaps(images) - expected).abs().max() / expected.abs().max()
+            assert error < 5e-2, f"{name}: relative error {error}"
+            fast(images)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                fast(images)
+            functions = {
+                "eager, fp32": fp32,
+                "eager, TF32": tf32,
+                "eager, bf16, channels last, banded blur": lambda m=fast, x=images: m(x).output,
+                "CUDA graph of it": graph.replay,
+            }
+            if time.monotonic() - START < LAST_COMPILATION:
+                compiled = torch.compile(fast, mode="max-autotune")
+                functions["torch.compile max-autotune of it"] = lambda m=compiled, x=images: m(x).output
+            functions["engine, bf16"] = lambda x=images: ours.heatmaps(x)
+            times = table(f"network {name}, batch {batch}", functions)
+        rate = 2 * giga_multiply_adds(exact.config) * batch / times["engine, bf16"]
+        print(f"engine: {rate:.0f} TFLOP/s, {100 * rate / peak:.0f} % of the limit")
+        results[f"batch {batch}"] = times | {"engine_tflops": rate}
     return results
 
 
 def fits() -> dict[str, float]:
-    """64 faces from heatmaps on the device, on torch's stream."""
-    import cupy
+    """64 faces from heatmaps on the device, on torch's stream, beside plain PyTorch; and NumPy's time."""
+    from lgcn_fast_kernels.triton_peaks import heatmap_reduction
 
     model = ShapeModel.load(WEIGHTS / "shape-68.safetensors")
     heatmaps = real_heatmaps(64)
-    on_device = cupy.from_dlpack(torch.from_numpy(heatmaps).cuda())
-    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
-        np.testing.assert_allclose(cupy.asnumpy(fit(model, on_device).points), fit(model, heatmaps).points, atol=1e-3)
-        return table("fit of 64 faces", {"CuPy": lambda: fit(model, on_device)})
+    on_device = torch.from_numpy(heatmaps).cuda()
+    fitter = CudaFitter(model)
+
+    def fused() -> object:
+        return fitter(on_device, heatmap_reduction(on_device), 1)
+
+    np.testing.assert_allclose(fused().points.cpu(), fit(model, heatmaps).points, atol=1e-2)
+    start = time.perf_counter()
+    fit(model, heatmaps)
+    numpy = 1e3 * (time.perf_counter() - start)
+    functions = {
+        "PyTorch": lambda: fit(model, on_device),
+        "reduction": lambda: heatmap_reduction(on_device),
+        "reduction and fit": fused,
+    }
+    times = table("fit of 64 faces, 96 x 96", functions)
+    print(f"NumPy, on the host: {numpy:.1f} ms, {numpy / times['reduction and fit']:.0f} x")
+    return times | {"NumPy": numpy}
+
+
+def end_to_end(name: str) -> dict[str, dict | float]:
+    """`predict`: one crop, host to host; batches, device to device; beside eager PyTorch with the fit in PyTorch."""
+    exact = model_of(name).cuda()
+    engine, shape = Engine(exact, "cuda"), ShapeModel.load(WEIGHTS / "shape-68.safetensors")
+    crops = real_crops(64)
+    results: dict[str, dict | float] = {}
+    results["one crop, host to host"] = latencies(lambda: predict(crops[0], model=engine), 2000)
+    for batch in (64, 256):
+        images = torch.from_numpy(np.tile(crops, (batch // 64, 1, 1))).cuda()
+        time_ms = milliseconds(lambda x=images: predict(x, model=engine, to_host=False))
+        results[f"faces/s, batch {batch}"] = 1e3 * batch / time_ms
+    for batch in BATCHES:
+        images = torch.from_numpy(crops[:batch, None]).cuda()
+
+        @torch.inference_mode()
+        def eager(images: torch.Tensor = images) -> object:
+            return fit(shape, exact(images).output.float(), exact.config.stride)
+
+        functions = {"eager": eager, "predict": lambda x=images: predict(x, model=engine, to_host=False)}
+        times = table(f"{name}, image to points, batch {batch}", functions)
+        results[f"times eager, batch {batch}"] = times["eager"] / times["predict"]
+    print(name, results)
+    return results
 
 
 def main() -> dict:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py: expected an NVIDIA GPU, torch finds none")
-    results = {"gpu tests, exit code": tests(), "kernel convolution": kernel_convolution()}
-    results |= {f"network, F = {filters}": network(filters) for filters in (128, 16)}
-    return results | {"fit": fits()}
+    torch.backends.cudnn.benchmark = True
+    results: dict[str, object] = {name: version(name) for name in ("triton", "torch")} | {"limits": limits()}
+    copy, peak = results["limits"].values()
+    results["tests, exit code"] = tests()
+    parts: dict[str, Callable[[], object]] = {
+        "fit": fits,
+        "kernel convolution": lambda: kernel_convolution(copy),
+        "convolutions": lambda: convolutions(peak),
+        **{f"end to end, {name}": lambda n=name: end_to_end(n) for name in ("F = 128", "F = 16", "nano")},
+        **{f"network, {name}": lambda n=name: network(n, peak) for name in ("F = 128", "F = 16", "nano")},
+    }
+    for name, part in parts.items():
+        try:
+            results[name] = part()
+        except (RuntimeError, AssertionError) as error:  # the machine is short-lived: the other parts still count
+            results[name] = f"{type(error).__name__}: {error}"
+            print(f"\n{name}: {results[name]}", flush=True)
+        print(f"[{time.monotonic() - START:.0f} s]", flush=True)
+    return results
 
 
 if __name__ == "__main__":

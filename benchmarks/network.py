@@ -8,7 +8,7 @@ from runtimes import runtimes
 from timing import compare, matrix_rate, run, show
 
 from lgcn_fast import LGCN, Engine, LGCNConfig, load_model
-from lgcn_fast.engine import INSTRUCTIONS
+from lgcn_fast.native import INSTRUCTIONS
 
 CONFIGS = {"nano": None, **{f"F = {f}": LGCNConfig(filters=f) for f in (16, 32, 64, 128)}}
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}

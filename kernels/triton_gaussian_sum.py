@@ -4,6 +4,8 @@ A zero-padded convolution along a line is a banded matrix T_s, so `K * X = sum_s
 blocks of a map that its part of the result sees with the bands, on tensor cores.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -15,15 +17,16 @@ TOLERANCES = {torch.float32: 0.0, torch.float16: 2.0**-15, torch.bfloat16: BF16_
 """Of `kernel_taps`: an eighth of the rounding error. Fewer lines, fewer products."""
 BLOCK_X = 32
 """Columns of a program's part of the result. Not measured on a GPU yet."""
-LARGEST_BLOCK_Y = 128
-"""Rows of it at most: all rows of a map of 96 x 96, so that no product is made twice."""
+LARGEST_BLOCK_Y = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}
+"""Rows of it at most: in half precision all rows of a map of 96 x 96, so that no product is made twice."""
+NUM_WARPS = 8
 
 
 @triton.jit
-def _band(taps_ptr, rows, columns, KERNEL_SIZE: tl.constexpr):
-    """Part of T_s: what each of `rows` sees of `columns`."""
-    offset = rows[:, None] - columns[None, :] + KERNEL_SIZE // 2
-    return tl.load(taps_ptr + offset, mask=(offset >= 0) & (offset < KERNEL_SIZE), other=0.0)
+def _load_block(blocks_ptr, index, BLOCK: tl.constexpr):
+    """One of several (BLOCK, BLOCK) matrices."""
+    place = tl.arange(0, BLOCK)
+    return tl.load(blocks_ptr + index * BLOCK * BLOCK + place[:, None] * BLOCK + place[None, :])
 
 
 @triton.jit
@@ -34,19 +37,18 @@ def _inside(index, length):
 @triton.jit
 def _gaussian_sum_kernel(
     x_ptr,
-    taps_ptr,
+    bands_y_ptr,
+    bands_x_ptr,
     out_ptr,
     height,
     width,
     channels,
     first_side,
     COUNT: tl.constexpr,
-    KERNEL_SIZE: tl.constexpr,
     REACH_Y: tl.constexpr,
     REACH_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     map_index = tl.program_id(0)
     start = map_index.to(tl.int64) * height * width
@@ -58,19 +60,19 @@ def _gaussian_sum_kernel(
     for near_y in range(-REACH_Y, REACH_Y + 1):
         seen_rows = rows + near_y * BLOCK_Y
         for s in range(COUNT):
-            line_ptr = taps_ptr + s * KERNEL_SIZE
             along_x = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
             for near_x in range(-REACH_X, REACH_X + 1):
                 seen_columns = columns + near_x * BLOCK_X
                 inside = _inside(seen_rows, height)[:, None] & _inside(seen_columns, width)[None, :]
                 x = tl.load(x_ptr + start + seen_rows[:, None] * width + seen_columns[None, :], mask=inside, other=0.0)
                 x = tl.where(is_side, tl.maximum(x, 0.0), x).to(dtype)
-                band = _band(line_ptr, seen_columns, columns, KERNEL_SIZE)
-                along_x = tl.dot(x, band, along_x, input_precision=PRECISION)
-            band = _band(line_ptr, rows, seen_rows, KERNEL_SIZE)
-            total = tl.dot(band, along_x.to(dtype), total, input_precision=PRECISION)
+                band = _load_block(bands_x_ptr, s * (2 * REACH_X + 1) + REACH_X - near_x, BLOCK_X)
+                along_x = tl.dot(x, band, along_x, input_precision="tf32x3")
+            band = _load_block(bands_y_ptr, s * (2 * REACH_Y + 1) + REACH_Y + near_y, BLOCK_Y)
+            total = tl.dot(band, along_x.to(dtype), total, input_precision="tf32x3")
     inside = _inside(rows, height)[:, None] & _inside(columns, width)[None, :]
-    tl.store(out_ptr + start + rows[:, None] * width + columns[None, :], total.to(dtype), mask=inside)
+    out = out_ptr + start + rows[:, None] * width + columns[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def gaussian_sum(
@@ -78,6 +80,7 @@ def gaussian_sum(
     kernel_size: int = 45,
     sigmas: tuple[float, ...] = (1.0, 3.0, 5.0, 7.0, 9.0),
     first_side: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Convolve every channel with the sum of Gaussians K of Eq. 1; the reference is `lgcn_fast.gaussian_sum`.
 
@@ -89,9 +92,10 @@ def gaussian_sum(
         sigmas: standard deviations of the Gaussians, in pixels.
         first_side: channels from this one on are the side branch: their ReLU in front of the convolution is computed
             on the way. Not for training.
+        out: like `x`, contiguous, any floating-point dtype: where to write the result. Not for training.
 
     Returns:
-        (B, C, H, W), dtype of `x`.
+        (B, C, H, W), dtype of `x`, or `out`.
 
     Raises:
         ValueError: another shape or dtype.
@@ -99,28 +103,51 @@ def gaussian_sum(
     if x.ndim != 4 or x.dtype not in TOLERANCES:
         expected = "(B, C, H, W) float32, float16 or bfloat16"
         raise ValueError(f"x: expected {expected}, got {tuple(x.shape)} {x.dtype}")
-    if first_side is not None:
-        return _launch(x, kernel_size, tuple(sigmas), first_side)
+    if out is not None and (out.shape != x.shape or not out.is_contiguous()):
+        raise ValueError(
+            f"out: expected {tuple(x.shape)}, contiguous, got {tuple(out.shape)} of strides {out.stride()}"
+        )
+    if first_side is not None or out is not None:
+        return _launch(x, kernel_size, tuple(sigmas), x.shape[1] if first_side is None else first_side, out)
     return _GaussianSum.apply(x, kernel_size, tuple(sigmas))
 
 
-def _launch(x: Tensor, kernel_size: int, sigmas: tuple[float, ...], first_side: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _bands(
+    kernel_size: int, sigmas: tuple[float, ...], block: int, reach: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The blocks of the matrices T_s, which depend on how far they lie from the diagonal alone: what a block of the
+    result sees of the block `near` further on; kept on the device, since a launch must not wait for a copy.
+
+    Returns:
+        (S, 2 * reach + 1, block, block), near = -reach to reach.
+    """
+    lines = torch.from_numpy(kernel_taps(kernel_size, sigmas, TOLERANCES[dtype]))
+    near, row, column = torch.arange(-reach, reach + 1), torch.arange(block), torch.arange(block)
+    offset = row[:, None] - (column + near[:, None, None] * block) + kernel_size // 2
+    inside = (offset >= 0) & (offset < kernel_size)
+    return torch.where(inside, lines[:, offset.clamp(0, kernel_size - 1)], 0.0).to(device, dtype)
+
+
+def _launch(
+    x: Tensor, kernel_size: int, sigmas: tuple[float, ...], first_side: int, out: Tensor | None = None
+) -> Tensor:
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     if not x.numel():
         return out
     batch, channels, height, width = x.shape
-    lines = kernel_taps(kernel_size, sigmas, TOLERANCES[x.dtype])
-    taps = torch.from_numpy(lines).to(x.device, x.dtype)
-    block_y = min(max(triton.next_power_of_2(height), 16), LARGEST_BLOCK_Y)
+    block_y = min(max(triton.next_power_of_2(height), 16), LARGEST_BLOCK_Y[x.dtype])
     grid = (batch * channels, triton.cdiv(height, block_y), triton.cdiv(width, BLOCK_X))
     # Blocks to each side that the kernel reaches, where there are as many.
     reach_y, reach_x = (min(triton.cdiv(kernel_size // 2, block), blocks - 1)
                         for block, blocks in ((block_y, grid[1]), (BLOCK_X, grid[2])))  # fmt: skip
+    bands_y, bands_x = (_bands(kernel_size, sigmas, block, reach, x.dtype, x.device)
+                        for block, reach in ((block_y, reach_y), (BLOCK_X, reach_x)))  # fmt: skip
     _gaussian_sum_kernel[grid](
-        x, taps, out, height, width, channels, first_side,
-        COUNT=len(lines), KERNEL_SIZE=kernel_size, REACH_Y=reach_y, REACH_X=reach_x,
-        BLOCK_Y=block_y, BLOCK_X=BLOCK_X, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        x, bands_y, bands_x, out, height, width, channels, first_side,
+        COUNT=len(bands_y), REACH_Y=reach_y, REACH_X=reach_x, BLOCK_Y=block_y, BLOCK_X=BLOCK_X,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 

@@ -16,9 +16,9 @@ from .checkpoints import load_card
 from .cli_training import add_command, add_fit_shape, add_prepare, add_train
 from .datasets import read_faces
 from .drawing import draw_landmarks
+from .engine import engine_device
 from .evaluation import evaluate, with_mean_shape
 from .images import read_image
-from .model import checked_device
 from .prediction import predict
 from .report import accuracy_table, put_into_readme, write_evaluation, write_report
 from .shipped import MEASURED, default_model, models
@@ -168,7 +168,7 @@ def _add_evaluate(commands) -> None:
 
 def _run_evaluate(options: argparse.Namespace) -> int:
     faces = [face for path in options.faces for face in read_faces(path)]
-    model = options.model or default_model(checked_device(options.device).type)
+    model = options.model or default_model(engine_device(options.device).type)
     evaluations = evaluate(faces, model, options.normalisation, options.shape, options.device, options.ensemble)
     mean_shape = load_card(model).get("mean_shape")
     if mean_shape is not None:

@@ -60,12 +60,11 @@ def merged(
     if len(boxes) == faces:
         return points, scores
     if mirrored.any():
-        landmarks = list(SCHEMES[points.shape[-2]].mirror)
-        turned = points[..., mirrored, :, :][..., landmarks, :]
-        centre = boxes[mirrored, 0] + (boxes[mirrored, 2] - 1) / 2
-        turned[..., 0] = 2 * centre[:, None] - turned[..., 0]
-        points[..., mirrored, :, :] = turned
-        scores[..., mirrored, :] = scores[..., mirrored, :][..., landmarks]
+        landmarks, flipped = list(SCHEMES[points.shape[-2]].mirror), np.flatnonzero(mirrored)
+        turned = points[..., flipped, :, :][..., landmarks, :]
+        turned[..., 0] = (2 * boxes[flipped, 0] + boxes[flipped, 2] - 1)[:, None] - turned[..., 0]
+        points[..., flipped, :, :] = turned
+        scores[..., flipped, :] = scores[..., flipped, :][..., landmarks]
     count = len(boxes) // faces
     points = points.reshape(*points.shape[:-3], count, faces, *points.shape[-2:])
     scores = scores.reshape(*scores.shape[:-2], count, faces, scores.shape[-1])

@@ -15,7 +15,7 @@ from .fitting import NativeFitter
 from .images import face_box, square_box
 from .landmarks import SCHEMES
 from .model import LGCN
-from .prediction import CHUNK, engine_for, fitter_for, locate
+from .prediction import CHUNK, engine_for, locate, shape_for
 from .shape import ShapeModel
 
 FAILURE = 0.1
@@ -131,7 +131,8 @@ def evaluate(
     if not faces:
         raise ValueError("faces: expected at least one labelled face, got none")
     engine = engine_for(model, device, "auto")
-    read = partial(_fit_and_maxima, engine, fitter_for(shape, engine.config.num_landmarks))
+    fitter = NativeFitter(shape_for(shape, engine.config.num_landmarks))
+    read = partial(_fit_and_maxima, engine, fitter)
     found = []
     for start in range(0, len(faces), CHUNK):
         part = faces[start : start + CHUNK]
@@ -143,10 +144,10 @@ def evaluate(
 
 
 def _fit_and_maxima(engine: Engine, fitter: NativeFitter, crops: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Points (2, B, N, 2) in pixels of the heatmaps and scores (2, B, N), off the same heatmaps."""
+    """Points (2, B, N, 2) in pixels of the heatmaps and scores (2, B, N), off the same heatmaps, on the host."""
     heatmaps = engine.heatmaps(crops).cpu().numpy()
-    fitted = fitter(heatmaps, engine.config.stride, engine.num_threads)
-    maxima, values = lgcn_fast_kernels.peak_centroids(heatmaps, engine.num_threads)
+    fitted = fitter(heatmaps, engine.config.stride)
+    maxima, values = lgcn_fast_kernels.peak_centroids(heatmaps)
     return np.stack([fitted.points, maxima]), np.stack([fitted.certainties, values])
 
 

@@ -338,3 +338,7 @@ def _shapes(basis: Array, guess: _Guess, theta: Array) -> Array:
     x, y = xp.matmul(theta, basis[..., 0]), xp.matmul(theta, basis[..., 1])
     cos, sin = guess.cos[:, None], guess.sin[:, None]
     return xp.stack([cos * x - sin * y, sin * x + cos * y], axis=2)
+
+
+class CudaFitter:
+    pass

@@ -4,10 +4,12 @@ A box covers whole pixels: its left edge lies half a pixel left of pixel x, as w
 """
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
+Array = Any
 BOX_ENLARGEMENT = 1.17
 """Side of a face box over that of the tight square around the landmarks (paper, section 4)."""
 
@@ -113,7 +115,7 @@ def to_crop(points: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
     return (points - boxes[..., :2] + 0.5) * (size / boxes[..., 2:]) - 0.5
 
 
-def from_crop(points: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
-    """Inverse of `to_crop`."""
-    boxes = np.asarray(boxes)[..., None, :]
+def from_crop(points: Array, boxes: Array, size: float) -> Array:
+    """Inverse of `to_crop`, on NumPy arrays or torch tensors."""
+    boxes = boxes[..., None, :]
     return (points + 0.5) * (boxes[..., 2:] / size) + boxes[..., :2] - 0.5

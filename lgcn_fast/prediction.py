@@ -9,16 +9,15 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from array_api_compat import array_namespace
 from torch import Tensor
-
-import lgcn_fast_kernels
 
 from . import ensembles
 from .checkpoints import WEIGHTS, load_model, weights_path
-from .engine import Engine
-from .fitting import NativeFitter
+from .engine import Engine, engine_device
+from .fitting import Array
 from .images import crop, from_crop, square_box
-from .model import LGCN, checked_device
+from .model import LGCN
 from .shape import ShapeModel
 from .shipped import default_model
 
@@ -30,11 +29,11 @@ MAX_SIDE = 16384
 
 @dataclass(frozen=True)
 class Landmarks:
-    """Landmarks of a batch of faces."""
+    """Landmarks of a batch of faces, as NumPy arrays or, from `predict(to_host=False)`, torch tensors."""
 
-    points: np.ndarray
+    points: Array
     """(B, N, 2) float32: x and y in pixels of the input image, pixel centres at integers."""
-    scores: np.ndarray
+    scores: Array
     """(B, N) float32 in 0..1: how certain the network is, the height of the heatmap's maximum (with the fit: of the
     local maximum nearest to the shape)."""
 
@@ -50,14 +49,16 @@ def predict(
     shape: ShapeModel | Path | str | None = None,
     device: str = "auto",
     precision: str = "auto",
+    to_host: bool = True,
     ensemble: int = 1,
 ) -> Landmarks:
     """Find the landmarks of one face in each image.
 
     Args:
-        batch: NumPy array or torch tensor (B, H, W), (B, H, W, 3) or (B, 1 or 3, H, W); one image (H, W) or (H, W, 3);
-            or a list of such single images of any sizes. Colours are RGB. uint8, or floating point in 0..1 or
-            0..255 (where the largest value is above 1).
+        batch: array (B, H, W), (B, H, W, 3) or (B, 1 or 3, H, W); one image (H, W) or (H, W, 3); or a list of such
+            single images of any sizes. NumPy, torch, or anything that speaks DLPack. Colours are RGB. uint8, or
+            floating point in 0..1 or 0..255 (where the largest value is above 1). An array of uint8 on a GPU stays
+            there, where the engine runs there too; everything else takes the way over the host.
         boxes: (B, 4) x, y, width, height of the faces in pixels, about 1.17 times the tight square around the
             landmarks. Default: the whole image. Boxes that are not square become the square around their centre.
         model: an engine, a network, the name of one in the package (`lgcn_fast.models()`), or the path of weights.
@@ -67,6 +68,7 @@ def predict(
         shape: the shape model, or its file. Default: the one in the package for the model's number of landmarks.
         device: where the network runs, "cpu", "cuda" or "auto", see `Engine`; an engine brings its own.
         precision: "fp32", "bf16" or "auto", likewise.
+        to_host: NumPy arrays; otherwise torch tensors on the engine's device, which is not waited for.
         ensemble: see each face so many times, mirrored and in slightly other boxes, and average: 10 take ten times as
             long and have 2 to 5 % less error, see `ensembles`.
 
@@ -78,60 +80,90 @@ def predict(
             an unknown model, no shape model for the number of landmarks, an ensemble below 1; the message names the
             argument, what was expected and what came.
     """
-    images = as_images(batch)
+    engine = engine_for(model, device, precision)
+    shape = shape_for(shape, engine.config.num_landmarks) if fit else None
+    batch = _from_dlpack(batch)
+    frames = _channels_last(batch, "batch") if _stays_on(engine, batch) else None
+    images = as_images(batch) if frames is None else list(frames)
     boxes = _square_boxes(boxes, images)
     _check_sides(boxes)
-    engine = engine_for(model, device, precision)
-    read = partial(_fitted, engine, fitter_for(shape, engine.config.num_landmarks)) if fit else partial(_maxima, engine)
-    points, scores = locate(images, boxes, engine, read, ensemble)
-    return Landmarks(points.astype(np.float32), scores)
+    read = partial(engine.maxima, to_host=to_host) if shape is None else partial(_fitted, engine, shape, to_host)
+    return Landmarks(*locate(images if frames is None else frames, boxes, engine, read, ensemble))
 
 
 def locate(
-    images: list[np.ndarray],
+    images: list[np.ndarray] | Tensor,
     boxes: np.ndarray,
     engine: Engine,
-    read: Callable[[Tensor], tuple[np.ndarray, np.ndarray]],
+    read: Callable[[Tensor], tuple[Array, Array]],
     ensemble: int = 1,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Array, Array]:
     """Cut the faces out, read landmarks off the crops, and put them back into the pixels of the images.
 
     Args:
-        images: B times (H, W) or (H, W, 3), see `as_images`.
+        images: B times (H, W) or (H, W, 3), see `as_images`; or frames (B, H, W) or (B, H, W, 3) on the engine's GPU.
         boxes: (B, 4) whole pixels, square.
-        read: from crops (b, C, S, S) to points (..., b, N, 2) in pixels of their heatmaps and scores (..., b, N).
+        read: from crops (b, C, S, S) to points (..., b, N, 2) in pixels of their heatmaps and scores (..., b, N),
+            NumPy arrays or torch tensors.
         ensemble: see `predict`.
 
     Returns:
-        points (..., B, N, 2), scores (..., B, N) in 0..1 float32.
+        points (..., B, N, 2), scores (..., B, N) in 0..1 float32, arrays of the kind that `read` returns.
 
     Raises:
         ValueError: an ensemble below 1.
     """
-    count = len(boxes)
-    boxes, mirrored = ensembles.views(images, boxes, ensemble, engine.config.num_landmarks)
-    size = engine.config.input_size
+    count, config = len(boxes), engine.config
+    boxes, mirrored = ensembles.views(images, boxes, ensemble, config.num_landmarks)
     points, scores = [], []
     for start in range(0, len(boxes), CHUNK):
         part = slice(start, start + CHUNK)
-        pairs = ((images[(start + index) % count], box) for index, box in enumerate(boxes[part]))
-        crops = torch.stack([network_input(image, box, size, engine.config.in_channels) for image, box in pairs])
+        faces = np.arange(len(boxes))[part] % count
+        crops = _crops(images, faces, boxes[part], config.input_size, config.in_channels)
         if mirrored[part].any():
             crops[mirrored[part]] = crops[mirrored[part]].flip(-1)
         found, values = read(crops)
         points.append(found)
-        scores.append(values.clip(0, 1).astype(np.float32))
-    points = from_crop(np.concatenate(points, axis=-3), boxes, size / engine.config.stride)
-    return ensembles.merged(points, np.concatenate(scores, axis=-2), boxes, mirrored, count)
+        scores.append(values.clip(0, 1))
+    xp = array_namespace(found)
+    points, scores = xp.concat(points, axis=-3), xp.concat(scores, axis=-2)
+    if isinstance(points, Tensor):
+        boxes = torch.from_numpy(boxes).to(points.device, non_blocking=True)
+    points = from_crop(points, boxes, config.input_size / config.stride)
+    points, scores = ensembles.merged(points, scores, boxes, mirrored, count)
+    return xp.astype(points, xp.float32), xp.astype(scores, xp.float32)
 
 
-def _fitted(engine: Engine, fitter: NativeFitter, crops: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    fitted = engine.fit(crops, fitter)
+def _fitted(engine: Engine, shape: ShapeModel, to_host: bool, crops: Tensor) -> tuple[Array, Array]:
+    fitted = engine.fit(crops, shape, to_host)
     return fitted.points, fitted.certainties
 
 
-def _maxima(engine: Engine, crops: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    return lgcn_fast_kernels.peak_centroids(engine.heatmaps(crops).cpu().numpy(), engine.num_threads)
+def _crops(images: list[np.ndarray] | Tensor, faces: np.ndarray, boxes: np.ndarray, size: int, channels: int) -> Tensor:
+    """Network inputs (b, channels, size, size) of some boxes, each in the image that `faces` (b,) names."""
+    if not isinstance(images, Tensor):
+        return torch.stack([network_input(images[i], box, size, channels) for i, box in zip(faces, boxes, strict=True)])
+    in_order = faces[-1] - faces[0] == len(faces) - 1  # then they need not be copied
+    frames = images[faces[0] : faces[-1] + 1] if in_order else images[torch.from_numpy(faces).to(images.device)]
+    return _device_crops(frames, boxes, size, channels)
+
+
+def _from_dlpack(batch: Any) -> Any:
+    """Arrays of other libraries as tensors; what is none as it is."""
+    known = isinstance(batch, np.ndarray | Tensor | list | tuple)
+    return torch.from_dlpack(batch) if not known and hasattr(batch, "__dlpack__") else batch
+
+
+def _stays_on(engine: Engine, batch: Any) -> bool:
+    return isinstance(batch, Tensor) and batch.is_cuda and batch.device == engine.device and batch.dtype == torch.uint8
+
+
+def _device_crops(frames: Tensor, boxes: np.ndarray, size: int, channels: int) -> Tensor:
+    """What `network_input` makes of each frame, on the GPU that the frames are on."""
+    from lgcn_fast_kernels.triton_crop import crop
+
+    with torch.cuda.device(frames.device):
+        return crop(frames, boxes, size, gray=channels == 1)
 
 
 def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int) -> Tensor:
@@ -159,7 +191,7 @@ def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
     if isinstance(batch, list | tuple):
         if not batch:
             raise ValueError(f"{name}: expected at least one image, got none")
-        images = [as_images(image, f"{name}[{index}]") for index, image in enumerate(batch)]
+        images = [as_images(_from_dlpack(image), f"{name}[{index}]") for index, image in enumerate(batch)]
         for index, parts in enumerate(images):
             if len(parts) != 1:
                 raise ValueError(f"{name}[{index}]: expected one image, got {len(parts)}")
@@ -168,11 +200,11 @@ def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
         raise ValueError(f"{name}: expected a NumPy array, torch tensor or list of them, got {type(batch).__name__}")
     if 0 in batch.shape:
         raise ValueError(f"{name}: expected at least one image with at least one pixel, got shape {batch.shape}")
-    return list(_in_bytes_range(_channels_last(batch, name), name))
+    return list(_in_bytes_range(np.ascontiguousarray(_channels_last(batch, name)), name))
 
 
-def _channels_last(batch: np.ndarray, name: str) -> np.ndarray:
-    """(B, H, W) or (B, H, W, 3) of any accepted shape."""
+def _channels_last(batch: Array, name: str) -> Array:
+    """(B, H, W) or (B, H, W, 3) of any accepted shape, a view."""
     if batch.ndim == 2 or (batch.ndim == 3 and batch.shape[2] in (1, 3)):
         batch = batch[None]
     if batch.ndim == 3:
@@ -180,8 +212,9 @@ def _channels_last(batch: np.ndarray, name: str) -> np.ndarray:
     if batch.ndim == 4 and batch.shape[1] != 1 and batch.shape[3] in (1, 3):
         return batch[..., 0] if batch.shape[3] == 1 else batch
     if batch.ndim == 4 and batch.shape[1] in (1, 3):
-        return batch[:, 0] if batch.shape[1] == 1 else np.ascontiguousarray(batch.transpose(0, 2, 3, 1))
-    raise ValueError(f"{name}: expected (B, H, W), (B, H, W, 3), (B, 1, H, W) or (B, 3, H, W), got {batch.shape}")
+        return batch[:, 0] if batch.shape[1] == 1 else array_namespace(batch).permute_dims(batch, (0, 2, 3, 1))
+    shapes = "(B, H, W), (B, H, W, 3), (B, 1, H, W) or (B, 3, H, W)"
+    raise ValueError(f"{name}: expected {shapes}, got {tuple(batch.shape)}")
 
 
 def _in_bytes_range(batch: np.ndarray, name: str) -> np.ndarray:
@@ -231,15 +264,11 @@ def _shape_path(shape: Path | str | None, num_landmarks: int) -> Path:
     return path
 
 
-def fitter_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> NativeFitter:
-    if isinstance(shape, ShapeModel):
-        return NativeFitter(shape)
-    return _loaded_fitter(_shape_path(shape, num_landmarks))
+def shape_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> ShapeModel:
+    return shape if isinstance(shape, ShapeModel) else _loaded_shape(_shape_path(shape, num_landmarks))
 
 
-@lru_cache(maxsize=8)
-def _loaded_fitter(path: Path) -> NativeFitter:
-    return NativeFitter(ShapeModel.load(path))
+_loaded_shape = lru_cache(maxsize=8)(ShapeModel.load)
 
 
 def engine_for(model: Engine | LGCN | Path | str | None, device: str, precision: str) -> Engine:
@@ -247,7 +276,7 @@ def engine_for(model: Engine | LGCN | Path | str | None, device: str, precision:
         return model
     if isinstance(model, LGCN):
         return _built(model, device, precision)
-    return _loaded(weights_path(model or default_model(checked_device(device).type)), device, precision)
+    return _loaded(weights_path(model or default_model(engine_device(device).type)), device, precision)
 
 
 @lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ ALIGNMENTS = 10
 """Rounds of aligning all shapes to their mean; it stands still after about four."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed as the object that it is
 class ShapeModel:
     """Mean face and its main variations, free of position, size and rotation.
 

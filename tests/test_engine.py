@@ -1,56 +1,16 @@
 import threading
-from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from networks import CONFIGS, eager, eager_output, randomised
 
-from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model
-from lgcn_fast.engine import INSTRUCTIONS, native_network
+from lgcn_fast import Engine, ShapeModel, load_model
 from lgcn_fast.fitting import NativeFitter
+from lgcn_fast.folding import fold
 from lgcn_fast.images import read_image
-from lgcn_fast.operators import gaussian_sum_banded
+from lgcn_fast.native import INSTRUCTIONS, native_network
 from lgcn_fast_kernels import INSTRUCTION_SETS, Network, Shape
-
-SMALL = {"filters": 16, "num_landmarks": 3, "local_kernels": (5, 3), "global_layers": 2}
-CONFIGS = {
-    "plain": LGCNConfig(**SMALL, side_channels=2),
-    "no side": LGCNConfig(**SMALL, side_channels=0),
-    "rgb": LGCNConfig(**SMALL, side_channels=2, in_channels=3),
-    "other kernel": LGCNConfig(**SMALL, side_channels=2, kernel_size=9, sigmas=(2.0, 4.0)),
-    "cross entropy": LGCNConfig(**SMALL, side_channels=2, loss="cross_entropy"),
-    "nano": LGCNConfig.nano(filters=16, num_landmarks=3, local_kernels=(3, 3), global_layers=2),
-    "odd shuffle": LGCNConfig(**SMALL | {"filters": 21}, side_channels=1, input_size=96, shuffle=3, dilation=3),
-    "other filters": LGCNConfig(**SMALL | {"local_kernels": (1, 7)}, side_channels=0, shuffle=2, stride=2),
-    "pixels alone": LGCNConfig(**SMALL | {"local_kernels": (1,), "global_layers": 1}, side_channels=0, dilation=1),
-    "nano with side": LGCNConfig.nano(filters=16, num_landmarks=3, local_kernels=(3,), side_channels=2),
-}
-
-
-def randomised(config: LGCNConfig) -> LGCN:
-    """A network with random statistics, weights of both signs and outputs of the size of heatmaps."""
-    model = LGCN(config)
-    for name, tensor in model.state_dict().items():
-        if name.endswith(("running_var", "1.weight")):
-            tensor.uniform_(0.5, 1.5)
-        elif name.endswith(("bias", "running_mean")) or (tensor.is_floating_point() and not tensor.any()):
-            tensor.normal_(0, 0.1)
-    return model.eval()
-
-
-def eager_output(model: LGCN, images: torch.Tensor) -> torch.Tensor:
-    """In float64."""
-    model = deepcopy(model).double()
-    model.kernel_convolution.operator = gaussian_sum_banded  # a hundred times as fast
-    with torch.inference_mode():
-        return model(images).output
-
-
-def eager(model: LGCN, images: torch.Tensor) -> torch.Tensor:
-    output = eager_output(model, images)
-    if model.config.loss == "cross_entropy":
-        output = torch.softmax(torch.nn.functional.pad(output, (0, 0, 0, 0, 0, 1)), dim=1)[:, :-1]
-    return output
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -71,8 +31,7 @@ def test_fp32_is_the_model(name, height, width):
 def test_every_instruction_set_is_the_model(name, instructions, random):
     """Any batch, size and number of threads: as many faces as threads side by side, the rest by all threads."""
     model = randomised(CONFIGS[name])
-    with torch.inference_mode():
-        network = native_network(model, instructions)
+    network = native_network(fold(model), instructions)
     for batch, threads in ((1, 1), (1, 2), (2, 5), (5, 3)):
         height, width = random.integers(1, 130, 2)
         images = random.integers(0, 256, (batch, model.config.in_channels, height, width), np.uint8)
@@ -121,10 +80,11 @@ def test_threads_do_not_change_the_heatmaps(random):
 @pytest.mark.parametrize("name", ["plain", "nano", "cross entropy"])
 def test_fit_is_the_fit_of_the_heatmaps(name, random):
     model = randomised(CONFIGS[name])
-    fitter = NativeFitter(ShapeModel.fit(random.normal(size=(20, 3, 2)), 2))
+    shape = ShapeModel.fit(random.normal(size=(20, 3, 2)), 2)
     images = torch.from_numpy(random.integers(0, 256, (5, 1, 40, 37), np.uint8))
-    engine = Engine(model, num_threads=2)
-    fitted, expected = engine.fit(images, fitter), fitter(engine.heatmaps(images).numpy(), model.config.stride)
+    engine = Engine(model, "cpu", num_threads=2)
+    fitted = engine.fit(images, shape)
+    expected = NativeFitter(shape)(engine.heatmaps(images).numpy(), model.config.stride)
     np.testing.assert_array_equal(fitted.points, expected.points)
     np.testing.assert_array_equal(fitted.certainties, expected.certainties)
 
@@ -194,13 +154,3 @@ def test_several_threads_at_once(demo_picture):
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-@pytest.mark.gpu
-def test_cuda_gives_the_same_heatmaps(demo_picture):
-    model = load_model("lgcn-nano")
-    image = torch.from_numpy(read_image(demo_picture))[None, None, 70:194, 82:206].contiguous()
-    engine = Engine(model, device="cuda")
-    assert (engine.backend, engine.precision) == ("eager", "fp32")
-    # TF32 products, where they are on, keep 10 bits.
-    torch.testing.assert_close(engine.heatmaps(image).cpu().double(), eager(model, image), rtol=1e-2, atol=5e-3)

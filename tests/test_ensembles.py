@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from lgcn_fast import LGCN, LGCNConfig, predict
 from lgcn_fast.datasets import is_validation, read_300w
@@ -75,6 +76,15 @@ def test_faces_of_a_batch_are_not_mixed_up(image):
         alone = predict(images[index], [boxes[index]], ensemble=11)
         np.testing.assert_allclose(alone.points[0], together.points[index], atol=1e-3)
         np.testing.assert_allclose(alone.scores[0], together.scores[index], atol=1e-4)
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_ensembles_may_stay_on_the_device(image, fit):
+    expected = predict(image, [FACE], fit=fit, ensemble=4)
+    there = predict(image, [FACE], fit=fit, ensemble=4, to_host=False)
+    assert there.points.dtype == there.scores.dtype == torch.float32
+    np.testing.assert_allclose(there.points.cpu().numpy(), expected.points, atol=1e-3)
+    np.testing.assert_allclose(there.scores.cpu().numpy(), expected.scores, atol=1e-3)
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -1,0 +1,222 @@
+"""A convolution with all that stands around it in one Triton kernel: an implicit matrix product on tensor cores.
+
+The rows of the product are the pixels of a block of the result, its columns the filters, and what is summed over are
+the taps and channels that a pixel sees. Where the channels of a pixel lie side by side, blocks of the image are loaded
+through tensor descriptors, which also fill the zero padding; elsewhere element by element.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch constants; a program has `block_f` filters of `block_y` x `block_x` pixels, `block_k` terms a turn."""
+
+    block_y: int
+    block_x: int
+    block_k: int
+    block_f: int
+    num_warps: int
+    num_stages: int
+
+
+TILES = {
+    16: Tile(8, 16, 16, 16, 4, 4),
+    32: Tile(8, 16, 32, 32, 4, 4),
+    64: Tile(8, 16, 64, 64, 4, 4),
+    128: Tile(8, 16, 64, 128, 8, 3),
+}
+"""By the number of filters, rounded up. Not measured on a GPU yet: `benchmarks/gpu.py` compares them with others."""
+FP32_TILES = {filters: Tile(8, 16, min(filters, 32), min(filters, 64), 8, 3) for filters in TILES}
+"""Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory."""
+LARGEST_GATHERED_K = 32
+"""Of `block_k` where the input is loaded element by element: each has an address, which takes registers."""
+
+
+@triton.jit
+def _convolution_kernel(
+    x,
+    weight,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    height,
+    width,
+    tiles_y,
+    tiles_x,
+    x_batch,
+    x_channel,
+    x_row,
+    x_column,
+    out_batch,
+    out_channel,
+    out_row,
+    out_column,
+    residual_batch,
+    CHANNELS: tl.constexpr,
+    FILTERS: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    DILATION: tl.constexpr,
+    ORIGIN: tl.constexpr,
+    RELU: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    FILTER_BLOCKS: tl.constexpr,
+):
+    PIXELS: tl.constexpr = BLOCK_Y * BLOCK_X
+    REACH: tl.constexpr = KERNEL_SIZE // 2 * DILATION
+    TERMS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE * CHANNELS
+    program = tl.program_id(0)
+    f0 = program % FILTER_BLOCKS * BLOCK_F
+    tile = program // FILTER_BLOCKS
+    x0, y0 = tile % tiles_x * BLOCK_X, tile // tiles_x % tiles_y * BLOCK_Y
+    image = tile // tiles_x // tiles_y
+    pixel = tl.arange(0, PIXELS)
+    rows, columns = y0 + pixel // BLOCK_X, x0 + pixel % BLOCK_X
+    filters = f0 + tl.arange(0, BLOCK_F)
+    dtype = weight.dtype if DESCRIPTORS else weight.dtype.element_ty
+    total = tl.zeros((PIXELS, BLOCK_F), tl.float32)
+    for k0 in range(0, TERMS, BLOCK_K):
+        if DESCRIPTORS:  # all of a block's terms belong to one tap
+            tap = k0 // CHANNELS
+            seen_y, seen_x = y0 + tap // KERNEL_SIZE * DILATION - REACH, x0 + tap % KERNEL_SIZE * DILATION - REACH
+            seen = tl.reshape(x.load([image, seen_y, seen_x, k0 % CHANNELS]), (PIXELS, BLOCK_K))
+            filter_block = weight.load([k0, f0])
+        else:
+            term = k0 + tl.arange(0, BLOCK_K)
+            tap, channel = term // CHANNELS, term % CHANNELS
+            seen_rows = rows[:, None] + (tap // KERNEL_SIZE * DILATION - REACH)[None, :]
+            seen_columns = columns[:, None] + (tap % KERNEL_SIZE * DILATION - REACH)[None, :]
+            inside = (seen_rows >= 0) & (seen_rows < height) & (seen_columns >= 0) & (seen_columns < width)
+            offsets = image.to(tl.int64) * x_batch + seen_rows.to(tl.int64) * x_row + seen_columns * x_column
+            offsets += channel[None, :] * x_channel
+            seen = tl.load(x + offsets, mask=inside & (term < TERMS)[None, :], other=ORIGIN)
+            if ORIGIN:
+                seen = seen.to(tl.float32) - ORIGIN
+            seen = seen.to(dtype)
+            kept = (term < TERMS)[:, None] & (filters < FILTERS)[None, :]
+            filter_block = tl.load(weight + term[:, None] * FILTERS + filters[None, :], mask=kept, other=0.0)
+        total = tl.dot(seen, filter_block, total, input_precision="tf32x3")  # (of fp32, as exact)
+    total += tl.load(bias_ptr + filters, mask=filters < FILTERS, other=0.0)[None, :]
+    if RELU:
+        total = tl.maximum(total, 0.0)
+    inside = ((rows < height) & (columns < width))[:, None] & (filters < FILTERS)[None, :]
+    places = rows.to(tl.int64) * out_row + columns * out_column
+    places = places[:, None] + filters[None, :].to(tl.int64) * out_channel
+    if residual_ptr is not None:
+        residual = residual_ptr + image.to(tl.int64) * residual_batch + places
+        total += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+    out = out_ptr + image.to(tl.int64) * out_batch + places
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def tile_of(filters: int, channels: int, dtype: torch.dtype, planes: bool) -> Tile:
+    """The launch constants of a layer."""
+    tiles = FP32_TILES if dtype == torch.float32 else TILES
+    tile = tiles[min(max(triton.next_power_of_2(filters), min(tiles)), max(tiles))]
+    if planes:  # each element of the result has an address, which takes registers
+        tile = replace(tile, block_f=min(tile.block_f, 64), num_warps=8)
+    divisor = channels & -channels  # a power of two
+    return tile if divisor < 16 else replace(tile, block_k=min(tile.block_k, divisor))
+
+
+class Convolution:
+    """A zero-padded convolution, its bias and what follows; the reference is `torch.nn.functional.conv2d`."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        dilation: int = 1,
+        relu: bool = False,
+        origin: int = 0,
+        planes: bool = False,
+        tile: Tile | None = None,
+    ) -> None:
+        """Put the filters where the kernel wants them.
+
+        Args:
+            weight: (F, C, k, k) with odd k, float32, float16 or bfloat16: the dtype of the products; sums are fp32.
+            bias: (F,).
+            relu: end with a ReLU.
+            origin: value of the input that counts as 0, also that of its padding.
+            planes: the result's channels lie one after the other, contiguous; otherwise those of a pixel side by side.
+            tile: launch constants; default: those of `TILES`.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
+            raise ValueError(f"weight: expected (F, C, k, k) with odd k, got {tuple(weight.shape)}")
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"weight: expected float32, float16 or bfloat16, got {weight.dtype}")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
+        self.filters, self.channels, self.kernel_size, _ = weight.shape
+        self.dilation, self.relu, self.origin, self.planes = dilation, relu, origin, planes
+        self.tile = tile or tile_of(self.filters, self.channels, weight.dtype, planes)
+        self.weight = weight.permute(2, 3, 1, 0).reshape(-1, self.filters).contiguous()
+        self.bias = bias.float().contiguous()
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Convolve a batch of images.
+
+        Args:
+            x: (B, C, H, W), any strides and dtype; fastest channels-last in the filters' dtype.
+            residual: (B, at least F, H, W), added in the end; channels as the result's, in memory too.
+            out: (B, F, H, W) to write to, any dtype.
+
+        Returns:
+            (B, F, H, W), dtype of the filters, or `out`.
+
+        Raises:
+            ValueError: another shape, or a residual that lies otherwise in memory.
+        """
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x: expected (B, {self.channels}, H, W), got {tuple(x.shape)}")
+        batch, _, height, width = x.shape
+        if out is None:
+            layout = torch.contiguous_format if self.planes else torch.channels_last
+            size = (batch, self.filters, height, width)
+            out = torch.empty(size, dtype=self.weight.dtype, device=x.device, memory_format=layout)
+        if residual is not None and residual.stride()[1:] != out.stride()[1:]:
+            raise ValueError(f"residual: expected strides {out.stride()}, got {residual.stride()}")
+        tile = self.tile
+        tiles_y, tiles_x = triton.cdiv(height, tile.block_y), triton.cdiv(width, tile.block_x)
+        filter_blocks = triton.cdiv(self.filters, tile.block_f)
+        descriptors = self._fits_descriptors(x)
+        weight: Tensor | TensorDescriptor = self.weight
+        seen: Tensor | TensorDescriptor = x
+        if descriptors:
+            weight = TensorDescriptor.from_tensor(self.weight, [tile.block_k, tile.block_f])
+            block = [1, tile.block_y, tile.block_x, tile.block_k]
+            seen = TensorDescriptor.from_tensor(x.permute(0, 2, 3, 1), block)
+        if out.numel():
+            _convolution_kernel[(batch * tiles_y * tiles_x * filter_blocks,)](
+                seen, weight, self.bias, residual, out, height, width, tiles_y, tiles_x, *x.stride(), *out.stride(),
+                0 if residual is None else residual.stride(0),
+                CHANNELS=self.channels, FILTERS=self.filters, KERNEL_SIZE=self.kernel_size, DILATION=self.dilation,
+                ORIGIN=self.origin, RELU=self.relu, DESCRIPTORS=descriptors,
+                BLOCK_Y=tile.block_y, BLOCK_X=tile.block_x, BLOCK_F=tile.block_f,
+                BLOCK_K=tile.block_k if descriptors else min(tile.block_k, LARGEST_GATHERED_K),
+                FILTER_BLOCKS=filter_blocks, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+        return out
+
+    def _fits_descriptors(self, x: Tensor) -> bool:
+        """Whether blocks of `x` and of the filters can be loaded as a whole: 16 bytes are the least."""
+        aligned = all(stride * x.element_size() % 16 == 0 for stride in (x.stride(0), x.stride(2), x.stride(3)))
+        aligned = aligned and x.stride(1) == 1 and self.filters * x.element_size() % 16 == 0
+        whole = self.channels % self.tile.block_k == 0 and self.tile.block_k * x.element_size() >= 16
+        return aligned and whole and not self.origin and x.dtype == self.weight.dtype and x.data_ptr() % 16 == 0

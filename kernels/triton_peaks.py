@@ -1,0 +1,112 @@
+"""Heatmaps to points and moments in Triton, for CUDA tensors (or, with TRITON_INTERPRET=1, any).
+
+One program reads one heatmap once: all that the shape fit needs of it is 24 bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tensors import described, result_tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCK = 4096
+"""Pixels that a program reads at a time. Not measured on a GPU yet."""
+NUM_WARPS = 8
+"""16 pixels of a block per thread. Not measured on a GPU yet."""
+WINDOW = tl.constexpr(5)
+"""Side of the window around a peak; its 25 pixels are the first of 32 lanes."""
+
+
+@triton.jit
+def _centroid_shift(x_ptr, peak, y, x, height, width):
+    """Of the window around the pixel (y, x) with value `peak`: its centroid's distance from it, along x and y.
+
+    In fp64, which 25 pixels can afford: neither large values overflow nor small ones vanish.
+    """
+    lane = tl.arange(0, 32)
+    dy, dx = lane // WINDOW - WINDOW // 2, lane % WINDOW - WINDOW // 2
+    # Cut at the border to a window that is symmetric about the pixel.
+    reach_y, reach_x = tl.minimum(y, height - 1 - y), tl.minimum(x, width - 1 - x)
+    inside = (tl.abs(dy) <= reach_y) & (tl.abs(dx) <= reach_x) & (lane < WINDOW * WINDOW)
+    # Beyond the window stands the peak's own value, which is never the smallest.
+    window = tl.load(x_ptr + (y + dy) * width + x + dx, mask=inside, other=peak).to(tl.float64)
+    finite = (window == window) & (tl.abs(window) != float("inf"))
+    all_finite = tl.min(finite.to(tl.int32), axis=0) > 0
+    window = tl.where(finite, window, 0.0)
+    weights = tl.where(inside & all_finite, window - tl.min(window, axis=0), 0.0)
+    total = tl.sum(weights, axis=0)
+    total = tl.where(total > 0, total, 1.0)  # A constant window: no weights, no shift.
+    return tl.sum(weights * dx, axis=0) / total, tl.sum(weights * dy, axis=0) / total
+
+
+@triton.jit
+def _heatmap_reduction_kernel(x_ptr, out_ptr, height, width, threshold, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    map_index = tl.program_id(0).to(tl.int64)
+    pixels = height * width
+    x_ptr += map_index * pixels
+    lane = tl.arange(0, BLOCK)
+    # Every lane keeps its own first maximum and its own sums.
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    largest_at = lane
+    w2 = tl.zeros((BLOCK,), tl.float32)
+    w2x = tl.zeros((BLOCK,), tl.float32)
+    w2y = tl.zeros((BLOCK,), tl.float32)
+    for block in range(BLOCKS):
+        index = block * BLOCK + lane
+        value = tl.load(x_ptr + index, mask=index < pixels, other=float("-inf")).to(tl.float32)
+        value = tl.where(value == value, value, float("-inf"))  # NaN counts as minus infinity.
+        larger = value > largest
+        largest = tl.where(larger, value, largest)
+        largest_at = tl.where(larger, index, largest_at)
+        y = index // width
+        square = tl.where(value > threshold, value * value, 0.0)
+        w2 += square
+        w2x += square * (index - y * width).to(tl.float32)
+        w2y += square * y.to(tl.float32)
+    peak = tl.max(largest, axis=0)
+    # Of equal ones the first. Where nothing is above minus infinity, lane 0 holds pixel 0.
+    first = tl.min(tl.where(largest == peak, largest_at, pixels), axis=0)
+    y, x = first // width, first % width
+    shift_x, shift_y = _centroid_shift(x_ptr, peak, y, x, height, width)
+    out_ptr += map_index * 6
+    tl.store(out_ptr, (x + shift_x).to(tl.float32))
+    tl.store(out_ptr + 1, (y + shift_y).to(tl.float32))
+    tl.store(out_ptr + 2, peak)
+    tl.store(out_ptr + 3, tl.sum(w2, axis=0))
+    tl.store(out_ptr + 4, tl.sum(w2x, axis=0))
+    tl.store(out_ptr + 5, tl.sum(w2y, axis=0))
+
+
+def heatmap_reduction(heatmaps: Tensor, threshold: float = 0.01, out: Tensor | None = None) -> Tensor:
+    """Find the maximum of every heatmap, to a fraction of a pixel, and its moments; what `lgcn_fast.peaks` calls
+    `peak_centroids` and `window_moments` (of all pixels), in one reading.
+
+    The point is the centroid of the 5 x 5 window around the first largest pixel (rows first). The moments are the sums
+    of w^2, w^2 x and w^2 y over the pixels with a value w above the threshold (section 3.3), in fp32. NaN counts as
+    minus infinity.
+
+    Args:
+        heatmaps: (B, N, H, W) float32, float16 or bfloat16, contiguous, at least one pixel, on a GPU.
+        threshold: of the moments.
+        out: (B, N, 6) float32, contiguous, to write to: then nothing is allocated, as a CUDA graph needs it.
+
+    Returns:
+        (B, N, 6) float32: x and y in pixels, the largest pixel's value, the sums of w^2, w^2 x, w^2 y.
+
+    Raises:
+        ValueError: another shape, dtype, layout or device.
+    """
+    fits = heatmaps.ndim == 4 and heatmaps.dtype in DTYPES and heatmaps.is_contiguous()
+    if not fits or not 0 < heatmaps.shape[2] * heatmaps.shape[3] < 2**31 - BLOCK:
+        expected = "contiguous (B, N, H, W) float32, float16 or bfloat16 with 1 to about 2**31 pixels"
+        raise ValueError(f"heatmaps: expected {expected}, got {described(heatmaps)}")
+    batch, channels, height, width = heatmaps.shape
+    out = result_tensor(out, (batch, channels, 6), torch.float32, heatmaps.device)
+    if out.numel():
+        _heatmap_reduction_kernel[(batch * channels,)](
+            heatmaps, out, height, width, float(threshold),
+            BLOCKS=triton.cdiv(height * width, BLOCK), BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return out

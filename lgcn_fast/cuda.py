@@ -1,0 +1,207 @@
+"""The network on a GPU: Triton kernels, recorded once as CUDA graphs and replayed.
+
+The shape model's fit follows on the device, so that of a face only its 96 x 96 pixels go in and its points come out.
+"""
+
+import math
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lgcn_fast_kernels.triton_convolution import Convolution
+from lgcn_fast_kernels.triton_gaussian_sum import gaussian_sum
+from lgcn_fast_kernels.triton_peaks import heatmap_reduction
+
+from .fitting import THRESHOLD, Array, CudaFitter, Fit
+from .folding import ORIGIN, FoldedNetwork, Layer
+from .losses import probabilities
+from .model import pad_to_grid
+from .shape import ShapeModel
+
+LADDER = (1, 2, 4, 8, 16, 32, 64)
+"""Batch sizes that are recorded. A batch goes through in parts of the largest, its rest in the next that holds it."""
+
+
+class CudaNetwork:
+    """`LGCN.forward` of a folded network, launched kernel by kernel; sums are fp32 in any case."""
+
+    def __init__(self, network: FoldedNetwork, device: torch.device, dtype: torch.dtype) -> None:
+        """Bring the filters to the device.
+
+        Args:
+            dtype: of filters and activations.
+        """
+        self.config = network.config
+
+        def convolution(layer: Layer, **options) -> Convolution:
+            weight, bias = (torch.from_numpy(part).to(device) for part in layer)
+            return Convolution(weight.to(dtype), bias, **options)
+
+        first, *local = network.local
+        self._local = [convolution(first, relu=True, origin=ORIGIN), *(convolution(x, relu=True) for x in local)]
+        self._heads = convolution(network.heads, planes=True)
+        self._context = [convolution(x, relu=True, dilation=self.config.dilation) for x in network.context]
+        self._refine = convolution(network.refine, planes=True)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Heatmaps of a batch of images.
+
+        Args:
+            images: (B, in_channels, H, W) pixel values 0..255, any dtype.
+
+        Returns:
+            (B, N, H, W) float32, contiguous; H and W of `config.heatmap_size`.
+        """
+        config = self.config
+        height, width = config.heatmap_size(*images.shape[2:])
+        x, step = images, config.shuffle
+        if step > 1:
+            if images.shape[2] % step or images.shape[3] % step:
+                x = pad_to_grid(images.float(), step)  # (torch cannot pad uint8)
+            x = F.pixel_unshuffle(x, step)
+        for layer in self._local:
+            x = layer(x)
+        step //= config.stride
+        maps = self._heads(x)
+        if step > 1:
+            maps = F.pixel_shuffle(maps, step)[..., :height, :width].contiguous()
+        blurred = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
+        gaussian_sum(maps, config.kernel_size, config.sigmas, config.num_landmarks, blurred)
+        local = blurred[:, : config.num_landmarks]
+        x = F.avg_pool2d(pad_to_grid(blurred, step), step) if step > 1 else blurred
+        for layer in self._context:
+            x = layer(x)
+        if step > 1:
+            heatmaps = local + F.pixel_shuffle(self._refine(x), step)[..., :height, :width]
+        else:
+            heatmaps = self._refine(x, local, torch.empty(local.shape, dtype=torch.float32, device=local.device))
+        return heatmaps if config.loss == "squared_error" else probabilities(heatmaps).contiguous()
+
+
+class CudaEngine:
+    """What `Engine` runs on a GPU."""
+
+    backend = "cuda"
+
+    def __init__(
+        self, network: FoldedNetwork, device: torch.device, dtype: torch.dtype, fitter: type = CudaFitter
+    ) -> None:
+        """Bring the network to the device.
+
+        Args:
+            dtype: of filters and activations.
+            fitter: what makes fits of a shape model, heatmaps and their reductions; tests put one for a CPU here.
+        """
+        self._config, self._device, self._make_fitter = network.config, device, fitter
+        self._network = CudaNetwork(network, device, dtype)
+        self._heatmaps = self._recorded(self._network)
+        self._reductions = self._recorded(lambda images: heatmap_reduction(self._network(images)))
+        self._fits = lru_cache(maxsize=4)(self._fit_of)
+
+    def heatmaps(self, images: Tensor) -> Tensor:
+        return self._heatmaps(images)
+
+    def maxima(self, images: Tensor, to_host: bool) -> tuple[Array, Array]:
+        reductions = self._reductions(images)
+        if to_host:
+            reductions = reductions.cpu().numpy()
+        return reductions[..., :2], reductions[..., 2]
+
+    def fit(self, images: Tensor, shape: ShapeModel, to_host: bool) -> Fit:
+        packed = self._fits(shape)(images)
+        if to_host:
+            packed = packed.cpu().numpy()
+        count, modes = shape.num_landmarks, len(shape.modes)
+        sizes = {"points": (count, 2), "shapes": (count, 2), "coefficients": (modes,), "certainties": (count,)}
+        parts, start = {}, 0
+        for name, size in sizes.items():
+            end = start + math.prod(size)
+            parts[name], start = packed[:, start:end].reshape(-1, *size), end
+        return Fit(**parts, residuals=packed[:, -1])
+
+    def _recorded(self, function: Callable[[Tensor], Tensor]) -> "RecordedBatches":
+        size = self._config.input_size
+        return RecordedBatches(function, (self._config.in_channels, size, size), self._device)
+
+    def _fit_of(self, shape: ShapeModel) -> "RecordedBatches":
+        fitter = self._make_fitter(shape)
+
+        def packed(images: Tensor) -> Tensor:
+            """All parts of a fit side by side: one copy brings them to the host."""
+            heatmaps = self._network(images)
+            fit = fitter(heatmaps, heatmap_reduction(heatmaps, THRESHOLD), self._config.stride)
+            parts = fit.points, fit.shapes, fit.coefficients, fit.certainties, fit.residuals
+            return torch.cat([part.reshape(len(images), -1) for part in parts], dim=1)
+
+        return self._recorded(packed)
+
+
+class RecordedBatches:
+    """A function of batches of images of one size, recorded for the sizes of a ladder and replayed.
+
+    Its buffers stay where they are, as a CUDA graph demands. Threads and streams may call it at once: it runs in the
+    caller's stream, behind what others have it do. (On a CPU, for tests, nothing is recorded.)
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], image: tuple[int, int, int], device: torch.device) -> None:
+        """Record nothing yet: a size is recorded when it is needed first.
+
+        Args:
+            function: (B, C, H, W) on the device to one (B, ...) tensor, without waiting for the device.
+            image: C, H, W of the images that are recorded, uint8; others are computed without a record.
+        """
+        self._function, self._image, self._device = function, image, device
+        self._recorded: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
+        self._lock = threading.Lock()
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._done: torch.cuda.Event | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """What the function makes of a batch, which may lie on the host or on the device: (B, ...), on the device."""
+        with torch.cuda.device(self._device if self._pool else -1):
+            if images.dtype != torch.uint8 or images.shape[1:] != self._image:
+                return self._function(images.to(self._device))
+            parts = [self._replay(part) for part in images.split(LADDER[-1])]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _replay(self, images: Tensor) -> Tensor:
+        count = len(images)
+        if self._pool and images.device.type == "cpu":
+            images = images.pin_memory()  # or the copy would wait for all that the stream has to do before
+        with self._lock:
+            size = next(size for size in LADDER if size >= count)
+            if size not in self._recorded:
+                self._recorded[size] = self._record(size)
+            buffer, replay = self._recorded[size]
+            stream = torch.cuda.current_stream() if self._pool else None
+            if stream and self._done:
+                stream.wait_event(self._done)
+            buffer[:count].copy_(images, non_blocking=True)
+            result = replay()[:count].clone()
+            if stream:
+                self._done = stream.record_event()
+            return result
+
+    def _record(self, size: int) -> tuple[Tensor, Callable[[], Tensor]]:
+        buffer = torch.zeros((size, *self._image), dtype=torch.uint8, device=self._device)
+        if self._pool is None:
+            return buffer, lambda: self._function(buffer)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            self._function(buffer)  # compiles what is not compiled yet
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on allocating meanwhile.
+        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+            result = self._function(buffer)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return buffer, replay

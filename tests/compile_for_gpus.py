@@ -1,0 +1,103 @@
+"""Compiles every Triton kernel for GPUs that need not be there: run by test_compilation.py in a process of its own.
+
+What Triton would see at a launch is written down here: types of the arguments, and those that are constants.
+"""
+
+import subprocess
+from tempfile import NamedTemporaryFile
+
+import torch
+from triton import compile, knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lgcn_fast_kernels import triton_convolution, triton_crop, triton_gaussian_sum, triton_peaks
+from lgcn_fast_kernels.triton_convolution import TILES, tile_of
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program may have on an H200."""
+
+
+def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90, **options) -> str:
+    """PTX of a kernel whose other arguments are 32-bit integers, checked to fit a multiprocessor."""
+    types = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
+    compiled = compile(ASTSource(kernel, types, constants), GPUTarget("cuda", capability, 32), options)
+    assert compiled.metadata.shared <= SHARED_MEMORY, (
+        f"{kernel.__name__}, {constants}: {compiled.metadata.shared} bytes"
+    )
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert " STACK:0 " in usage, f"{kernel.__name__}, {constants}: registers spilled, {usage}"
+    return compiled.asm["ptx"]
+
+
+def convolution(
+    dtype: str, filters: int = 128, channels: int = 128, descriptors: bool = False, planes: bool = False,
+    capability: int = 90, types: dict | None = None, **changes,
+) -> str:  # fmt: skip
+    """`types` and `changes` of the kernel's arguments, beside those of an inner layer."""
+    tile = tile_of(filters, channels, torch.float32 if dtype == "fp32" else torch.bfloat16, planes)
+    constants = {
+        "residual_ptr": None, "CHANNELS": channels, "FILTERS": filters, "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0,
+        "RELU": True, "DESCRIPTORS": descriptors, "BLOCK_Y": tile.block_y, "BLOCK_X": tile.block_x,
+        "BLOCK_K": tile.block_k if descriptors else min(tile.block_k, triton_convolution.LARGEST_GATHERED_K),
+        "BLOCK_F": tile.block_f, "FILTER_BLOCKS": -(-filters // tile.block_f),
+    } | changes  # fmt: skip
+    types = dict.fromkeys(("x", "weight", "out_ptr"), f"*{dtype}") | {"bias_ptr": "*fp32"} | (types or {})
+    if "residual_ptr" in types:
+        del constants["residual_ptr"]
+    if descriptors:
+        types["x"] = f"tensordesc<{dtype}[1,{tile.block_y},{tile.block_x},{tile.block_k}]>"
+        types["weight"] = f"tensordesc<{dtype}[{tile.block_k},{tile.block_f}]>"
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return ptx(triton_convolution._convolution_kernel, constants, types, capability, **options)
+
+
+def gaussian_sum(dtype: torch.dtype, name: str) -> str:
+    block_y = triton_gaussian_sum.LARGEST_BLOCK_Y[dtype]
+    constants = {
+        "COUNT": 4, "REACH_Y": int(block_y < 96), "REACH_X": 1, "BLOCK_Y": block_y,
+        "BLOCK_X": triton_gaussian_sum.BLOCK_X,
+    }  # fmt: skip
+    pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), f"*{name}") | {"out_ptr": "*fp32"}
+    options = {"num_warps": triton_gaussian_sum.NUM_WARPS}
+    return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, **options)
+
+
+def heatmap_reduction() -> str:
+    constants = {"BLOCKS": 9, "BLOCK": triton_peaks.BLOCK}
+    pointers = {"x_ptr": "*fp32", "out_ptr": "*fp32", "threshold": "fp32"}
+    return ptx(triton_peaks._heatmap_reduction_kernel, constants, pointers, num_warps=triton_peaks.NUM_WARPS)
+
+
+def crop(to_gray: bool, taps: int) -> str:
+    constants = {"TO_GRAY": to_gray, "TAPS": taps, "BLOCK_P": max(triton_crop.ELEMENTS // taps, 1)}
+    pointers = {"image_ptr": "*u8", "places_ptr": "*i32", "out_ptr": "*u8"}
+    return ptx(triton_crop._crop_kernel, constants, pointers, num_warps=triton_crop.NUM_WARPS, enable_fp_fusion=False)
+
+
+if __name__ == "__main__":
+    for filters in TILES:
+        text = convolution("bf16", filters, filters, descriptors=True)
+        assert "wgmma.mma_async" in text, filters
+        assert "cp.async.bulk.tensor" in text, filters
+        assert "mma.sync" in convolution("bf16", filters, filters, descriptors=True, capability=80), filters
+        for dtype in ("bf16", "fp32"):
+            # First layer, heads, behind the blur, inner layer, last layer: the blurred heatmaps are added.
+            first = {"KERNEL_SIZE": 5, "DILATION": 1, "ORIGIN": 128}
+            convolution(dtype, filters, 1, types={"x": "*u8"}, **first)
+            head = {"KERNEL_SIZE": 1, "DILATION": 1, "RELU": False}
+            convolution(dtype, 136, filters, descriptors=True, planes=True, **head)
+            convolution(dtype, filters, 136, types={"x": "*fp32"})
+            convolution(dtype, filters, filters, descriptors=True)
+            sums = {"residual_ptr": "*fp32", "out_ptr": "*fp32"}
+            convolution(dtype, 68, filters, descriptors=True, planes=True, types=sums, **head)
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        assert "mma" in gaussian_sum(dtype, name)
+    heatmap_reduction()
+    for to_gray in (False, True):
+        for taps in (1, 4, 32):
+            crop(to_gray, taps)

@@ -1,0 +1,240 @@
+"""The engine on a GPU. Where there is none, its kernels are interpreted and its batches run without a record."""
+
+import importlib.util
+import threading
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from networks import CONFIGS, eager, randomised
+
+from lgcn_fast import Engine, LGCNConfig, ShapeModel, engine, load_model, predict
+from lgcn_fast.fitting import Fit, NativeFitter
+from lgcn_fast.folding import fold
+from lgcn_fast.images import read_image
+from lgcn_fast.native import NativeEngine
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton (pip install '.[gpu]')")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+IMAGE = (1, 4, 6)
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    from lgcn_fast import cuda
+
+    return cuda
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_fp32_is_the_model(cuda, name):
+    model = randomised(CONFIGS[name])
+    for height, width in ((13, 30), (1, 1)):
+        images = torch.randint(0, 256, (2, model.config.in_channels, height, width), dtype=torch.uint8)
+        expected = eager(model, images)
+        for form in (images, images.float()):
+            heatmaps = cuda.CudaNetwork(fold(model), DEVICE, torch.float32)(form.to(DEVICE)).cpu()
+            assert heatmaps.dtype == torch.float32
+            assert heatmaps.is_contiguous()
+            torch.testing.assert_close(heatmaps.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["plain", "nano"])
+@torch.inference_mode()
+def test_half_precision_is_near_the_model(cuda, name):
+    """fp16, which Triton's interpreter computes as a GPU does; bf16 differs in the type alone."""
+    model = randomised(CONFIGS[name])
+    images = torch.randint(0, 256, (1, 1, 24, 24), dtype=torch.uint8)
+    heatmaps = cuda.CudaNetwork(fold(model), DEVICE, torch.float16)(images.to(DEVICE)).cpu()
+    expected = eager(model, images)
+    torch.testing.assert_close(heatmaps.double(), expected, rtol=0, atol=5e-3 * float(expected.abs().max()))
+
+
+def recorded(cuda):
+    """Sums of images, and the batches that the function behind them was asked for."""
+    sizes = []
+
+    def sums(images):
+        sizes.append(len(images))
+        return images.float().sum(dim=(2, 3))
+
+    return cuda.RecordedBatches(sums, IMAGE, DEVICE), sizes
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1, [1]), (3, [4]), (64, [64]), (130, [64, 64, 2])])
+@torch.inference_mode()
+def test_batches_go_up_to_the_sizes_of_the_ladder(cuda, count, steps):
+    run, sizes = recorded(cuda)
+    images = torch.randint(0, 256, (count, *IMAGE), dtype=torch.uint8)
+    for form in (images, images.to(DEVICE)):
+        sums = run(form)
+        assert sums.device == DEVICE
+        assert torch.equal(sums.cpu(), images.float().sum(dim=(2, 3)))
+    # On a GPU a size is computed twice, to warm up and to record, and then replayed.
+    assert sizes == ([s for s in dict.fromkeys(steps) for _ in range(2)] if DEVICE.type == "cuda" else steps * 2)
+
+
+@torch.inference_mode()
+def test_results_outlive_the_next_call(cuda):
+    run, _ = recorded(cuda)
+    first = run(torch.full((3, *IMAGE), 1, dtype=torch.uint8))
+    second = run(torch.full((2, *IMAGE), 2, dtype=torch.uint8))
+    assert first.unique().tolist() == [24]
+    assert second.unique().tolist() == [48]
+
+
+@torch.inference_mode()
+def test_other_images_are_not_recorded(cuda):
+    run, sizes = recorded(cuda)
+    for images in (torch.ones(5, 1, 7, 7, dtype=torch.uint8), torch.ones(5, *IMAGE)):
+        assert torch.equal(run(images).cpu(), images.float().sum(dim=(2, 3)))
+    assert sizes == [5, 5]
+
+
+def test_batches_of_several_threads(cuda):
+    run, _ = recorded(cuda)
+    wrong = []
+
+    @torch.inference_mode()
+    def work(value: int) -> None:
+        stream = torch.cuda.Stream() if DEVICE.type == "cuda" else None
+        with torch.cuda.stream(stream):
+            for count in (1, 3, 7) * 5:
+                sums = run(torch.full((count, *IMAGE), value, dtype=torch.uint8, device=DEVICE))
+                if sums.cpu().tolist() != [[24.0 * value]] * count:
+                    wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in range(1, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class HostFitter:
+    """In the place of the fit on the device."""
+
+    def __init__(self, shape: ShapeModel) -> None:
+        self._fitter = NativeFitter(shape)
+
+    def __call__(self, heatmaps, reductions, stride) -> Fit:
+        fit = self._fitter(heatmaps.cpu().numpy(), stride)
+        return Fit(*(torch.from_numpy(getattr(fit, f.name)).float().to(DEVICE) for f in fields(fit)))
+
+
+@pytest.mark.parametrize("to_host", [True, False])
+@torch.inference_mode()
+def test_engine_finds_what_the_native_one_finds(cuda, random, to_host):
+    """Crops go through recorded batches, images of another size do not."""
+    config = LGCNConfig.nano(filters=16, num_landmarks=3, local_kernels=(3,), global_layers=1, input_size=24)
+    network = fold(randomised(config))
+    shape = ShapeModel.fit(random.normal(size=(20, 3, 2)), 2)
+    # (Results are moved to the host for to_host: on a CPU nothing can be recorded with a fit on the host.)
+    ours = cuda.CudaEngine(network, torch.device("cpu") if DEVICE.type == "cpu" else DEVICE, torch.float32, HostFitter)
+    expected = NativeEngine(network, "fp32", 1)
+    for side in (24, 21):
+        images = torch.from_numpy(random.integers(0, 256, (3, 1, side, side), np.uint8))
+        torch.testing.assert_close(ours.heatmaps(images).cpu(), expected.heatmaps(images), rtol=0, atol=1e-4)
+        pairs = list(zip(ours.maxima(images, to_host), expected.maxima(images, True), strict=True))
+        if DEVICE.type == "cpu":
+            fitted, known = ours.fit(images, shape, to_host), expected.fit(images, shape, True)
+            pairs += [(getattr(fitted, f.name), getattr(known, f.name)) for f in fields(Fit)]
+        for found, known in pairs:
+            assert isinstance(found, np.ndarray if to_host else torch.Tensor)
+            np.testing.assert_allclose(torch.as_tensor(found).cpu(), known, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: expected one that is there, got 'cuda', but"):
+            Engine(randomised(CONFIGS["nano"]), "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(engine, "find_spec", lambda name: None if name == "cupy" else "there")
+    with pytest.raises(ValueError, match=r"'cuda' needs triton and cupy, got no cupy .*pip install"):
+        Engine(randomised(CONFIGS["nano"]), "cuda")
+    assert Engine(randomised(CONFIGS["nano"])).backend == "cpu"
+
+
+@pytest.fixture
+def frames(demo_picture):
+    """Four frames of a face, with its boxes."""
+    image = read_image(demo_picture, color=True)
+    shifts = range(0, 12, 3)
+    boxes = np.array([[82 + shift, 70, 124, 124] for shift in shifts])
+    return np.stack([np.roll(image, shift, axis=1) for shift in shifts]), boxes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.03)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gpu_heatmaps_are_the_models(name, precision, tolerance):
+    model = randomised(CONFIGS[name])
+    ours = Engine(model, "cuda", precision)
+    assert (ours.backend, ours.precision) == ("cuda", precision)
+    for shape in ((5, 96, 96), (2, 97, 41)):
+        images = torch.randint(0, 256, (shape[0], model.config.in_channels, *shape[1:]), dtype=torch.uint8)
+        expected = eager(model, images)
+        for form in (images, images.cuda()):
+            heatmaps = ours.heatmaps(form).cpu().double()
+            torch.testing.assert_close(heatmaps, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "pixels"), [("fp32", 0.01), ("bf16", 0.1)])
+@pytest.mark.parametrize("fit", [True, False])
+def test_gpu_points_are_those_of_a_cpu(frames, precision, pixels, fit):
+    """From the host and from the device, in photo coordinates."""
+    images, boxes = frames
+    expected = predict(images, boxes, device="cpu", precision="fp32", fit=fit)
+    forms = {
+        "host": images,
+        "device": torch.from_numpy(images).cuda(),
+        "channels first": torch.from_numpy(images).cuda().permute(0, 3, 1, 2),
+        "float": torch.from_numpy(images).cuda().float(),
+    }
+    for name, form in forms.items():
+        found = predict(form, boxes, device="cuda", precision=precision, fit=fit)
+        distance = np.linalg.norm(found.points - expected.points, axis=-1)
+        assert np.median(distance) < pixels, name
+        np.testing.assert_allclose(found.scores, expected.scores, atol=0.05, err_msg=name)
+        there = predict(form, boxes, device="cuda", precision=precision, fit=fit, to_host=False)
+        assert there.points.is_cuda
+        assert there.scores.dtype == torch.float32
+        np.testing.assert_allclose(there.points.cpu(), found.points, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.gpu
+def test_gpu_takes_arrays_of_other_libraries(frames):
+    import cupy
+
+    images, boxes = frames
+    expected = predict(images, boxes, device="cuda").points
+    np.testing.assert_allclose(predict(cupy.asarray(images), boxes, device="cuda").points, expected, atol=0.05)
+
+
+@pytest.mark.gpu
+def test_gpu_streams_and_threads_at_once(frames):
+    """The caller's stream is the one that works: a batch that is still being written there is waited for."""
+    images, boxes = torch.from_numpy(frames[0]).cuda(), frames[1]
+    ours = Engine(load_model("lgcn-nano"), "cuda")
+    expected = predict(images, boxes, ours).points
+    wrong = []
+
+    def work() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                late = torch.zeros_like(images)
+                torch.cuda._sleep(1_000_000)
+                late.copy_(images)
+                if not np.allclose(predict(late, boxes, ours).points, expected, atol=1e-3):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

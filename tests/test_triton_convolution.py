@@ -1,0 +1,115 @@
+"""The convolution in Triton: interpreted where there is no GPU (conftest.py)."""
+
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton (pip install '.[gpu]')")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# (B, C, F, kernel size, dilation, H, W); blocks of pixels are 8 x 16.
+SHAPES = {
+    "gray image": (2, 1, 16, 5, 1, 9, 17),
+    "one pixel": (1, 3, 7, 3, 4, 1, 1),
+    "block less one, descriptors": (1, 16, 16, 3, 4, 7, 15),
+    "exact block, descriptors": (2, 16, 16, 3, 1, 8, 16),
+    "dilated, descriptors": (1, 64, 64, 3, 4, 11, 18),
+    "terms across taps": (1, 34, 16, 3, 4, 9, 7),
+    "several blocks of filters, descriptors": (1, 16, 136, 1, 1, 3, 37),
+    "no image": (0, 4, 4, 3, 1, 5, 5),
+}
+# fp32 sums in another order; otherwise the result is rounded.
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+@pytest.fixture(scope="module")
+def convolution():
+    from lgcn_fast_kernels.triton_convolution import Convolution
+
+    return Convolution
+
+
+def layer(shape, dtype):
+    batch, channels, filters, size, _, height, width = shape
+    x = torch.randn(batch, channels, height, width, device=DEVICE, dtype=dtype)
+    weight = torch.randn(filters, channels, size, size, device=DEVICE, dtype=dtype) / (channels * size**2) ** 0.5
+    return x, weight, torch.randn(filters, device=DEVICE)
+
+
+def reference(x, weight, bias, dilation):
+    return F.conv2d(
+        x.double(), weight.double(), bias.double(), padding=len(weight[0, 0]) // 2 * dilation, dilation=dilation
+    )
+
+
+def check(convolution, name, dtype, planes) -> None:
+    shape = SHAPES[name]
+    x, weight, bias = layer(shape, dtype)
+    layout = torch.contiguous_format if planes else torch.channels_last
+    x = x.contiguous(memory_format=layout)
+    expected = reference(x, weight, bias, shape[4]).relu()
+    out = torch.full_like(expected, float("nan"), dtype=dtype, memory_format=layout)
+    ours = convolution(weight, bias, shape[4], relu=True, planes=planes)
+    assert ours(x, out=out) is out
+    scale = float(expected.max()) if expected.numel() else 1.0
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCES[dtype] * scale)
+    alone = ours(x)
+    assert alone.dtype == dtype
+    assert alone.is_contiguous(memory_format=layout)
+    assert torch.equal(alone, out)
+
+
+@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_the_reference(convolution, name, dtype, planes):
+    check(convolution, name, dtype, planes)
+
+
+# (The interpreter multiplies the bits of bf16.)
+@pytest.mark.gpu
+@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_the_reference_in_bf16(convolution, name, planes):
+    check(convolution, name, torch.bfloat16, planes)
+
+
+def test_descriptors_are_used_where_they_can_be(convolution):
+    for name, shape in SHAPES.items():
+        x, weight, bias = layer(shape, torch.float16)
+        ours = convolution(weight, bias)
+        assert ours._fits_descriptors(x.contiguous(memory_format=torch.channels_last)) == ("descriptors" in name)
+        assert not ours._fits_descriptors(x.contiguous())
+
+
+def test_pixels_count_from_their_origin(convolution):
+    """uint8 and fp32 pixels alike; the padding is the origin too."""
+    pixels = torch.randint(0, 256, (2, 1, 9, 5), dtype=torch.uint8, device=DEVICE)
+    _, weight, bias = layer(SHAPES["gray image"], torch.float32)
+    expected = reference(pixels.double() - 128, weight, bias, 1)
+    ours = convolution(weight, bias, origin=128)
+    for x in (pixels, pixels.float()):
+        torch.testing.assert_close(ours(x).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_adds_a_part_of_other_planes(convolution):
+    x, weight, bias = layer((2, 16, 3, 1, 1, 9, 17), torch.float16)
+    planes = torch.randn(2, 5, 9, 17, device=DEVICE)
+    out = torch.full((2, 3, 9, 17), float("nan"), device=DEVICE)
+    convolution(weight, bias, planes=True)(x, planes[:, :3], out)
+    torch.testing.assert_close(out.double(), reference(x, weight, bias, 1) + planes[:, :3], rtol=0, atol=1e-5)
+
+
+def test_wrong_input_is_named(convolution):
+    weight, bias = torch.zeros(2, 3, 3, 3), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"weight: expected \(F, C, k, k\) with odd k, got \(2, 3, 2, 2\)"):
+        convolution(weight[:, :, :2, :2], bias)
+    with pytest.raises(ValueError, match="weight: expected float32, float16 or bfloat16"):
+        convolution(weight.long(), bias)
+    with pytest.raises(ValueError, match=r"bias: expected \(2,\), got \(3,\)"):
+        convolution(weight, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"x: expected \(B, 3, H, W\), got \(1, 2, 9, 9\)"):
+        convolution(weight, bias)(torch.zeros(1, 2, 9, 9))
+    with pytest.raises(ValueError, match="residual: expected strides"):
+        convolution(weight, bias)(torch.zeros(1, 3, 9, 9), torch.zeros(1, 2, 9, 9))
