@@ -10,7 +10,6 @@ from timing import run
 
 from lgcn_fast import LGCN, Engine, LGCNConfig, load_model, predict
 from lgcn_fast.native import INSTRUCTIONS
-from lgcn_fast.prediction import DEFAULT_WEIGHTS
 
 FACES = 64
 
@@ -31,7 +30,7 @@ def latencies(call, count: int) -> dict[str, float]:
 
 def main() -> dict:
     crops = real_crops(FACES)
-    models = {"nano": load_model(DEFAULT_WEIGHTS), "F = 16": LGCN(LGCNConfig(filters=16)), "F = 128": LGCN()}
+    models = {"nano": load_model("lgcn-nano"), "F = 16": LGCN(LGCNConfig(filters=16)), "F = 128": LGCN()}
     results = {}
     print(f"{'':<32}{'median ms':>11}{'20 %':>9}{'80 %':>9}{'99 %':>9}")
     for name, model in models.items():

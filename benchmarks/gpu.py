@@ -22,7 +22,7 @@ from timing import run
 from lgcn_fast import LGCN, Engine, ShapeModel, gaussian_sum, load_model, predict
 from lgcn_fast.fitting import CudaFitter, fit
 from lgcn_fast.operators import gaussian_sum_banded
-from lgcn_fast.prediction import DEFAULT_WEIGHTS, WEIGHTS
+from lgcn_fast.prediction import WEIGHTS
 
 BATCHES = (1, 64)
 LAST_COMPILATION = 300
@@ -131,7 +131,7 @@ def convolutions(peak: float) -> dict[str, dict]:
 def model_of(name: str) -> LGCN:
     config = CONFIGS[name]
     if config is None:
-        return load_model(DEFAULT_WEIGHTS)
+        return load_model("lgcn-nano")
     model = LGCN(config).eval()
     for head in (model.main, model.refine):  # random, for times that mean something
         torch.nn.init.normal_(head.weight, std=0.1)

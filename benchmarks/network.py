@@ -9,7 +9,6 @@ from timing import compare, matrix_rate, run, show
 
 from lgcn_fast import LGCN, Engine, LGCNConfig, load_model
 from lgcn_fast.native import INSTRUCTIONS
-from lgcn_fast.prediction import DEFAULT_WEIGHTS
 
 CONFIGS = {"nano": None, **{f"F = {f}": LGCNConfig(filters=f) for f in (16, 32, 64, 128)}}
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
@@ -28,7 +27,7 @@ def giga_multiply_adds(config: LGCNConfig) -> float:
 def network(name: str, config: LGCNConfig | None, rates: dict[str, float]) -> dict[str, dict]:
     """All of them side by side on one image, correctness first."""
     if config is None:
-        model = load_model(DEFAULT_WEIGHTS)
+        model = load_model("lgcn-nano")
     else:
         model = LGCN(config).eval()
         # Trained weights of this size do not exist yet: heads that are not all zero, for times that mean something.

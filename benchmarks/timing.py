@@ -3,7 +3,6 @@
 import argparse
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lgcn_fast.report import cpu_name
 from lgcn_fast.training import commit
 
 
@@ -73,14 +73,3 @@ def matrix_rate(dtype: torch.dtype) -> float:
     a = torch.randn(2048, 2048).to(dtype)
     out = torch.empty_like(a)
     return 2 * 2048**3 / compare({"": lambda: torch.mm(a, a, out=out)}, rounds=5)[""]["median_ms"] / 1e6
-
-
-def cpu_name() -> str:
-    """Model and flags of the processor that matter here, as `lscpu` has them."""
-    text = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    flags = set(fields.get("Flags", "").split())
-    extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return (
-        f"{fields.get('Model name', platform.machine()).strip()}, {fields['CPU(s)'].strip()} cores, {' '.join(extras)}"
-    )

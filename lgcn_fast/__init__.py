@@ -11,6 +11,7 @@ from .model import LGCN, Heatmaps
 from .operators import gaussian_sum
 from .prediction import Landmarks, predict
 from .shape import ShapeModel
+from .shipped import ShippedModel, models
 
 __all__ = [
     "LGCN",
@@ -19,7 +20,9 @@ __all__ = [
     "LGCNConfig",
     "Landmarks",
     "ShapeModel",
+    "ShippedModel",
     "gaussian_sum",
     "load_model",
+    "models",
     "predict",
 ]

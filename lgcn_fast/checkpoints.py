@@ -1,6 +1,7 @@
 """Weights files: safetensors with the configuration in the metadata, read strictly, written whole or not at all."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,32 @@ from .config import LGCNConfig
 from .model import LGCN
 
 FORMAT = "lgcn_fast-1"
+WEIGHTS = Path(__file__).parent / "weights"
+"""What ships: `NAME.safetensors` for every model, shape models, what was measured of them, model cards."""
+
+
+def model_names() -> list[str]:
+    """Names of the models in the package."""
+    return sorted(path.stem for path in WEIGHTS.glob("lgcn-*.safetensors"))
+
+
+def weights_path(model: Path | str) -> Path:
+    """The weights file of a model.
+
+    Args:
+        model: the name of a model in the package, or a path.
+
+    Raises:
+        ValueError: neither; lists the names.
+    """
+    text = str(model)
+    shipped = WEIGHTS / f"{text}.safetensors"
+    if text.startswith("lgcn-") and shipped.parent == WEIGHTS and shipped.is_file():
+        return shipped
+    if not Path(model).is_file():
+        names = ", ".join(model_names())
+        raise ValueError(f"model: expected one of {names}, or a safetensors file, got {text!r}")
+    return Path(model)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -53,39 +80,64 @@ def save_model(path: Path, model: LGCN, training: dict[str, Any]) -> None:
     save_tensors(path, tensors, metadata)
 
 
-def load_model(path: Path) -> LGCN:
+def load_model(model: Path | str) -> LGCN:
     """Read a model that `save_model` wrote, in eval mode, fp32.
 
+    Args:
+        model: the name of a model in the package, or a path.
+
     Raises:
-        ValueError: another kind of file, or tensors that do not fit the configuration in its metadata.
+        ValueError: an unknown name, another kind of file, or tensors that do not fit the configuration in its metadata.
     """
+    path = weights_path(model)
     tensors, metadata = load_tensors(path)
     _check_format(path, metadata)
     try:
-        model = LGCN(LGCNConfig.from_json(metadata["config"]))
+        network = LGCN(LGCNConfig.from_json(metadata["config"]))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: expected a configuration in its metadata, got {error}") from None
-    expected = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    expected = {name: t for name, t in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     wrong = sorted(expected.keys() ^ tensors.keys())
     if wrong:
         raise ValueError(f"{path}: expected the tensors of its configuration, but it has or lacks {', '.join(wrong)}")
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape:
             raise ValueError(f"{path}: {name}: expected {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}")
-    batches = {name: t for name, t in model.state_dict().items() if name.endswith("num_batches_tracked")}
-    model.load_state_dict({name: t.to(torch.float32) for name, t in tensors.items()} | batches, strict=True)
-    return model.eval()
+    batches = {name: t for name, t in network.state_dict().items() if name.endswith("num_batches_tracked")}
+    network.load_state_dict({name: t.to(torch.float32) for name, t in tensors.items()} | batches, strict=True)
+    return network.eval()
 
 
-def load_card(path: Path) -> dict[str, Any]:
+def load_card(model: Path | str) -> dict[str, Any]:
     """What `save_model` was told of the training.
+
+    Args:
+        model: the name of a model in the package, or a path.
+
+    Raises:
+        ValueError: an unknown name, or another kind of file.
+    """
+    path = weights_path(model)
+    _, metadata = load_tensors(path)
+    _check_format(path, metadata)
+    return json.loads(metadata["training"])
+
+
+def load_header(path: Path) -> tuple[LGCNConfig, int]:
+    """The configuration of a model and its number of parameters, without reading its tensors.
 
     Raises:
         ValueError: another kind of file.
     """
-    _, metadata = load_tensors(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
     _check_format(path, metadata)
-    return json.loads(metadata["training"])
+    trained = (shape for name, shape in shapes.items() if ".running_" not in name)
+    return LGCNConfig.from_json(metadata["config"]), sum(map(math.prod, trained))
 
 
 def _check_format(path: Path, metadata: dict[str, str]) -> None:

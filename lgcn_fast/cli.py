@@ -1,35 +1,33 @@
-"""The command line: `lgcn-fast predict | demo | evaluate | prepare | train | fit-shape | bench`."""
+"""The command line: `lgcn-fast predict | demo | models | evaluate | report | bench`, and `cli_training`."""
 
 import argparse
 import csv
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
+from . import checkpoints
 from .checkpoints import load_card
-from .config import LOSSES, LGCNConfig
-from .crops import read_cache, training_shapes, write_cache
-from .datasets import read_background, read_faces, read_shapes
+from .cli_training import add_command, add_fit_shape, add_prepare, add_train
+from .datasets import read_faces
 from .drawing import draw_landmarks
-from .evaluation import evaluate, report, with_mean_shape
+from .engine import engine_device
+from .evaluation import evaluate, with_mean_shape
 from .images import read_image
-from .prediction import DEFAULT_WEIGHTS, predict
-from .recipes import RECIPES
-from .shape import ShapeModel
-from .training import Trainer, TrainingOptions
+from .prediction import predict
+from .report import accuracy_table, put_into_readme, write_evaluation, write_report
+from .shipped import MEASURED, default_model, models
 
 DEMO_BOX = (82, 70, 124, 124)
 """The face in demo.jpg (Eileen Collins, NASA, public domain)."""
 PICTURE_SIZE = 600
 """Smaller pictures are enlarged to about this many pixels before landmarks are drawn."""
 BENCHMARKS = ("kernel_convolution", "network", "peaks", "fit", "end_to_end")
-NETWORKS = ("nano", "16", "32", "64", "128")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="lgcn-fast", description="Facial landmarks with the LGCN (CVPR 2018).")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_predict, _add_demo, _add_evaluate, _add_prepare, _add_train, _add_fit_shape, _add_bench):
+    predicting, training = (_add_predict, _add_demo, _add_models), (add_prepare, add_train, add_fit_shape)
+    for add in (*predicting, *training, _add_evaluate, _add_report, _add_bench):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -52,14 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _add_command(commands, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(run.__name__.removeprefix("_run_").replace("_", "-"), help=text, description=text)
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _add_predict(commands) -> None:
-    parser = _add_command(commands, _run_predict, "Landmarks of the face in each picture, drawn and as numbers.")
+    parser = add_command(commands, _run_predict, "Landmarks of the face in each picture, drawn and as numbers.")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument(
         "--box", type=_box, metavar="X,Y,W,H", help="the face in pixels, in every file; default: the whole picture"
@@ -68,12 +61,15 @@ def _add_predict(commands) -> None:
     parser.add_argument("--format", choices=["json", "csv"], default="json", help="of the numbers")
     _add_model_options(parser)
     parser.add_argument("--fit", action=argparse.BooleanOptionalAction, default=True, help="the shape fit")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=DEFAULT_WEIGHTS, help="weights; default: those of the package")
+    parser.add_argument(
+        "--model", help="name (see `lgcn-fast models`) or weights; default: the best, on a CPU in real time"
+    )
     parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
+    parser.add_argument("--ensemble", type=int, default=1, metavar="N", help="see each face N times and average")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
 
 
 def _run_predict(options: argparse.Namespace) -> int:
@@ -83,7 +79,9 @@ def _run_predict(options: argparse.Namespace) -> int:
         try:
             image = read_image(path, color=True)
             boxes = [options.box] if options.box else None
-            result = predict(image, boxes, options.model, options.fit, options.shape, options.device)
+            result = predict(
+                image, boxes, options.model, options.fit, options.shape, options.device, ensemble=options.ensemble
+            )
         except ValueError as error:
             # The other files are not at fault.
             message = str(error) if str(path) in str(error) else f"{path}: {error}"
@@ -133,7 +131,7 @@ def _write_csv(path: Path, found: dict[str, dict]) -> None:
 
 
 def _add_demo(commands) -> None:
-    parser = _add_command(commands, _run_demo, "Landmarks of a picture that comes with the package.")
+    parser = add_command(commands, _run_demo, "Landmarks of a picture that comes with the package.")
     parser.add_argument("--out", type=Path, default=Path("lgcn-demo.png"))
 
 
@@ -146,8 +144,22 @@ def _run_demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_models(commands) -> None:
+    add_command(commands, _run_models, "The models that ship, their size, errors and speed.")
+
+
+def _run_models(options: argparse.Namespace) -> int:
+    print(f"{'':<14}{'parameters':>12}{'size':>10}{'LFPW test, %':>15}{'without fit':>15}   faces/s")
+    for model in models():
+        errors = (" / ".join(f"{e:.2f}" for e in pair or ()) or "-" for pair in (model.error, model.error_without_fit))
+        speeds = ", ".join(f"{speed:,.0f} on {device}" for device, speed in model.faces_per_second.items()) or "-"
+        size = f"{model.size / 1e6:.1f} MB"
+        print(f"{model.name:<14}{model.parameters:>12,}{size:>10}{''.join(f'{e:>15}' for e in errors)}   {speeds}")
+    return 0
+
+
 def _add_evaluate(commands) -> None:
-    parser = _add_command(commands, _run_evaluate, "Errors of a model on labelled faces: numbers, curve, pictures.")
+    parser = add_command(commands, _run_evaluate, "Errors of a model on labelled faces: numbers, curve, pictures.")
     parser.add_argument("faces", type=Path, nargs="+", help="folder with .pts files, or a .csv file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     _add_model_options(parser)
@@ -156,14 +168,12 @@ def _add_evaluate(commands) -> None:
 
 def _run_evaluate(options: argparse.Namespace) -> int:
     faces = [face for path in options.faces for face in read_faces(path)]
-    evaluations = {
-        "fit": evaluate(faces, options.model, options.normalisation, fit=True, shape=options.shape),
-        "heatmap maxima": evaluate(faces, options.model, options.normalisation, fit=False),
-    }
-    mean_shape = load_card(options.model).get("mean_shape")
+    model = options.model or default_model(engine_device(options.device).type)
+    evaluations = evaluate(faces, model, options.normalisation, options.shape, options.device, options.ensemble)
+    mean_shape = load_card(model).get("mean_shape")
     if mean_shape is not None:
         evaluations["mean shape"] = with_mean_shape(evaluations["fit"], np.array(mean_shape))
-    values = report(evaluations, options.out)
+    values = write_evaluation(evaluations, options.out)
     print(f"{'':<28}{'faces':>7}{'median':>9}{'mean':>9}{'failures':>10}{'AUC':>8}   [%, {options.normalisation}]")
     for name, row in values["percent"].items():
         numbers = f"{row['median']:>9.2f}{row['mean']:>9.2f}{row['failures']:>10.2f}{row['auc']:>8.1f}"
@@ -172,96 +182,27 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_prepare(commands) -> None:
-    parser = _add_command(commands, _run_prepare, "Cut all faces of some data sets out into one file for training.")
-    parser.add_argument("faces", type=Path, nargs="+", help="folder with .pts files, or a .csv file")
-    parser.add_argument("--background", type=Path, nargs="+", default=[], help="folders of pictures without faces")
-    parser.add_argument("--out", type=Path, required=True, help="the .npz file to write")
-    parser.add_argument("--color", action="store_true", help="RGB instead of grayscale")
-
-
-def _run_prepare(options: argparse.Namespace) -> int:
-    sets = {str(path): read_faces(path) for path in options.faces}
-    sets |= {str(path): read_background(path) for path in options.background}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    count = write_cache(options.out, sets, options.color, lambda faces: tqdm(faces, "crops", disable=None))
-    print(f"{options.out}: {count} crops, {options.out.stat().st_size / 1e6:.1f} MB")
-    return 0
-
-
-def _add_train(commands) -> None:
-    text = "Train a network; the same command takes an interrupted training up again."
-    parser = _add_command(commands, _run_train, text)
-    parser.add_argument("cache", type=Path, help="file from `lgcn-fast prepare`")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--network", choices=NETWORKS, default="nano", help="nano, or the number of filters")
-    parser.add_argument("--recipe", choices=RECIPES, default="fast")
-    parser.add_argument("--init", type=Path, help="weights to start from instead of random ones")
-    parser.add_argument("--epochs", type=int, help="default: what fits the time budget, or the recipe's number")
-    parser.add_argument("--time-budget", type=float, metavar="MINUTES", help="stop this call in time, to be taken up")
-    parser.add_argument(
-        "--share",
-        type=_share,
-        action="append",
-        default=[],
-        metavar="SET=SHARE",
-        help="share of a set, named as in `prepare`, that each epoch draws",
-    )
-    parser.add_argument("--loss", choices=[name.replace("_", "-") for name in LOSSES], default="squared-error")
-    parser.add_argument("--seed", type=int, default=0)
+def _add_report(commands) -> None:
+    parser = add_command(commands, _run_report, "Errors and speed of all models that ship: tables, curves, pictures.")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of 300w/ and youtube/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--readme", type=Path, help="put the table between its lines <!-- accuracy -->, too")
+    parser.add_argument("--ship", action="store_true", help="put the figures beside the weights, where models() looks")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")
-    parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches")
 
 
-def _run_train(options: argparse.Namespace) -> int:
-    cache = read_cache(options.cache)
-    training = TrainingOptions(
-        config=_network(options.network, cache.num_landmarks, cache.channels, options.loss.replace("-", "_")),
-        recipe=RECIPES[options.recipe],
-        epochs=options.epochs,
-        init=options.init,
-        seed=options.seed,
-        shares=dict(options.share),
-        device=options.device,
-        amp=options.amp,
-        workers=options.workers,
-    )
-    finished = Trainer(cache, options.out, training).run(options.time_budget)
-    print(f"{options.out}: {'finished' if finished else 'not finished; the same command goes on'}")
-    return 0
-
-
-def _network(name: str, num_landmarks: int, in_channels: int, loss: str) -> LGCNConfig:
-    common = {"num_landmarks": num_landmarks, "in_channels": in_channels, "loss": loss}
-    if name == "nano":
-        return LGCNConfig.nano(**common)
-    return LGCNConfig(filters=int(name), side_channels=num_landmarks, **common)
-
-
-def _add_fit_shape(commands) -> None:
-    parser = _add_command(commands, _run_fit_shape, "Learn the shape model that predictions are fitted with.")
-    parser.add_argument("cache", type=Path, help="file from `lgcn-fast prepare`; its validation faces are left out")
-    parser.add_argument("--sets", nargs="+", metavar="SET", help="sets of the cache to learn from; default: all")
-    parser.add_argument("--shapes", type=Path, nargs="+", default=[], metavar="NPZ",
-                        help="more shapes: .npz files with `landmarks` (M, N, 2)")  # fmt: skip
-    parser.add_argument("--modes", type=int, default=20, help="number of principal components")
-    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file; a picture goes beside it")
-
-
-def _run_fit_shape(options: argparse.Namespace) -> int:
-    shapes = training_shapes(read_cache(options.cache), options.sets)
-    shapes = np.concatenate([shapes, *(read_shapes(path, shapes.shape[1]) for path in options.shapes)])
-    model = ShapeModel.fit(shapes, options.modes)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    model.save(options.out)
-    model.draw(options.out.with_suffix(".png"))
-    print(f"{options.out}: {len(model.modes)} modes of {len(shapes)} shapes")
+def _run_report(options: argparse.Namespace) -> int:
+    table = accuracy_table(write_report(options.data, options.out, options.device))
+    if options.readme:
+        put_into_readme(options.readme, table)
+    if options.ship:
+        shutil.copy(options.out / MEASURED, checkpoints.WEIGHTS)
+    print(table, end="")
     return 0
 
 
 def _add_bench(commands) -> None:
-    parser = _add_command(commands, _run_bench, "Run all benchmarks of a checkout and write their results as JSON.")
+    parser = add_command(commands, _run_bench, "Run all benchmarks of a checkout and write their results as JSON.")
     parser.add_argument("--out", type=Path, required=True, help="folder for one file a benchmark")
     parser.add_argument("--benchmarks", type=Path, default=Path("benchmarks"), help="folder of the checkout")
 
@@ -284,11 +225,3 @@ def _box(text: str) -> tuple[float, ...]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected four numbers x,y,width,height, got {text!r}") from None
     return x, y, width, height
-
-
-def _share(text: str) -> tuple[str, float]:
-    name, _, share = text.rpartition("=")
-    try:
-        return name, float(share)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected SET=SHARE with a number, got {text!r}") from None

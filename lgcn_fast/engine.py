@@ -50,7 +50,7 @@ class Engine:
                 precision, or one that the processor does not have.
         """
         self.config = model.config
-        self.device = _engine_device(device)
+        self.device = engine_device(device)
         self.precision = _checked_precision(precision, self.device)
         if num_threads < 0:
             raise ValueError(f"num_threads: expected 0 or more, got {num_threads}")
@@ -125,7 +125,8 @@ class Engine:
         return self._backend.fit(images, shape, to_host)
 
 
-def _engine_device(name: str) -> torch.device:
+def engine_device(name: str) -> torch.device:
+    """The device that an engine runs on, see `Engine`."""
     missing = [package for package in GPU_PACKAGES if find_spec(package) is None]
     device = torch.device("cpu") if name == "auto" and missing else checked_device(name)
     if device.type not in ("cpu", "cuda"):

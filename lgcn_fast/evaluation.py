@@ -1,24 +1,25 @@
-"""Errors of predicted landmarks, and the pictures that show them (section 4.1, Figures 4 and 5)."""
+"""Landmarks of labelled faces, and how far they are off (section 4.1)."""
 
-import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import matplotlib.figure
-import matplotlib.image
 import numpy as np
+from torch import Tensor
+
+import lgcn_fast_kernels
 
 from .datasets import Face
-from .drawing import contact_sheet, draw_landmarks
-from .images import crop, face_box, square_box, to_crop
+from .engine import Engine
+from .fitting import NativeFitter
+from .images import face_box, square_box
 from .landmarks import SCHEMES
-from .prediction import CHUNK, predict
+from .model import LGCN
+from .prediction import CHUNK, engine_for, locate, shape_for
+from .shape import ShapeModel
 
 FAILURE = 0.1
 """Faces with an error above this share of the inter-ocular distance count as failures."""
-TILE = 192
-SHEET_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,20 @@ class Evaluation:
     def errors(self, outline: bool = True) -> np.ndarray:
         """Error of each face, see `landmark_errors`."""
         return landmark_errors(self.predicted, self.labelled, self.normalisation, outline)
+
+    def point_sets(self) -> dict[str, bool]:
+        """What errors are taken over, "68 points" and "51 points", and whether the outline is in it."""
+        count = self.labelled.shape[1]
+        inner = count - len(SCHEMES[count].outline)
+        return {f"{count} points": True} | ({f"{inner} points": False} if inner < count else {})
+
+    def summaries(self) -> dict[str, dict[str, float]]:
+        """`summary` of the errors over each set of points."""
+        return {points: summary(self.errors(outline)) for points, outline in self.point_sets().items()}
+
+    def by_face(self) -> dict[str, float]:
+        """The error of each face over all points, percent, by its name."""
+        return {face.name: 100 * float(e) for face, e in zip(self.faces, self.errors(), strict=True)}
 
 
 def landmark_errors(
@@ -94,12 +109,20 @@ def summary(errors: np.ndarray) -> dict[str, float]:
 
 
 def evaluate(
-    faces: list[Face], model: Path | str | None = None, normalisation: str = "inter-ocular", **options: Any
-) -> Evaluation:
-    """Predict the landmarks of labelled faces, each in the box of its labels enlarged by 17 %.
+    faces: list[Face],
+    model: Engine | LGCN | Path | str | None = None,
+    normalisation: str = "inter-ocular",
+    shape: ShapeModel | Path | str | None = None,
+    device: str = "auto",
+    ensemble: int = 1,
+) -> dict[str, Evaluation]:
+    """Find the landmarks of labelled faces, each in the box of its labels enlarged by 17 %, in one pass of the network.
 
     Args:
-        options: passed on to `predict`: fit, shape, device.
+        model, shape, device, ensemble: see `predict`.
+
+    Returns:
+        The points that `predict` finds with the fit, as "fit", and without it, as "heatmap maxima".
 
     Raises:
         ValueError: no labelled face, or a model with another number of landmarks.
@@ -107,12 +130,25 @@ def evaluate(
     faces = [face for face in faces if np.isfinite(face.points).any()]
     if not faces:
         raise ValueError("faces: expected at least one labelled face, got none")
-    predicted = []
+    engine = engine_for(model, device, "auto")
+    fitter = NativeFitter(shape_for(shape, engine.config.num_landmarks))
+    read = partial(_fit_and_maxima, engine, fitter)
+    found = []
     for start in range(0, len(faces), CHUNK):
         part = faces[start : start + CHUNK]
-        boxes = [face_box(face.points) for face in part]
-        predicted.append(predict([face.image(color=True) for face in part], boxes, model, **options).points)
-    return Evaluation(faces, np.concatenate(predicted), np.stack([face.points for face in faces]), normalisation)
+        boxes = np.stack([square_box(face_box(face.points)) for face in part])
+        found.append(locate([face.image(color=True) for face in part], boxes, engine, read, ensemble)[0])
+    labelled = np.stack([face.points for face in faces])
+    methods = zip(("fit", "heatmap maxima"), np.concatenate(found, axis=1).astype(np.float32), strict=True)
+    return {method: Evaluation(faces, points, labelled, normalisation) for method, points in methods}
+
+
+def _fit_and_maxima(engine: Engine, fitter: NativeFitter, crops: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Points (2, B, N, 2) in pixels of the heatmaps and scores (2, B, N), off the same heatmaps, on the host."""
+    heatmaps = engine.heatmaps(crops).cpu().numpy()
+    fitted = fitter(heatmaps, engine.config.stride)
+    maxima, values = lgcn_fast_kernels.peak_centroids(heatmaps)
+    return np.stack([fitted.points, maxima]), np.stack([fitted.certainties, values])
 
 
 def with_mean_shape(evaluation: Evaluation, mean_shape: np.ndarray) -> Evaluation:
@@ -124,66 +160,3 @@ def with_mean_shape(evaluation: Evaluation, mean_shape: np.ndarray) -> Evaluatio
     boxes = np.stack([face_box(points) for points in evaluation.labelled])
     predicted = mean_shape * boxes[:, None, 2:] + boxes[:, None, :2] - 0.5
     return Evaluation(evaluation.faces, predicted, evaluation.labelled, evaluation.normalisation)
-
-
-def report(evaluations: dict[str, Evaluation], folder: Path) -> dict:
-    """Write `evaluation.json`, `curve.png` (Figure 4) and `sheet.png` (Figure 5).
-
-    Args:
-        evaluations: of the same faces, by the name of the method; the first one's are drawn on the sheet.
-        folder: made where it is not there.
-
-    Returns:
-        What the JSON holds: summaries by method and set of points, and the error of each face by the first method.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for name, evaluation in evaluations.items():
-        count = evaluation.labelled.shape[1]
-        outline = len(SCHEMES[count].outline)
-        results[f"{name}, {count} points"] = evaluation.errors()
-        if outline:
-            results[f"{name}, {count - outline} points"] = evaluation.errors(outline=False)
-    first = next(iter(evaluations.values()))
-    values = {
-        "normalisation": first.normalisation,
-        "percent": {name: summary(errors) for name, errors in results.items()},
-        "faces": {face.name: 100 * float(e) for face, e in zip(first.faces, first.errors(), strict=True)},
-    }
-    (folder / "evaluation.json").write_text(json.dumps(values, indent=1))
-    draw_curve(results, folder / "curve.png", first.normalisation)
-    draw_sheet(first, folder / "sheet.png")
-    return values
-
-
-def draw_curve(results: dict[str, np.ndarray], path: Path, normalisation: str) -> None:
-    """The cumulative error curves of Figure 4: share of the faces with an error below x."""
-    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, errors in results.items():
-        errors = np.sort(errors[~np.isnan(errors)])
-        axes.step([0, *(100 * errors)], np.arange(len(errors) + 1) / len(errors), where="post", label=name)
-    axes.set(xlim=(0, 100 * FAILURE), ylim=(0, 1), xlabel=f"{normalisation} error [%]", ylabel="share of the faces")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
-
-
-def draw_sheet(evaluation: Evaluation, path: Path, count: int = 40) -> None:
-    """Predictions sorted by error, evenly picked from best to worst, the worst 16 in full (Figure 5)."""
-    errors = evaluation.errors()
-    order = np.argsort(errors)
-    order = order[~np.isnan(errors[order])]
-    rest = max(len(order) - 16, 0)
-    picked = np.unique(np.r_[np.linspace(0, rest - 1, min(count - 16, rest)).astype(int), rest : len(order)])
-    tiles = [_tile(evaluation, index) for index in order[picked]]
-    captions = [f"{100 * errors[index]:.2f} %" for index in order[picked]]
-    sheet = contact_sheet(tiles, captions, SHEET_COLUMNS)
-    matplotlib.image.imsave(path, sheet)
-
-
-def _tile(evaluation: Evaluation, index: int) -> np.ndarray:
-    box = square_box(face_box(evaluation.labelled[index]), 1.15)
-    image = crop(evaluation.faces[index].image(color=True), box, TILE)
-    return draw_landmarks(image, to_crop(evaluation.predicted[index][None], box, TILE))

@@ -1,6 +1,7 @@
 """Shared fixtures. Tests marked `data` read real faces from $LGCN_DATA or ../shared/data and skip elsewhere."""
 
 import ctypes
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from lgcn_fast import LGCN, LGCNConfig, checkpoints
+from lgcn_fast.checkpoints import WEIGHTS, save_model
+from lgcn_fast.shipped import MEASURED, default_model
 
 # Before triton is imported for the first time: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
@@ -55,3 +60,23 @@ def poisoned_memory() -> Iterator[None]:
     yield
     if libc and hasattr(libc, "mallopt"):
         libc.mallopt(m_perturb, 0)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The package with other weights: two untrained models, and made-up figures of one of them."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.setattr(checkpoints, "WEIGHTS", folder)
+    default_model.cache_clear()
+    mean_shape = (np.arange(136).reshape(68, 2) / 136).tolist()
+    for name, filters in (("lgcn-small", 4), ("lgcn-big", 8)):
+        save_model(folder / f"{name}.safetensors", LGCN(LGCNConfig.nano(filters=filters)), {"mean_shape": mean_shape})
+    (folder / "shape-68.safetensors").write_bytes((WEIGHTS / "shape-68.safetensors").read_bytes())
+    points = {"68 points": {"median": 3.5}, "51 points": {"median": 2.5}}
+    maxima = {"68 points": {"median": 4.5}, "51 points": {"median": 3.25}}
+    percent = {"LFPW test": {"fit": points, "heatmap maxima": maxima}}
+    figures = {"percent": percent, "speed": {"cpu": {"faces_per_second": 1234.5, "machine": "abacus"}}}
+    (folder / MEASURED).write_text(json.dumps({"lgcn-big": figures, "lgcn-gone": figures}))
+    yield folder
+    default_model.cache_clear()

@@ -6,10 +6,11 @@ import cv2
 import numpy as np
 import pytest
 
-from lgcn_fast import cli
+from lgcn_fast import cli, predict
 from lgcn_fast.checkpoints import load_card
 from lgcn_fast.cli import main
 from lgcn_fast.datasets import read_csv
+from lgcn_fast.images import read_image
 
 
 def test_demo(tmp_path, capsys):
@@ -75,6 +76,8 @@ def test_bad_arguments(arguments, message, capsys):
     ("arguments", "message"),
     [
         (["predict", "{demo}", "--out", "{tmp}/o", "--model", "{demo}"], "demo.jpg: expected a safetensors file"),
+        (["predict", "{demo}", "--out", "{tmp}/o", "--model", "lgcn-0"], "model: expected one of lgcn-"),
+        (["predict", "{demo}", "--out", "{tmp}/o", "--ensemble", "0"], "ensemble: expected 1 or more, got 0"),
         (["predict", "{demo}", "--out", "{tmp}/file"], "file"),
         (["prepare", "{tmp}/nowhere", "--out", "{tmp}/c.npz"], "nowhere: expected a folder"),
         (["train", "{demo}", "--out", "{tmp}/run"], "demo.jpg: expected a crop cache"),
@@ -85,6 +88,22 @@ def test_bad_input_exits_with_2(tmp_path, demo_picture, arguments, message, caps
     (tmp_path / "file").write_text("")
     assert main([text.format(tmp=tmp_path, demo=demo_picture) for text in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_models_are_listed_with_what_is_known_of_them(package, capsys):
+    assert main(["models"]) == 0
+    head, big, small = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head[:2] == ["parameters", "size"]
+    assert " ".join(big[:1] + big[4:]) == "lgcn-big 3.50 / 2.50 4.50 / 3.25 1,234 on cpu"
+    assert small[:1] + small[4:] == ["lgcn-small", "-", "-", "-"]
+
+
+def test_predict_takes_a_name_and_an_ensemble(tmp_path, demo_picture):
+    files = [str(demo_picture), "--box", "82,70,124,124", "--model", "lgcn-nano", "--ensemble", "2"]
+    assert main(["predict", *files, "--out", str(tmp_path)]) == 0
+    (found,) = json.loads((tmp_path / "landmarks.json").read_text()).values()
+    expected = predict(read_image(demo_picture, color=True), [[82, 70, 124, 124]], "lgcn-nano", ensemble=2)
+    np.testing.assert_allclose(found["points"], expected.points[0], atol=1e-3)
 
 
 @pytest.fixture

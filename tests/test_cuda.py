@@ -14,7 +14,6 @@ from lgcn_fast.fitting import Fit, NativeFitter
 from lgcn_fast.folding import fold
 from lgcn_fast.images import read_image
 from lgcn_fast.native import NativeEngine
-from lgcn_fast.prediction import DEFAULT_WEIGHTS
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton (pip install '.[gpu]')")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -220,7 +219,7 @@ def test_gpu_takes_arrays_of_other_libraries(frames):
 def test_gpu_streams_and_threads_at_once(frames):
     """The caller's stream is the one that works: a batch that is still being written there is waited for."""
     images, boxes = torch.from_numpy(frames[0]).cuda(), frames[1]
-    ours = Engine(load_model(DEFAULT_WEIGHTS), "cuda")
+    ours = Engine(load_model("lgcn-nano"), "cuda")
     expected = predict(images, boxes, ours).points
     wrong = []
 

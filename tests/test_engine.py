@@ -10,7 +10,6 @@ from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.folding import fold
 from lgcn_fast.images import read_image
 from lgcn_fast.native import INSTRUCTIONS, native_network
-from lgcn_fast.prediction import DEFAULT_WEIGHTS
 from lgcn_fast_kernels import INSTRUCTION_SETS, Network, Shape
 
 
@@ -138,7 +137,7 @@ def test_wrong_images_are_named():
 
 
 def test_several_threads_at_once(demo_picture):
-    engine = Engine(load_model(DEFAULT_WEIGHTS))
+    engine = Engine(load_model("lgcn-nano"))
     image = torch.from_numpy(read_image(demo_picture))[None, None]
     inputs = [image[..., 70 + i : 166 + i, 85:181].contiguous() for i in range(4)]
     expected = [engine.heatmaps(x) for x in inputs]

@@ -1,11 +1,10 @@
-import json
-
-import cv2
 import numpy as np
 import pytest
 
+from lgcn_fast import Engine, predict
 from lgcn_fast.datasets import Face
-from lgcn_fast.evaluation import Evaluation, evaluate, landmark_errors, report, summary, with_mean_shape
+from lgcn_fast.evaluation import Evaluation, evaluate, landmark_errors, summary, with_mean_shape
+from lgcn_fast.images import face_box, read_image
 
 
 def shapes(count=2):
@@ -60,19 +59,23 @@ def test_no_face_is_named():
         evaluate([])
 
 
-def test_report_writes_numbers_curve_and_sheet(tmp_path, random):
-    points = random.uniform(30, 90, (20, 68, 2)).astype(np.float32)
-    faces = [Face(random.integers(0, 256, (120, 120), np.uint8), p, f"f{i}", f"f{i}") for i, p in enumerate(points)]
-    evaluation = Evaluation(faces, points + 1, points, "inter-ocular")
-    baseline = with_mean_shape(evaluation, random.uniform(0, 1, (68, 2)))
-    values = report({"fit": evaluation, "mean shape": baseline}, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == values
-    names = {"fit, 68 points", "fit, 51 points", "mean shape, 68 points", "mean shape, 51 points"}
-    assert set(values["percent"]) == names
-    assert len(values["faces"]) == 20
-    for name in ("curve.png", "sheet.png"):
-        picture = cv2.imread(str(tmp_path / "out" / name))
-        assert picture.std() > 10
+def test_one_pass_gives_what_predict_gives(demo_picture, random, monkeypatch):
+    """Both ways of reading the heatmaps, more faces than go through the network at once."""
+    image = read_image(demo_picture, color=True)
+    points = random.uniform(90, 190, (40, 68, 2)).astype(np.float32)
+    faces = [Face(demo_picture, p, f"f{i}", f"f{i}") for i, p in enumerate(points)]
+    passes = []
+    heatmaps = Engine.heatmaps
+    monkeypatch.setattr(Engine, "heatmaps", lambda engine, crops: passes.append(len(crops)) or heatmaps(engine, crops))
+    found = evaluate(faces, "lgcn-nano", ensemble=2)
+    assert list(found) == ["fit", "heatmap maxima"]
+    assert sum(passes) == 2 * 40
+    boxes = [face_box(p) for p in points]
+    for fit, evaluation in zip((True, False), found.values(), strict=True):
+        expected = predict([image] * 40, boxes, "lgcn-nano", fit, ensemble=2).points
+        np.testing.assert_allclose(evaluation.predicted, expected, atol=1e-3)
+        assert evaluation.predicted.dtype == np.float32
+        np.testing.assert_array_equal(evaluation.labelled, points)
 
 
 def test_mean_shape_lies_in_the_box(random):

@@ -10,7 +10,7 @@ from lgcn_fast.evaluation import landmark_errors
 from lgcn_fast.fitting import Fit, NativeFitter, fit, fit_reference
 from lgcn_fast.heatmaps import blurred_ground_truth
 from lgcn_fast.images import crop, face_box, square_box, to_crop
-from lgcn_fast.prediction import DEFAULT_WEIGHTS, WEIGHTS
+from lgcn_fast.prediction import WEIGHTS
 
 HALF_SIGMAS = (0.5, 1.5, 2.5, 3.5, 4.5)
 
@@ -202,7 +202,7 @@ def test_cupy_gives_the_same_fit_on_torchs_stream(model, random):
 @pytest.fixture(scope="module")
 def real(data):
     """Heatmaps of the shipped model and labels of the LFPW test set, in pixels of the heatmaps."""
-    engine = Engine(load_model(DEFAULT_WEIGHTS), precision="fp32")
+    engine = Engine(load_model("lgcn-nano"), precision="fp32")
     members = read_300w(data / "300w" / "lfpw" / "testset")
     boxes = [square_box(face_box(face.points)) for face in members]
     crops = np.stack([crop(face.image(), box, 96) for face, box in zip(members, boxes, strict=True)])

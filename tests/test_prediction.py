@@ -16,7 +16,8 @@ from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.images import crop, face_box, read_image, square_box, to_crop
 from lgcn_fast.native import INSTRUCTIONS
 from lgcn_fast.operators import gaussian_sum_banded
-from lgcn_fast.prediction import DEFAULT_WEIGHTS, WEIGHTS
+from lgcn_fast.prediction import WEIGHTS
+from lgcn_fast.shipped import default_model
 
 FACE = [82, 70, 124, 124]
 
@@ -71,7 +72,7 @@ def test_all_forms_of_a_batch_give_the_same_points(gray):
 def test_results_may_stay_on_the_device(gray, fit):
     expected = predict([gray] * 3, fit=fit)
     there = predict([gray] * 3, fit=fit, to_host=False)
-    assert there.points.device == there.scores.device == Engine(load_model(DEFAULT_WEIGHTS)).device
+    assert there.points.device == there.scores.device == Engine(load_model("lgcn-nano")).device
     np.testing.assert_allclose(there.points.cpu().numpy(), expected.points, atol=1e-3)
     np.testing.assert_allclose(there.scores.cpu().numpy(), expected.scores, atol=1e-3)
 
@@ -101,8 +102,8 @@ def test_a_given_model_is_used_and_not_changed(gray):
 
 
 def test_a_given_engine_is_used(gray):
-    engine = Engine(load_model(DEFAULT_WEIGHTS), precision="fp32")
-    difference = np.abs(predict(gray, model=engine).points - predict(gray, model=DEFAULT_WEIGHTS).points)
+    engine = Engine(load_model("lgcn-nano"), precision="fp32")
+    difference = np.abs(predict(gray, model=engine).points - predict(gray, model="lgcn-nano").points)
     assert np.median(difference) < 0.05  # the default may be bf16
 
 
@@ -220,7 +221,7 @@ def test_batch_and_one_by_one_agree(data):
 @pytest.mark.data
 @pytest.mark.slow
 def test_accuracy_of_the_shipped_model_on_lfpw(data):
-    evaluation = evaluate(read_300w(data / "300w" / "lfpw" / "testset"), fit=False)
+    evaluation = evaluate(read_300w(data / "300w" / "lfpw" / "testset"), "lgcn-nano")["heatmap maxima"]
     points, inner = (summary(evaluation.errors(outline)) for outline in (True, False))
     assert points["faces"] == 224
     assert points["median"] <= 3.45
@@ -235,7 +236,7 @@ def test_engines_find_the_points_of_the_eager_model(data, precision, pixels, poi
     """Median distance in pixels of the crop, and change of the error on the test set (shares)."""
     if precision not in INSTRUCTIONS:
         pytest.skip("this processor has no bf16 instructions")
-    model, shape = load_model(DEFAULT_WEIGHTS), ShapeModel.load(WEIGHTS / "shape-68.safetensors")
+    model, shape = load_model("lgcn-nano"), ShapeModel.load(WEIGHTS / "shape-68.safetensors")
     faces = read_300w(data / "300w" / "lfpw" / "testset")
     boxes = [square_box(face_box(face.points)) for face in faces]
     crops = torch.from_numpy(np.stack([crop(face.image(), box, 96) for face, box in zip(faces, boxes, strict=True)]))
@@ -253,13 +254,15 @@ def test_engines_find_the_points_of_the_eager_model(data, precision, pixels, poi
 
 def test_engines_are_kept_until_the_weights_change():
     network = LGCN(LGCNConfig.nano(filters=8)).eval()
-    before = prediction._engine(network, "cpu", "fp32")
-    assert prediction._engine(network, "cpu", "fp32") is before
+    before = prediction.engine_for(network, "cpu", "fp32")
+    assert prediction.engine_for(network, "cpu", "fp32") is before
     with torch.no_grad():
         network.main.bias += 1
-    assert prediction._engine(network, "cpu", "fp32") is not before
-    shipped = prediction._engine(None, "cpu", "fp32")
-    assert prediction._engine(DEFAULT_WEIGHTS, "cpu", "fp32") is shipped
+    assert prediction.engine_for(network, "cpu", "fp32") is not before
+    shipped = prediction.engine_for(None, "cpu", "fp32")
+    name = default_model("cpu")
+    assert prediction.engine_for(name, "cpu", "fp32") is shipped
+    assert prediction.engine_for(WEIGHTS / f"{name}.safetensors", "cpu", "fp32") is shipped
     assert shipped.precision == "fp32"
 
 

@@ -1,0 +1,120 @@
+"""The commands that train: `lgcn-fast prepare | train | fit-shape`."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .config import LOSSES, LGCNConfig
+from .crops import read_cache, training_shapes, write_cache
+from .datasets import read_background, read_faces, read_shapes
+from .recipes import RECIPES
+from .shape import ShapeModel
+from .training import Trainer, TrainingOptions
+
+NETWORKS = ("nano", "16", "32", "64", "128")
+
+
+def add_command(commands, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    """A command named like the function that runs it."""
+    parser = commands.add_parser(run.__name__.removeprefix("_run_").replace("_", "-"), help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_prepare(commands) -> None:
+    parser = add_command(commands, _run_prepare, "Cut all faces of some data sets out into one file for training.")
+    parser.add_argument("faces", type=Path, nargs="+", help="folder with .pts files, or a .csv file")
+    parser.add_argument("--background", type=Path, nargs="+", default=[], help="folders of pictures without faces")
+    parser.add_argument("--out", type=Path, required=True, help="the .npz file to write")
+    parser.add_argument("--color", action="store_true", help="RGB instead of grayscale")
+
+
+def _run_prepare(options: argparse.Namespace) -> int:
+    sets = {str(path): read_faces(path) for path in options.faces}
+    sets |= {str(path): read_background(path) for path in options.background}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    count = write_cache(options.out, sets, options.color, lambda faces: tqdm(faces, "crops", disable=None))
+    print(f"{options.out}: {count} crops, {options.out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def add_train(commands) -> None:
+    text = "Train a network; the same command takes an interrupted training up again."
+    parser = add_command(commands, _run_train, text)
+    parser.add_argument("cache", type=Path, help="file from `lgcn-fast prepare`")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--network", choices=NETWORKS, default="nano", help="nano, or the number of filters")
+    parser.add_argument("--recipe", choices=RECIPES, default="fast")
+    parser.add_argument("--init", type=Path, help="weights to start from instead of random ones")
+    parser.add_argument("--epochs", type=int, help="default: what fits the time budget, or the recipe's number")
+    parser.add_argument("--time-budget", type=float, metavar="MINUTES", help="stop this call in time, to be taken up")
+    parser.add_argument(
+        "--share",
+        type=_share,
+        action="append",
+        default=[],
+        metavar="SET=SHARE",
+        help="share of a set, named as in `prepare`, that each epoch draws",
+    )
+    parser.add_argument("--loss", choices=[name.replace("_", "-") for name in LOSSES], default="squared-error")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches")
+
+
+def _run_train(options: argparse.Namespace) -> int:
+    cache = read_cache(options.cache)
+    training = TrainingOptions(
+        config=_network(options.network, cache.num_landmarks, cache.channels, options.loss.replace("-", "_")),
+        recipe=RECIPES[options.recipe],
+        epochs=options.epochs,
+        init=options.init,
+        seed=options.seed,
+        shares=dict(options.share),
+        device=options.device,
+        amp=options.amp,
+        workers=options.workers,
+    )
+    finished = Trainer(cache, options.out, training).run(options.time_budget)
+    print(f"{options.out}: {'finished' if finished else 'not finished; the same command goes on'}")
+    return 0
+
+
+def _network(name: str, num_landmarks: int, in_channels: int, loss: str) -> LGCNConfig:
+    common = {"num_landmarks": num_landmarks, "in_channels": in_channels, "loss": loss}
+    if name == "nano":
+        return LGCNConfig.nano(**common)
+    return LGCNConfig(filters=int(name), side_channels=num_landmarks, **common)
+
+
+def add_fit_shape(commands) -> None:
+    parser = add_command(commands, _run_fit_shape, "Learn the shape model that predictions are fitted with.")
+    parser.add_argument("cache", type=Path, help="file from `lgcn-fast prepare`; its validation faces are left out")
+    parser.add_argument("--sets", nargs="+", metavar="SET", help="sets of the cache to learn from; default: all")
+    parser.add_argument("--shapes", type=Path, nargs="+", default=[], metavar="NPZ",
+                        help="more shapes: .npz files with `landmarks` (M, N, 2)")  # fmt: skip
+    parser.add_argument("--modes", type=int, default=20, help="number of principal components")
+    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file; a picture goes beside it")
+
+
+def _run_fit_shape(options: argparse.Namespace) -> int:
+    shapes = training_shapes(read_cache(options.cache), options.sets)
+    shapes = np.concatenate([shapes, *(read_shapes(path, shapes.shape[1]) for path in options.shapes)])
+    model = ShapeModel.fit(shapes, options.modes)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    model.save(options.out)
+    model.draw(options.out.with_suffix(".png"))
+    print(f"{options.out}: {len(model.modes)} modes of {len(shapes)} shapes")
+    return 0
+
+
+def _share(text: str) -> tuple[str, float]:
+    name, _, share = text.rpartition("=")
+    try:
+        return name, float(share)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected SET=SHARE with a number, got {text!r}") from None

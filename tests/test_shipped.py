@@ -1,0 +1,66 @@
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lgcn_fast import load_model, models, predict
+from lgcn_fast.checkpoints import WEIGHTS, model_names, weights_path
+from lgcn_fast.shipped import MEASURED, best_model
+
+
+def test_models_lists_what_lies_in_the_folder(package):
+    big, small = models()  # those that were measured come first
+    network = load_model("lgcn-big")
+    assert (big.name, small.name) == ("lgcn-big", "lgcn-small")
+    assert big.path == package / "lgcn-big.safetensors"
+    assert big.parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert big.size == big.path.stat().st_size
+    assert big.config == network.config
+    assert (big.error, big.error_without_fit) == ((3.5, 2.5), (4.5, 3.25))
+    assert big.faces_per_second == {"cpu": 1234.5}
+    assert "LFPW test: 3.50 / 2.50 %, without the fit 4.50 / 3.25 %, 1,234 faces/s on cpu" in repr(big)
+    assert (small.error, small.error_without_fit, small.faces_per_second) == (None, None, {})
+    assert repr(small).endswith("0.0 MB)")
+
+
+def test_unknown_names_are_answered_with_the_known_ones(package):
+    assert model_names() == ["lgcn-big", "lgcn-small"]
+    for name in ("lgcn-huge", "shape-68", "lgcn-big.safetensors", "lgcn-/../lgcn-big", str(package)):
+        with pytest.raises(ValueError, match="model: expected one of lgcn-big, lgcn-small, or a safetensors file, got"):
+            weights_path(name)
+    with pytest.raises(ValueError, match="got 'lgcn-huge'"):
+        predict(np.zeros((96, 96), np.uint8), model="lgcn-huge")
+
+
+def figures(name, error, cpu, cuda=None):
+    speeds = {"cpu": cpu} if cuda is None else {"cpu": cpu, "cuda": cuda}
+    return replace(models()[0], name=name, error=error and (error, error - 0.6), faces_per_second=speeds)
+
+
+@pytest.mark.parametrize(
+    ("family", "cpu", "cuda"),
+    [
+        ([("nano", 3.2, 1200), ("64", 2.8, 110), ("128", 2.7, 29)], "64", "128"),
+        ([("nano", 3.2, 1200), ("64", 2.8, 110), ("128", 2.7, 30.5)], "128", "128"),
+        ([("nano", 3.2, 20), ("64", 2.8, 5), ("128", 2.7, 1)], "nano", "128"),
+        ([("nano", 3.2, 1200), ("new", None, 5000)], "nano", "nano"),
+        ([("nano", 3.2, 1200)], "nano", "nano"),
+    ],
+)
+def test_the_default_is_the_best_that_is_fast_enough(family, cpu, cuda):
+    candidates = [figures(*model) for model in family]
+    assert best_model(candidates, "cpu").name == cpu
+    assert best_model(candidates, "cuda").name == cuda
+    assert best_model(candidates[::-1], "cpu").name == cpu
+
+
+def test_figures_are_those_of_the_weights():
+    """`lgcn-fast report --ship` is due whenever weights change."""
+    measured = json.loads((WEIGHTS / MEASURED).read_text())
+    assert sorted(measured) == model_names()
+    for name, entry in measured.items():
+        assert entry["sha256"] == hashlib.sha256(weights_path(name).read_bytes()).hexdigest(), name
+        assert (WEIGHTS / f"{name}.md").is_file(), f"{name} has no model card"
+    assert all(model.error and model.faces_per_second for model in models())
