@@ -155,7 +155,6 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(engine, "find_spec", lambda name: None if name == "cupy" else "there")
     with pytest.raises(ValueError, match=r"'cuda' needs triton and cupy, got no cupy .*pip install"):
         Engine(randomised(CONFIGS["nano"]), "cuda")
-    assert Engine(randomised(CONFIGS["nano"])).backend == "cpu"
 
 
 @pytest.fixture
