@@ -40,7 +40,7 @@ class Engine:
         """Build an engine; the model is not changed.
 
         Args:
-            device: "cpu" or "cuda" (or "cuda:1"). "auto" is the CPU, until the engine on a GPU has been seen running on one.
+            device: "cpu" or "cuda" (or "cuda:1"). "auto" is the CPU, until that for a GPU has been seen on one.
             precision: of filters and activations: "fp32", "bf16", or "auto": bf16 on a GPU, and on a processor that has
                 instructions for it. Sums and heatmaps are fp32 in any case.
             num_threads: on a CPU; 0: as many as PyTorch uses (`torch.get_num_threads()`).
