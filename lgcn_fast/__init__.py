@@ -6,6 +6,7 @@
 
 from .checkpoints import load_model
 from .config import LGCNConfig
+from .detection import Faces, detect
 from .engine import Engine
 from .model import LGCN, Heatmaps
 from .operators import gaussian_sum
@@ -16,11 +17,13 @@ from .shipped import ShippedModel, models
 __all__ = [
     "LGCN",
     "Engine",
+    "Faces",
     "Heatmaps",
     "LGCNConfig",
     "Landmarks",
     "ShapeModel",
     "ShippedModel",
+    "detect",
     "gaussian_sum",
     "load_model",
     "models",
