@@ -13,12 +13,14 @@
 #include "gaussian_sum.hpp"
 #include "matrix.hpp"
 #include "peaks.hpp"
+#include "votes.hpp"
 
 namespace py = pybind11;
 
 // c_style without forcecast: another dtype is the caller's mistake, not something to copy silently.
 using Heatmaps = py::array_t<float, py::array::c_style>;
 using Points = py::array_t<double, py::array::c_style>;
+using Offsets = py::array_t<std::int64_t, py::array::c_style>;
 
 struct Batch {
     const float* data;
@@ -78,4 +80,14 @@ inline lgcn::Taps checked_taps(const Points& taps) {
         throw py::value_error("taps: expected (S, kernel_size) with an odd size");
     }
     return {taps.data(), taps.shape(0), taps.shape(1)};
+}
+
+inline lgcn::Ballot checked_ballot(const Offsets& offsets, const std::vector<std::int64_t>& voters, std::int64_t step,
+                                   std::int64_t landmarks) {
+    if (offsets.ndim() != 3 || offsets.shape(1) != landmarks || offsets.shape(2) != 2)
+        throw py::value_error("offsets: expected (S, " + std::to_string(landmarks) + ", 2)");
+    if (std::any_of(voters.begin(), voters.end(), [&](std::int64_t i) { return i < 0 || i >= landmarks; }))
+        throw py::value_error("voters: expected landmarks from 0 to " + std::to_string(landmarks - 1));
+    if (step < 1) throw py::value_error("step: expected at least 1, got " + std::to_string(step));
+    return {offsets.data(), offsets.shape(0), landmarks, voters, step};
 }

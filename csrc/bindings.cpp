@@ -105,6 +105,26 @@ py::array_t<double> window_moments(const Heatmaps& heatmaps, const std::optional
     return moments;
 }
 
+py::array_t<float> face_votes(const Heatmaps& heatmaps, const Offsets& offsets, const std::vector<std::int64_t>& voters,
+                              std::int64_t step, int num_threads) {
+    const Batch batch(heatmaps);
+    const lgcn::Ballot ballot = checked_ballot(offsets, voters, step, batch.landmarks);
+    const std::int64_t height = ballot.side(batch.height), width = ballot.side(batch.width);
+    py::array_t<float> votes({batch.faces, ballot.sizes(), height, width});
+    float* out = votes.mutable_data();
+    {
+        py::gil_scoped_release unlocked;
+        const std::int64_t rows = ballot.sizes() * height;
+        lgcn::parallel_for(batch.faces * rows, width * ballot.voters(), num_threads, [&](std::int64_t i) {
+            std::fill_n(out + i * width, width, 0.0f);
+            const std::int64_t row = i % rows;
+            ballot.add(batch.map(i / rows * batch.landmarks), {0, batch.landmarks}, row / height, row % height,
+                       out + i * width);
+        });
+    }
+    return votes;
+}
+
 // Blurs the maps, each thread a part of them.
 template <typename T>
 void blur(const Batch& batch, const lgcn::Taps& taps, const lgcn::Multiplier<T>& multiplier, int num_threads,
@@ -158,6 +178,8 @@ PYBIND11_MODULE(_native, module) {
                py::arg("num_threads"));
     module.def("window_moments", &window_moments, py::arg("heatmaps").noconvert(), py::arg("centres"),
                py::arg("radius"), py::arg("threshold"), py::arg("num_threads"));
+    module.def("face_votes", &face_votes, py::arg("heatmaps").noconvert(), py::arg("offsets"), py::arg("voters"),
+               py::arg("step"), py::arg("num_threads"));
     module.def("instruction_sets", &lgcn::instruction_sets);
     bind_network(module);
 }

@@ -6,6 +6,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <vector>
 
@@ -59,7 +60,7 @@ public:
 
     // images: (count, channels, height, width), image describes the first. As many faces as there are threads go side by
     // side; then the threads share the rest, a team for each face. The user of the heatmaps (N, h, w) says where those of
-    // face i go, place(i, buffer), with a buffer of that size that is reused; and is told when some of its maps are
+    // face i go, place(i, buffer), with a reused buffer of that size where it wants_buffer(); and is told when some of its maps are
     // there, use_maps(i, heatmaps, maps), in the thread that made them, and when all are, use_face(i, heatmaps).
     template <typename Pixel, typename User>
     void operator()(const Image<Pixel>& image, std::int64_t count, int num_threads, const User& user) {
@@ -68,7 +69,7 @@ public:
         const std::int64_t started = alone ? threads : rest * team_size;
         std::vector<std::unique_ptr<Workspace>> workspaces;
         for (std::int64_t t = 0; t < (alone ? threads : rest); ++t)
-            workspaces.push_back(borrow(image.height, image.width, t < rest ? team_size : 1));
+            workspaces.push_back(borrow(image.height, image.width, t < rest ? team_size : 1, user.wants_buffer()));
         std::deque<Team> teams;
         for (std::int64_t i = 0; i < rest; ++i) teams.emplace_back(team_size);
         Team everyone(started);
@@ -104,7 +105,10 @@ private:
         Buffer<float> side;  // of the side branch, behind it
     };
 
-    // What one image needs; kept for the next of the same size.
+    // So many are kept for the next images of their sizes: an image pyramid has several.
+    static constexpr std::size_t kIdle = 12;
+
+    // What one image needs.
     struct Workspace {
         Workspace(const Network& n, std::int64_t image_height, std::int64_t image_width)
             : image_height(image_height),
@@ -114,8 +118,7 @@ private:
               grid(side(image_height, n), side(image_width, n), 1, n.reach_),
               context_grid(grid.height, grid.width, n.shape_.dilation, 1),
               input(grid.elements(n.in_channels_)),
-              context(context_grid.elements(n.map_channels_)),
-              heatmaps(n.shape_.landmarks * height * width) {
+              context(context_grid.elements(n.map_channels_)) {
             for (Buffer<T>& plane : local) plane = Buffer<T>(grid.elements(n.channels_));
             for (Buffer<T>& plane : global) plane = Buffer<T>(context_grid.elements(n.channels_));
         }
@@ -133,36 +136,39 @@ private:
         Grid grid, context_grid;
         Buffer<T> input, context;
         Buffer<T> local[2], global[2];
-        Buffer<float> heatmaps;
+        std::optional<Buffer<float>> heatmaps;
         std::vector<Member> members;
     };
 
-    std::unique_ptr<Workspace> borrow(std::int64_t height, std::int64_t width, std::int64_t threads) {
+    std::unique_ptr<Workspace> borrow(std::int64_t height, std::int64_t width, std::int64_t threads, bool buffer) {
         std::unique_ptr<Workspace> found;
         {
             const std::lock_guard<std::mutex> lock(mutex_);
-            if (!idle_.empty()) {
-                found = std::move(idle_.back());
-                idle_.pop_back();
+            // The latest: the likeliest to be in the cache.
+            const auto same = std::find_if(idle_.rbegin(), idle_.rend(), [&](const auto& w) {
+                return w->image_height == height && w->image_width == width;
+            });
+            if (same != idle_.rend()) {
+                found = std::move(*same);
+                idle_.erase(std::next(same).base());
             }
         }
-        if (!found || found->image_height != height || found->image_width != width) {
-            found.reset();
-            found = std::make_unique<Workspace>(*this, height, width);
-        }
+        if (!found) found = std::make_unique<Workspace>(*this, height, width);
         while (static_cast<std::int64_t>(found->members.size()) < threads) found->add_member(*this);
+        if (buffer && !found->heatmaps) found->heatmaps.emplace(shape_.landmarks * found->height * found->width);
         return found;
     }
 
     void give_back(std::unique_ptr<Workspace> workspace) {
         const std::lock_guard<std::mutex> lock(mutex_);
         idle_.push_back(std::move(workspace));
+        if (idle_.size() > kIdle) idle_.pop_front();
     }
 
     template <typename Pixel, typename User>
     void run(const Image<Pixel>& image, Workspace& w, Team& team, std::int64_t member, std::int64_t index,
              const User& user) const {
-        float* out = user.place(index, w.heatmaps.data());
+        float* out = user.place(index, w.heatmaps ? w.heatmaps->data() : nullptr);
         fill_input(image, w, team.share(w.grid.height, member));
         team.wait();
         const T* plane = convolve(local_, w.grid, w.input.data(), w.local, team, member);
@@ -292,7 +298,7 @@ private:
     std::vector<Convolution<T>> local_, context_;
     Head<T> heads_, refine_;
     std::mutex mutex_;
-    std::vector<std::unique_ptr<Workspace>> idle_;
+    std::deque<std::unique_ptr<Workspace>> idle_;  // the latest last
 };
 
 }  // namespace lgcn

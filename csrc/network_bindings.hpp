@@ -90,6 +90,18 @@ public:
         return std::visit([&](auto& network) { return fit(*network, images, fitter, num_threads); }, network_);
     }
 
+    // Votes for the middles of faces, without heatmaps on the way out.
+    template <typename Pixel>
+    py::array_t<float> votes(const Images<Pixel>& images, const Offsets& offsets,
+                             const std::vector<std::int64_t>& voters, std::int64_t step, int num_threads) {
+        return std::visit(
+            [&](auto& network) {
+                const lgcn::Ballot ballot = checked_ballot(offsets, voters, step, network->landmarks());
+                return votes(*network, images, ballot, num_threads);
+            },
+            network_);
+    }
+
 private:
     // Layers that do not fit together would read beyond their arrays.
     static void check(const lgcn::Shape& shape, const std::vector<Layer>& local, const Layer& heads,
@@ -149,6 +161,7 @@ private:
             float* out;
             std::int64_t size;
 
+            bool wants_buffer() const { return false; }
             float* place(std::int64_t face, float*) const { return out + face * size; }
             void use_maps(std::int64_t, const float*, lgcn::Range) const {}
             void use_face(std::int64_t, const float*) const {}
@@ -173,6 +186,7 @@ private:
             double stride;
             std::vector<lgcn::Fitter::Evidence>& evidence;
 
+            bool wants_buffer() const { return true; }
             float* place(std::int64_t, float* buffer) const { return buffer; }
             lgcn::Fitter::Evidence* of(std::int64_t face) const { return evidence.data() + face * fitter.landmarks(); }
             void use_maps(std::int64_t face, const float* maps, lgcn::Range range) const {
@@ -198,6 +212,41 @@ private:
                          static_cast<double>(network.stride()), evidence});
         }
         return fits.tuple();
+    }
+
+    template <typename T, typename Pixel>
+    static py::array_t<float> votes(lgcn::Network<T>& network, const Images<Pixel>& images, const lgcn::Ballot& ballot,
+                                    int num_threads) {
+        struct User {
+            const lgcn::Ballot& ballot;
+            std::int64_t height, width;
+            float* out;
+            std::mutex& mutex;
+
+            bool wants_buffer() const { return true; }
+            float* place(std::int64_t, float* buffer) const { return buffer; }
+            void use_maps(std::int64_t face, const float* maps, lgcn::Range range) const {
+                const std::int64_t rows = ballot.side(height), columns = ballot.side(width);
+                const std::int64_t elements = ballot.sizes() * rows * columns;
+                std::vector<float> mine(static_cast<std::size_t>(elements));
+                for (std::int64_t i = 0; i < ballot.sizes() * rows; ++i)
+                    ballot.add({maps, height, width}, range, i / rows, i % rows, mine.data() + i * columns);
+                const std::lock_guard<std::mutex> lock(mutex);
+                float* sum = out + face * elements;
+                for (std::int64_t i = 0; i < elements; ++i) sum[i] += mine[static_cast<std::size_t>(i)];
+            }
+            void use_face(std::int64_t, const float*) const {}
+        };
+        const lgcn::Image<Pixel> image = checked(network, images);
+        const std::int64_t height = network.heatmap_side(image.height), width = network.heatmap_side(image.width);
+        const py::ssize_t count = images.shape(0);
+        py::array_t<float> votes({count, ballot.sizes(), ballot.side(height), ballot.side(width)});
+        float* out = votes.mutable_data();
+        py::gil_scoped_release unlocked;
+        std::fill_n(out, votes.size(), 0.0f);
+        std::mutex mutex;
+        network(image, count, num_threads, User{ballot, height, width, out, mutex});
+        return votes;
     }
 
     std::variant<std::unique_ptr<lgcn::Network<float>>, std::unique_ptr<lgcn::Network<lgcn::Bf16>>> network_;
@@ -228,6 +277,11 @@ inline void bind_network(py::module_& module) {
         .def("heatmaps", &Network::heatmaps<float>, py::arg("images").noconvert(), py::arg("num_threads"))
         .def("fit", &Network::fit<std::uint8_t>, py::arg("images").noconvert(), py::arg("fitter"),
              py::arg("num_threads"), "What `fitter.fit` makes of the heatmaps of images, which stay in the cache.")
+        .def("votes", &Network::votes<std::uint8_t>, py::arg("images").noconvert(), py::arg("offsets"),
+             py::arg("voters"), py::arg("step"), py::arg("num_threads"),
+             "What `face_votes` makes of the heatmaps of images, which stay in memory that is used again.")
+        .def("votes", &Network::votes<float>, py::arg("images").noconvert(), py::arg("offsets"), py::arg("voters"),
+             py::arg("step"), py::arg("num_threads"))
         .def("fit", &Network::fit<float>, py::arg("images").noconvert(), py::arg("fitter"), py::arg("num_threads"));
     py::class_<lgcn::Fitter>(module, "Fitter",
                              "The fit of section 3.3 with a shape model: basis (4 + K, N, 2) and variances (K,) "

@@ -7,6 +7,7 @@ cores, and results do not depend on it. They raise ValueError for another dtype 
 without pixels, or points that are not finite.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +20,7 @@ __all__ = [
     "Fitter",
     "Network",
     "Shape",
+    "face_votes",
     "gaussian_sum",
     "local_maxima",
     "nearest_peaks",
@@ -124,6 +126,17 @@ def window_moments(
         (B, N, 3) float64.
     """
     return _native.window_moments(_contiguous(heatmaps), centres, radius, threshold, num_threads)
+
+
+def face_votes(
+    heatmaps: np.ndarray, offsets: np.ndarray, voters: Sequence[int], step: int = 1, num_threads: int = 0
+) -> np.ndarray:
+    """Votes of heatmaps for the middle of a face: their mean, each shifted by where its landmark sits.
+
+    Returns:
+        (B, S, h, w) float32.
+    """
+    return _native.face_votes(_contiguous(heatmaps), np.asarray(offsets, np.int64), list(voters), step, num_threads)
 
 
 def _contiguous(heatmaps: np.ndarray) -> np.ndarray:

@@ -8,10 +8,12 @@ import threading
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lgcn_fast_kernels import face_votes
 from lgcn_fast_kernels.triton_convolution import Convolution
 from lgcn_fast_kernels.triton_gaussian_sum import gaussian_sum
 from lgcn_fast_kernels.triton_peaks import heatmap_reduction
@@ -110,6 +112,9 @@ class CudaEngine:
         if to_host:
             reductions = reductions.cpu().numpy()
         return reductions[..., :2], reductions[..., 2]
+
+    def votes(self, images: Tensor, offsets: np.ndarray, voters: list[int], step: int) -> np.ndarray:
+        return face_votes(self.heatmaps(images).cpu().numpy(), offsets, voters, step)
 
     def fit(self, images: Tensor, shape: ShapeModel, to_host: bool) -> Fit:
         packed = self._fits(shape)(images)

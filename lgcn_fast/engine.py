@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,8 @@ class _Backend(Protocol):
     def heatmaps(self, images: Tensor) -> Tensor: ...
 
     def maxima(self, images: Tensor, to_host: bool) -> tuple[Array, Array]: ...
+
+    def votes(self, images: Tensor, offsets: np.ndarray, voters: list[int], step: int) -> np.ndarray: ...
 
     def fit(self, images: Tensor, shape: ShapeModel, to_host: bool) -> Fit: ...
 
@@ -102,6 +105,23 @@ class Engine:
         """
         check_images(images, self.config.in_channels)
         return self._backend.maxima(images, to_host)
+
+    @torch.inference_mode()
+    def votes(self, images: Tensor, offsets: np.ndarray, voters: list[int], step: int) -> np.ndarray:
+        """Votes of the heatmaps of images for the middles of faces, see `peaks.face_votes`.
+
+        Args:
+            images: as for `heatmaps`.
+            offsets: (S, N, 2) integers.
+
+        Returns:
+            (B, S, h, w) float32.
+
+        Raises:
+            ValueError: another shape.
+        """
+        check_images(images, self.config.in_channels)
+        return self._backend.votes(images, offsets, voters, step)
 
     @torch.inference_mode()
     def fit(self, images: Tensor, shape: ShapeModel, to_host: bool = True) -> Fit:

@@ -57,6 +57,11 @@ class NativeEngine:
         found = lgcn_fast_kernels.peak_centroids(self.heatmaps(images).numpy(), self.num_threads)
         return found if to_host else tuple(map(torch.from_numpy, found))
 
+    def votes(self, images: Tensor, offsets: np.ndarray, voters: list[int], step: int) -> np.ndarray:
+        if self._config.loss != "squared_error":
+            return lgcn_fast_kernels.face_votes(self.heatmaps(images).numpy(), offsets, voters, step, self.num_threads)
+        return self._network.votes(_pixels(images), offsets, voters, step, self.num_threads)
+
     def fit(self, images: Tensor, shape: ShapeModel, to_host: bool) -> Fit:
         fitter = _fitter(shape)
         if self._config.loss == "squared_error":

@@ -4,8 +4,10 @@ The fast ones for NumPy arrays have the same names in `lgcn_fast_kernels`. Coord
 heatmap counts as minus infinity.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace, device
 
 Array = Any
@@ -110,6 +112,34 @@ def window_moments(
     columns, rows = lines  # (W, 2) or (B, N, W, 2): indicator of the window, and coordinate within it
     sums = xp.matmul(xp.matmul(xp.matrix_transpose(rows), weights), columns)
     return xp.stack([sums[..., 0, 0], sums[..., 0, 1], sums[..., 1, 0]], axis=-1)
+
+
+def face_votes(
+    heatmaps: np.ndarray, offsets: np.ndarray, voters: Sequence[int], step: int = 1, num_threads: int = 0
+) -> np.ndarray:
+    """Votes of heatmaps for the middle of a face: their mean, each shifted by where its landmark sits.
+
+    Args:
+        heatmaps: (B, N, H, W) float32; a vote is at least 0 and at most 1.
+        offsets: (S, N, 2) integers: where the landmarks of a face of each of S sizes sit from its middle, x and y, in
+            pixels of the votes.
+        voters: the landmarks that vote.
+        step: votes are counted in every step-th row and column.
+
+    Returns:
+        (B, S, h, w) float32 in 0..1; h and w are H and W over `step`, rounded up.
+    """
+    seen = np.nan_to_num(heatmaps[:, :, ::step, ::step]).clip(0, 1)
+    height, width = seen.shape[2:]
+    votes = np.zeros((len(seen), len(offsets), height, width), np.float32)
+    for size, places in enumerate(offsets):
+        for landmark in voters:
+            dx, dy = places[landmark]
+            to_y, to_x, from_y, from_x = max(-dy, 0), max(-dx, 0), max(dy, 0), max(dx, 0)
+            rows, columns = max(height - abs(dy), 0), max(width - abs(dx), 0)
+            shifted = seen[:, landmark, from_y : from_y + rows, from_x : from_x + columns]
+            votes[:, size, to_y : to_y + rows, to_x : to_x + columns] += shifted / len(voters)
+    return votes
 
 
 def _without_nan(heatmaps: Array) -> Array:
