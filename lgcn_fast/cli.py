@@ -1,4 +1,4 @@
-"""The command line: `lgcn-fast predict | demo | models | evaluate | report | bench`, and `cli_training`."""
+"""The command line: `lgcn-fast predict | detect | demo | models | evaluate | report | bench`, and `cli_training`."""
 
 import argparse
 import csv
@@ -13,12 +13,13 @@ import numpy as np
 
 from . import checkpoints
 from .checkpoints import load_card
+from .cli_photos import add_detect, add_detection_options, free_name, run_multiface
 from .cli_training import add_command, add_fit_shape, add_prepare, add_train
 from .datasets import read_faces
 from .drawing import draw_landmarks
 from .engine import engine_device
 from .evaluation import evaluate, with_mean_shape
-from .images import read_image
+from .images import read_image, write_image
 from .prediction import predict
 from .report import accuracy_table, put_into_readme, write_evaluation, write_report
 from .shipped import MEASURED, default_model, models
@@ -27,7 +28,7 @@ DEMO_BOX = (82, 70, 124, 124)
 """The face in demo.jpg (Eileen Collins, NASA, public domain)."""
 PICTURE_SIZE = 600
 """Smaller pictures are enlarged to about this many pixels before landmarks are drawn."""
-BENCHMARKS = ("kernel_convolution", "network", "peaks", "fit", "end_to_end")
+BENCHMARKS = ("kernel_convolution", "network", "peaks", "fit", "end_to_end", "detection")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="lgcn-fast", description="Facial landmarks with the LGCN (CVPR 2018).")
     commands = parser.add_subparsers(dest="command", required=True)
-    predicting, training = (_add_predict, _add_demo, _add_models), (add_prepare, add_train, add_fit_shape)
+    predicting, training = (_add_predict, add_detect, _add_demo, _add_models), (add_prepare, add_train, add_fit_shape)
     for add in (*predicting, *training, _add_evaluate, _add_report, _add_bench):
         add(commands)
     options = parser.parse_args(arguments)
@@ -87,7 +88,7 @@ def _run_predict(options: argparse.Namespace) -> int:
             message = str(error) if str(path) in str(error) else f"{path}: {error}"
             print(f"lgcn-fast predict: {message}", file=sys.stderr)
             continue
-        picture = _free_name(path.stem, {entry["picture"] for entry in found.values()})
+        picture = free_name(path.stem, "landmarks", {entry["picture"] for entry in found.values()})
         _write_picture(options.out / picture, image, result.points)
         points, scores = result.points[0].round(3).tolist(), result.scores[0].round(4).tolist()
         found[str(path)] = {"picture": picture, "points": points, "scores": scores}
@@ -98,22 +99,13 @@ def _run_predict(options: argparse.Namespace) -> int:
     return 0 if len(found) == len(set(map(str, options.files))) else 2
 
 
-def _free_name(stem: str, taken: set[str]) -> str:
-    """Name of a picture: files of the same name in different folders must not overwrite each other."""
-    name, number = f"{stem}_landmarks.png", 2
-    while name in taken:
-        name, number = f"{stem}_{number}_landmarks.png", number + 1
-    return name
-
-
 def _write_picture(path: Path, image: np.ndarray, points: np.ndarray) -> None:
     """Draw landmarks; small pictures are enlarged so that one can see something."""
     zoom = max(round(PICTURE_SIZE / max(image.shape[:2])), 1)
     if zoom > 1:
         image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
     drawn = draw_landmarks(image, (points + 0.5) * zoom - 0.5)
-    if not cv2.imwrite(str(path), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"{path}: the picture could not be written")
+    write_image(path, drawn)
 
 
 def _write_json(path: Path, found: dict[str, dict]) -> None:
@@ -163,10 +155,14 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("faces", type=Path, nargs="+", help="folder with .pts files, or a .csv file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     _add_model_options(parser)
+    parser.add_argument("--multiface", action="store_true", help="score detect on folders with a faces.json")
+    add_detection_options(parser)
     parser.add_argument("--normalisation", choices=["inter-ocular", "face-size"], default="inter-ocular")
 
 
 def _run_evaluate(options: argparse.Namespace) -> int:
+    if options.multiface:
+        return run_multiface(options)
     faces = [face for path in options.faces for face in read_faces(path)]
     model = options.model or default_model(engine_device(options.device).type)
     evaluations = evaluate(faces, model, options.normalisation, options.shape, options.device, options.ensemble)

@@ -50,8 +50,12 @@ RESIDUAL, PLAUSIBLE = 0.15, 4.0
 """Scales of what lowers a confidence: the fit's residual, and the root mean square of its coefficients."""
 OVERLAP = 0.4
 """Of two faces whose boxes have more than this in common (over their union), the less confident one goes."""
-TILE, TILE_BORDER = 1024, 128
-"""Largest part of a level that goes through the network at once, and what it sees around it: memory stays bounded."""
+WHOLE = 2**19
+"""Pixels of a level that goes through the network as a whole; larger ones go in tiles, so that memory is bounded."""
+TILE, TILE_BORDER = 256, 48
+"""Largest side of what a tile is to answer for, and what it sees around it. Overlapping costs as much as it saves."""
+TILES = 32
+"""Tiles that go through the network at once."""
 CHUNK = 64
 """Hypotheses that are fitted at once."""
 
@@ -128,9 +132,8 @@ def detect(
         settled.append(faces.only(still))
         faces = faces.only(~still)
         boxes = faces.boxes
-    faces = Faces(
-        *(np.concatenate(parts) for parts in zip(*(vars(f).values() for f in [*settled, faces]), strict=True))
-    )
+    all_parts = zip(*(vars(part).values() for part in [*settled, faces]), strict=True)
+    faces = Faces(*map(np.concatenate, all_parts))
     return faces.only(_distinct(faces, min_confidence))
 
 
@@ -145,19 +148,44 @@ def find_hypotheses(photo: np.ndarray, engine: Engine, shape: ShapeModel, min_fa
     """
     found = [np.empty((0, 4))]
     nominal, step = engine.config.input_size, engine.config.stride * VOTE_STEP
-    offsets = _offsets(engine, shape)
+    offsets, voters = _offsets(engine, shape), _inner(shape.num_landmarks)
     for scale, level in _levels(photo, engine, min_face):
-        for (x, y), tile, core in _tiles(level):
-            votes = engine.votes(torch.from_numpy(tile)[None], offsets, _inner(shape.num_landmarks), VOTE_STEP)
+        for tiles, places, cores in _tiles(level):
+            votes = engine.votes(torch.from_numpy(tiles), offsets, voters, VOTE_STEP)
             maps, points, values = lgcn_fast_kernels.local_maxima(votes, LEAST_VOTE)
             # A vote is that of a pixel of the heatmaps, which stands in the middle of its pixels of the level.
-            points = points * step + (engine.config.stride - 1) / 2
-            inside = ((points >= core[:2]) & (points < core[2:])).all(1)
-            centres = (points[inside] + (x - BORDER, y - BORDER) + 0.5) / scale - 0.5
+            points = points * step + (engine.config.stride - 1) / 2 + places[maps[:, 0]]
+            inside = ((points >= cores[maps[:, 0], :2]) & (points < cores[maps[:, 0], 2:])).all(1)
+            centres = (points[inside] - BORDER + 0.5) / scale - 0.5
             sides = nominal / scale * np.array(SIZES)[maps[inside, 1]]
             found.append(np.column_stack([values[inside], centres, sides]))
     _, x, y, sides = _apart(np.concatenate(found)).T
     return np.column_stack([x - sides / 2 + 0.5, y - sides / 2 + 0.5, sides, sides])
+
+
+def combined_heatmap(image: Any, min_face: float = 40, model: Engine | LGCN | Path | str | None = None) -> np.ndarray:
+    """The largest value of all landmarks' heatmaps in all levels, scaled back to the photo (Figure 6).
+
+    Args:
+        image, min_face, model: as for `detect`.
+
+    Returns:
+        (H, W) float32 in 0..1.
+    """
+    (photo,) = as_images(image, "image")
+    engine = engine_for(model, "cpu", "auto")
+    combined = np.zeros(photo.shape[:2], np.float32)
+    for scale, level in _levels(photo, engine, min_face):
+        heat = np.zeros(level.shape[1:], np.float32)
+        for tiles, places, cores in _tiles(level):
+            heatmaps = engine.heatmaps(torch.from_numpy(tiles)).amax(1).cpu().numpy()
+            for heatmap, (x, y), (left, top, right, bottom) in zip(heatmaps, places, cores, strict=True):
+                heatmap = cv2.resize(heatmap, tiles.shape[:1:-1])
+                heat[top:bottom, left:right] = heatmap[top - y : bottom - y, left - x : right - x]
+        height, width = (max(round(side * scale), 1) for side in photo.shape[:2])
+        inner = np.ascontiguousarray(heat[BORDER : BORDER + height, BORDER : BORDER + width])
+        np.maximum(combined, cv2.resize(inner, photo.shape[1::-1]), out=combined)
+    return combined.clip(0, 1)
 
 
 def _levels(photo: np.ndarray, engine: Engine, min_face: float) -> Iterator[tuple[float, np.ndarray]]:
@@ -177,16 +205,26 @@ def _levels(photo: np.ndarray, engine: Engine, min_face: float) -> Iterator[tupl
         scale /= STEP
 
 
-def _tiles(level: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
-    """Parts of a level (C, H, W): where each begins, the part, and left, top, right, bottom of what it is to answer
-    for, in its own pixels."""
+def _tiles(level: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Parts of a level (C, H, W), all of one size: tiles (T, C, h, w); the places (T, 2) of their first pixels, x and y;
+    and what each is to answer for (T, 4): left, top, right, bottom, in pixels of the level."""
     height, width = level.shape[1:]
-    for y in range(0, height, TILE):
-        for x in range(0, width, TILE):
-            left, top = max(x - TILE_BORDER, 0), max(y - TILE_BORDER, 0)
-            tile = level[:, top : y + TILE + TILE_BORDER, left : x + TILE + TILE_BORDER]
-            core = np.array([x, y, min(x + TILE, width), min(y + TILE, height)]) - (left, top, left, top)
-            yield (left, top), np.ascontiguousarray(tile), core
+    whole = height * width <= WHOLE
+    rows, columns = ([(0, 0, side)] if whole else _cuts(side) for side in (height, width))
+    h, w = (min(cuts[0][2] + 2 * TILE_BORDER, side) for cuts, side in ((rows, height), (columns, width)))
+    cuts = [(row, column) for row in rows for column in columns]
+    for start in range(0, len(cuts), TILES):
+        part = cuts[start : start + TILES]
+        places = np.array([(min(x, width - w), min(y, height - h)) for (y, *_), (x, *_) in part])
+        cores = np.array([(left, top, right, bottom) for (_, top, bottom), (_, left, right) in part])
+        yield np.stack([level[:, y : y + h, x : x + w] for x, y in places]), places, cores
+
+
+def _cuts(length: int) -> list[tuple[int, int, int]]:
+    """A side in equal parts of at most `TILE` pixels: where each part begins to see, where it begins, where it ends."""
+    count = -(-length // TILE)
+    side = -(-length // count)
+    return [(max(i * side - TILE_BORDER, 0), i * side, min((i + 1) * side, length)) for i in range(count)]
 
 
 def _offsets(engine: Engine, shape: ShapeModel) -> np.ndarray:

@@ -45,6 +45,16 @@ def read_image(path: Path, color: bool = False) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if color else image
 
 
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write a picture, (H, W, 3) uint8 RGB, in the format of the file's name.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
+        raise OSError(f"{path}: the picture could not be written")
+
+
 def _is_truncated_jpeg(data: np.ndarray) -> bool:
     """OpenCV fills the missing part of a cut JPEG with gray and says nothing."""
     return data[:3].tobytes() == b"\xff\xd8\xff" and b"\xff\xd9" not in data[3:].tobytes()

@@ -1,0 +1,100 @@
+"""The commands for whole photos: `lgcn-fast detect`, and `lgcn-fast evaluate --multiface`."""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from .cli_training import add_command
+from .detection import Faces, combined_heatmap, detect
+from .drawing import draw_landmarks
+from .images import read_image, write_image
+from .multiface import draw_score, read_photos, score_photos, summary
+
+
+def add_detect(commands) -> None:
+    parser = add_command(commands, _run_detect, "All faces of photos and their landmarks, drawn and as numbers.")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--out", type=Path, required=True, help="folder for pictures and faces.json")
+    parser.add_argument("--heatmap", action="store_true", help="draw the combined heatmap beside each photo, too")
+    parser.add_argument("--model", help="name (see `lgcn-fast models`) or weights; default: as for predict")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    add_detection_options(parser)
+
+
+def add_detection_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--min-face", type=float, default=40, metavar="PIXELS", help="smallest face box to look for")
+    parser.add_argument("--min-confidence", type=float, default=0.5, metavar="SHARE", help="faces below it are dropped")
+
+
+def _run_detect(options: argparse.Namespace) -> int:
+    options.out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict] = {}
+    for path in options.files:
+        try:
+            photo = read_image(path, color=True)
+            faces = detect(photo, options.min_face, options.min_confidence, options.model, device=options.device)
+        except ValueError as error:
+            # The other files are not at fault.
+            message = str(error) if str(path) in str(error) else f"{path}: {error}"
+            print(f"lgcn-fast detect: {message}", file=sys.stderr)
+            continue
+        picture = free_name(path.stem, "faces", {entry["picture"] for entry in found.values()})
+        write_image(options.out / picture, draw_landmarks(photo, faces.points))
+        found[str(path)] = {"picture": picture, "faces": as_json(faces)}
+        if options.heatmap:
+            heatmap = combined_heatmap(photo, options.min_face, options.model)
+            colors = cv2.applyColorMap((heatmap * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
+            write_image(options.out / picture.replace("_faces.png", "_heatmap.png"), colors[..., ::-1])
+    if found:
+        (options.out / "faces.json").write_text(json.dumps(found, indent=1))
+        count = sum(len(entry["faces"]) for entry in found.values())
+        print(f"{options.out / 'faces.json'}: {count} faces in {len(found)} of {len(options.files)} photos")
+    return 0 if len(found) == len(set(map(str, options.files))) else 2
+
+
+def as_json(faces: Faces) -> list[dict]:
+    """Numbers of the faces of a photo."""
+    columns = zip(faces.confidence, faces.boxes, faces.points, faces.scores, strict=True)
+    return [
+        {
+            "confidence": round(float(confidence), 4),
+            "box": box.round(2).tolist(),
+            "points": points.round(3).tolist(),
+            "scores": scores.round(4).tolist(),
+        }
+        for confidence, box, points, scores in columns
+    ]
+
+
+def free_name(stem: str, kind: str, taken: set[str]) -> str:
+    """Name of a picture: files of the same name in different folders must not overwrite each other."""
+    name, number = f"{stem}_{kind}.png", 2
+    while name in taken:
+        name, number = f"{stem}_{number}_{kind}.png", number + 1
+    return name
+
+
+def run_multiface(options: argparse.Namespace) -> int:
+    """Score `detect` on folders with `faces.json`."""
+    photos = [photo for folder in options.faces for photo in read_photos(folder)]
+    find = partial(detect, min_face=options.min_face, min_confidence=options.min_confidence, model=options.model,
+                   shape=options.shape, device=options.device)  # fmt: skip
+    scores = score_photos(photos, find, options.min_face)
+    values = summary(scores)
+    options.out.mkdir(parents=True, exist_ok=True)
+    pictures: set[str] = set()
+    for score in scores:
+        picture = free_name(score.photo.path.stem, "faces", pictures)
+        pictures.add(picture)
+        write_image(options.out / picture, draw_score(score))
+    (options.out / "multiface.json").write_text(json.dumps(values, indent=1))
+    print(f"{values['found']} of {values['faces']} labelled faces of at least {options.min_face:g} pixels found in "
+          f"{values['photos']} photos ({values['recall']:.1f} %), error {values['mean error']:.2f} % mean, "
+          f"{values['median error']:.2f} % median; {values['unlabelled']} detections without a label (magenta: look at "
+          f"them in {options.out})")  # fmt: skip
+    return 0

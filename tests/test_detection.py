@@ -1,0 +1,254 @@
+import json
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+import lgcn_fast_kernels
+from lgcn_fast import Engine, LGCNConfig, detect, detection, load_model, peaks, predict
+from lgcn_fast.cli import main
+from lgcn_fast.detection import combined_heatmap
+from lgcn_fast.images import face_box, read_image, write_image
+from lgcn_fast.model import LGCN
+from lgcn_fast.multiface import LabelledPhoto, read_photos, score_photo, score_photos, summary
+
+FACE = (82, 70, 124, 124)
+
+
+@pytest.fixture(scope="module")
+def face():
+    """The face of demo.jpg with what is around it, (300, 300, 3)."""
+    from lgcn_fast import detection
+
+    return read_image(detection.Path(detection.__file__).with_name("demo.jpg"), color=True)
+
+
+@pytest.fixture(scope="module")
+def points(face):
+    return predict(face, [FACE]).points[0]
+
+
+def resized(face, scale):
+    return cv2.resize(face, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+
+
+def distance(a, b) -> float:
+    """Mean distance of two faces' points, as a share of the second one's box."""
+    return float(np.linalg.norm(a - b, axis=-1).mean() / face_box(b)[2])
+
+
+def test_finds_the_face_of_the_demo(face, points):
+    faces = detect(face)
+    assert len(faces) == 1
+    assert faces.points.shape == (1, 68, 2)
+    assert faces.scores.shape == (1, 68)
+    for part in vars(faces).values():
+        assert part.dtype == np.float32
+    assert distance(faces.points[0], points) < 0.01
+    assert 0.5 <= faces.confidence[0] <= 1
+    np.testing.assert_allclose(faces.boxes[0], face_box(points), atol=3)
+
+
+@pytest.mark.parametrize("scale", [0.4, 0.7, 1.6, 3.0, 6.0])
+def test_finds_faces_of_any_size(face, points, scale):
+    faces = detect(resized(face, scale))
+    assert len(faces) == 1
+    assert distance(faces.points[0], (points + 0.5) * scale - 0.5) < 0.02
+
+
+def test_several_faces_of_different_size(face, points):
+    photo = np.full((500, 900, 3), 90, np.uint8)
+    places = {(10, 20): 0.5, (200, 10): 0.9, (480, 60): 1.4, (30, 250): 0.8}
+    for (x, y), scale in places.items():
+        part = resized(face, scale)
+        photo[y : y + len(part), x : x + len(part)] = part
+    faces = detect(photo)
+    assert len(faces) == len(places)
+    assert (np.diff(faces.confidence) <= 0).all()
+    for (x, y), scale in places.items():
+        expected = (points + 0.5) * scale - 0.5 + (x, y)
+        assert min(distance(found, expected) for found in faces.points) < 0.02, (x, y)
+
+
+def test_all_forms_of_a_photo_give_the_same_faces(face):
+    gray = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
+    expected = detect(face).points
+    forms = {"gray": gray, "float": face / 255, "channels first": face.transpose(2, 0, 1)[None]}
+    for name, form in forms.items():
+        np.testing.assert_allclose(detect(form).points, expected, atol=0.5, err_msg=name)
+
+
+def test_faces_at_the_border(face, points):
+    """Cut by the left border through the outer end of a brow; filling the frame."""
+    left = int(points[:, 0].min()) + 6
+    cut = detect(face[:, left:])
+    assert len(cut) == 1
+    assert distance(cut.points[0] + (left, 0), points) < 0.05
+    x, y, width, height = FACE
+    assert len(detect(face[y : y + height, x : x + width])) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (10, 5000), (300, 40), (97, 95)])
+@pytest.mark.parametrize("kind", ["black", "noise"])
+def test_odd_photos_have_no_faces(shape, kind, random):
+    photo = np.zeros(shape, np.uint8) if kind == "black" else random.integers(0, 256, shape, np.uint8)
+    faces = detect(photo)
+    assert faces.points.shape == (0, 68, 2)
+    assert len(faces) == len(faces.boxes) == 0
+
+
+def test_a_turned_photo_is_no_error(face):
+    assert len(detect(np.rot90(face))) <= 1
+
+
+def test_tiles_find_the_same_faces(face, monkeypatch):
+    photo = np.tile(resized(face, 0.8), (2, 3, 1))
+    whole = detect(photo)
+    heatmap = combined_heatmap(photo)
+    monkeypatch.setattr(detection, "WHOLE", 0)
+    monkeypatch.setattr(detection, "TILES", 3)
+    parts = detect(photo)
+    # What a tile does not see makes a difference, where its part ends.
+    assert np.abs(combined_heatmap(photo) - heatmap).mean() < 0.01
+    assert len(whole) == len(parts) == 6
+    for found in parts.points:
+        assert min(distance(found, known) for known in whole.points) < 0.01
+
+
+def test_small_faces_are_looked_for_only_where_asked(face):
+    photo = resized(face, 0.25)
+    assert len(detect(photo, min_face=100)) == 0
+    assert len(detect(photo, min_face=24)) == 1
+
+
+def test_confidence_is_a_threshold(face):
+    (confidence,) = detect(face).confidence
+    assert len(detect(face, min_confidence=confidence + 0.01)) == 0
+
+
+def test_bad_input_is_named(face):
+    with pytest.raises(ValueError, match="image: expected one image, got 2"):
+        detect(np.stack([face, face]))
+    with pytest.raises(ValueError, match="min_face: expected a positive number of pixels, got 0"):
+        detect(face, min_face=0)
+    with pytest.raises(ValueError, match="image: expected uint8 or floating point, got int64"):
+        detect(face.astype(np.int64))
+    other = LGCN(LGCNConfig.nano(filters=8, num_landmarks=5))
+    with pytest.raises(ValueError, match="finder: expected a model of 68 landmarks, got one of 5"):
+        detect(face, finder=other)
+
+
+def test_heatmap_is_high_on_the_face_and_has_the_photos_size(face, points):
+    heatmap = combined_heatmap(face[:287, :293])
+    assert heatmap.shape == (287, 293)
+    x, y = np.rint(points[17:]).astype(int).T
+    assert heatmap[y, x].mean() > 2 * heatmap.mean()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_native_votes_equal_the_reference(random, step):
+    for _ in range(5):
+        height, width = random.integers(1, 60, 2)
+        heatmaps = random.normal(size=(2, 5, height, width)).astype(np.float32)
+        for value in (np.nan, np.inf, -np.inf):
+            heatmaps[random.random(heatmaps.shape) < 0.05] = value
+        offsets = random.integers(-30, 30, (3, 5, 2))
+        expected = peaks.face_votes(heatmaps, offsets, [0, 2, 3], step)
+        for threads in (1, 3):
+            found = lgcn_fast_kernels.face_votes(heatmaps, offsets, [0, 2, 3], step, threads)
+            np.testing.assert_allclose(found, expected, atol=1e-6, strict=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_votes_of_an_engine_are_those_of_its_heatmaps(random, threads):
+    import torch
+
+    engine = Engine(load_model("lgcn-nano"), "cpu", num_threads=threads)
+    images = torch.from_numpy(random.integers(0, 256, (2, 1, 70, 61), np.uint8))
+    offsets = random.integers(-9, 9, (2, 68, 2))
+    expected = peaks.face_votes(engine.heatmaps(images).numpy(), offsets, range(17, 68), 2)
+    np.testing.assert_allclose(engine.votes(images, offsets, list(range(17, 68)), 2), expected, atol=1e-5)
+
+
+def test_wrong_ballots_are_named():
+    heatmaps = np.zeros((1, 2, 4, 4), np.float32)
+    with pytest.raises(ValueError, match=r"offsets: expected \(S, 2, 2\)"):
+        lgcn_fast_kernels.face_votes(heatmaps, np.zeros((1, 3, 2), int), [0])
+    with pytest.raises(ValueError, match="voters: expected landmarks from 0 to 1"):
+        lgcn_fast_kernels.face_votes(heatmaps, np.zeros((1, 2, 2), int), [2])
+    with pytest.raises(ValueError, match="step: expected at least 1, got 0"):
+        lgcn_fast_kernels.face_votes(heatmaps, np.zeros((1, 2, 2), int), [0], step=0)
+
+
+def test_photos_are_scored(face, points):
+    """A face that is found, one that is labelled where none is, one that is not labelled, one that is too small."""
+    photo = np.concatenate([face, face], axis=1)
+    labels = np.stack([points, points + np.array([150, 100]), points / 10])
+    score = score_photo(LabelledPhoto(None, labels), detect(photo), 40)
+    assert score.counted.tolist() == [True, True, False]
+    assert score.errors[0] < 0.05
+    assert score.errors[1] > 0.1
+    assert len(score.extra) == 1
+    values = summary([score])
+    assert (values["faces"], values["found"], values["recall"], values["unlabelled"]) == (2, 1, 50, 1)
+
+
+def test_commands(face, points, tmp_path, capsys):
+    write_image(tmp_path / "two.png", np.concatenate([face, face], axis=1))
+    labels = [points.tolist(), (points + np.array([300, 0])).tolist()]
+    (tmp_path / "faces.json").write_text(json.dumps([{"image": "two.png", "faces": labels}]))
+    missing = tmp_path / "none.jpg"
+    out = tmp_path / "out"
+    assert main(["detect", str(tmp_path / "two.png"), str(missing), "--out", str(out), "--heatmap"]) == 2
+    assert f"{missing}: expected a picture file" in capsys.readouterr().err
+    found = json.loads((out / "faces.json").read_text())[str(tmp_path / "two.png")]
+    assert [len(face["points"]) for face in found["faces"]] == [68, 68]
+    assert read_image(out / found["picture"], color=True).shape == (300, 600, 3)
+    assert read_image(out / "two_heatmap.png", color=True).shape == (300, 600, 3)
+    assert main(["evaluate", "--multiface", str(tmp_path), "--out", str(out)]) == 0
+    assert json.loads((out / "multiface.json").read_text())["recall"] == 100
+    (tmp_path / "faces.json").write_text("{}[")
+    assert main(["evaluate", "--multiface", str(tmp_path), "--out", str(out)]) == 2
+    assert "faces.json: expected a list" in capsys.readouterr().err
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_faces_of_real_photos(data):
+    values = summary(score_photos(read_photos(data / "multiface"), detect, 40))
+    assert values["faces"] == 87
+    assert values["recall"] >= 95
+    # All of them looked at: faces that nobody labelled.
+    assert values["unlabelled"] <= 9
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_no_faces_where_there_are_none(data):
+    paths = sorted((data / "background" / "test").glob("*"))
+    assert len(paths) == 150
+    assert sum(len(detect(read_image(path))) for path in paths) <= 3
+
+
+MEMORY = """
+import sys
+import cv2
+from lgcn_fast import detect
+from lgcn_fast.images import read_image
+
+photo = cv2.resize(read_image(sys.argv[1], color=True), (6000, 4000), interpolation=cv2.INTER_CUBIC)
+assert len(detect(photo)) == 1
+lines = open("/proc/self/status").read().splitlines()
+peak = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+assert peak < 2000, f"{peak} MB"
+print(peak)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_bounded(demo_picture):
+    """24 megapixels, its border's faces down to 40 pixels looked for."""
+    subprocess.run([sys.executable, "-c", MEMORY, demo_picture], check=True)
