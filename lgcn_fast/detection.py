@@ -206,7 +206,7 @@ def _levels(photo: np.ndarray, engine: Engine, min_face: float) -> Iterator[tupl
 
 
 def _tiles(level: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Parts of a level (C, H, W), all of one size: tiles (T, C, h, w); the places (T, 2) of their first pixels, x and y;
+    """Parts of a level (C, H, W), all of one size: tiles (T, C, h, w); places (T, 2) of their first pixels, x and y;
     and what each is to answer for (T, 4): left, top, right, bottom, in pixels of the level."""
     height, width = level.shape[1:]
     whole = height * width <= WHOLE
