@@ -69,27 +69,55 @@ def band_matrices(
     length: int, kernel_size: int, sigmas: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The matrices T_s of `gaussian_sum_banded`, symmetric: (S, length, length)."""
-    taps = gaussian_taps(kernel_size, sigmas)
     index = torch.arange(length)
-    offset = index[:, None] - index[None, :] + kernel_size // 2
-    inside = (offset >= 0) & (offset < kernel_size)
     with torch.inference_mode(False):
-        return torch.where(inside, taps[:, offset.clamp(0, kernel_size - 1)], 0.0).to(device, dtype)
+        return bands(gaussian_taps(kernel_size, sigmas), index, index).to(device, dtype)
+
+
+def bands(taps: Tensor, out: Tensor, into: Tensor) -> Tensor:
+    """What the pixels at some places of a line give to those at others in 1-D convolutions.
+
+    Args:
+        taps: (S, kernel_size).
+        out: (M,) integers, pixels.
+        into: (L,) integers, pixels.
+
+    Returns:
+        (S, M, L), dtype of `taps`.
+    """
+    kernel_size = taps.shape[1]
+    offset = out[:, None] - into[None, :] + kernel_size // 2
+    inside = (offset >= 0) & (offset < kernel_size)
+    return torch.where(inside, taps[:, offset.clamp(0, kernel_size - 1)], 0.0)
 
 
 def banded_product(x: Tensor, kernel_size: int, sigmas: tuple[float, ...]) -> Tensor:
     """`gaussian_sum_banded` without its own gradient."""
-    batch, channels, height, width = x.shape
-    count = len(sigmas)
+    height, width = x.shape[2:]
     rows = band_matrices(height, kernel_size, sigmas, x.dtype, x.device)
-    columns = band_matrices(width, kernel_size, sigmas, x.dtype, x.device)
-    # (W, S * W): one product blurs all lines along x with all sigmas.
-    along_x = x.reshape(-1, width) @ columns.permute(1, 0, 2).reshape(width, count * width)
-    along_x = along_x.view(batch * channels, height, count, width).transpose(1, 2)
-    stacked = along_x.reshape(batch * channels, count * height, width)
-    # (H, S * H): one product blurs along y and adds up the sigmas.
-    along_y = torch.matmul(rows.permute(1, 0, 2).reshape(height, count * height), stacked)
-    return along_y.view(batch, channels, height, width)
+    return two_products(x, rows, band_matrices(width, kernel_size, sigmas, x.dtype, x.device))
+
+
+def two_products(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`sum_s rows[s] X columns[s]^T` for every channel X.
+
+    Args:
+        x: (B, C, H, W) floating point.
+        rows: (S, M, H).
+        columns: (S, L, W).
+
+    Returns:
+        (B, C, M, L), dtype of `x`.
+    """
+    batch, channels, height, width = x.shape
+    count, new_height, _ = rows.shape
+    new_width = columns.shape[1]
+    # (W, S * L): one product blurs all lines along x with all sigmas.
+    along_x = x.reshape(-1, width) @ columns.permute(2, 0, 1).reshape(width, count * new_width)
+    # (M, H * S): one product blurs along y and adds up the sigmas, with the lines as the first product leaves them.
+    along_x = along_x.view(batch * channels, height * count, new_width)
+    along_y = torch.matmul(rows.permute(1, 2, 0).reshape(new_height, height * count), along_x)
+    return along_y.view(batch, channels, new_height, new_width)
 
 
 class _BandedGaussianSum(torch.autograd.Function):
