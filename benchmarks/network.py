@@ -41,7 +41,7 @@ def network(name: str, config: LGCNConfig | None, rates: dict[str, float]) -> di
             error = (engine.heatmaps(image) - expected).abs().max() / expected.abs().max()
             assert error < TOLERANCE[precision], f"{name} {precision}: relative error {error}"
         functions = {"eager PyTorch, fp32": lambda: model(image).output}
-        functions |= runtimes(model, image.float())
+        functions |= runtimes(model, image)
         functions |= {f"engine, {p}": lambda e=engine: e.heatmaps(image) for p, engine in engines.items()}
         rows = compare(functions, rounds=7)
     for precision in engines:

@@ -1,12 +1,12 @@
 """The same network in other runtimes, where they are installed: torch.compile, ONNX Runtime, OpenVINO.
 
-They get the kernel convolution as matrix products, which makes them several times faster than the grouped convolution.
+They get the kernel convolution as matrix products, which makes them several times faster than the grouped convolution;
+ONNX Runtime and OpenVINO the folded network, as `lgcn-fast export` writes it.
 """
 
 import importlib.util
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lgcn_fast import LGCN
+from lgcn_fast.export import SIZES, traced, write_onnx
 from lgcn_fast.operators import banded_product
 
 
@@ -29,7 +30,7 @@ class _Output(nn.Module):
 
 
 def runtimes(model: LGCN, images: Tensor) -> dict[str, Callable[[], object]]:
-    """Functions that compute the heatmaps of `images` (float32), by name."""
+    """Functions that compute the heatmaps of `images` (uint8), by name."""
     functions = {}
     if shutil.which("g++"):
         functions |= _compiled(model, images)
@@ -39,10 +40,9 @@ def runtimes(model: LGCN, images: Tensor) -> dict[str, Callable[[], object]]:
     if missing:
         print(f"ONNX Runtime, OpenVINO: not installed: {', '.join(missing)} (pip install '.[bench]')")
         return functions
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(_Output(model), (images,), path, dynamo=True, verbose=False, external_data=False)
+        write_onnx(traced(model), path, {})
         for name, load in (("onnxruntime", _onnx_runtime), ("openvino", _openvino)):
             if importlib.util.find_spec(name):
                 functions |= load(path, images)
@@ -66,6 +66,8 @@ def _onnx_runtime(path: Path, images: Tensor) -> dict[str, Callable[[], object]]
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    for axis, name in SIZES.items():
+        options.add_free_dimension_override_by_name(name, images.shape[axis])
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     inputs = {session.get_inputs()[0].name: images.numpy()}
     return {"ONNX Runtime, fp32": lambda: session.run(None, inputs)}
@@ -78,6 +80,8 @@ def _openvino(path: Path, images: Tensor) -> dict[str, Callable[[], object]]:
     for precision, hint in (("fp32", "f32"), ("bf16", "bf16")):
         options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
         options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-        request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+        network = openvino.Core().read_model(path)
+        network.reshape(list(images.shape))
+        request = openvino.Core().compile_model(network, "CPU", options).create_infer_request()
         functions[f"OpenVINO, {precision}"] = lambda request=request: request.infer([images.numpy()])
     return functions

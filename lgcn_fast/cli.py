@@ -1,4 +1,4 @@
-"""The command line: `lgcn-fast predict | detect | demo | models | evaluate | report | bench`, and `cli_training`."""
+"""The command line: `lgcn-fast predict | detect | demo | models | export | evaluate | report | bench`, `cli_training`."""
 
 import argparse
 import csv
@@ -19,6 +19,7 @@ from .datasets import read_faces
 from .drawing import draw_landmarks
 from .engine import engine_device
 from .evaluation import evaluate, with_mean_shape
+from .export import FORMATS, export
 from .images import read_image, write_image
 from .prediction import predict
 from .report import accuracy_table, put_into_readme, write_evaluation, write_report
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lgcn-fast", description="Facial landmarks with the LGCN (CVPR 2018).")
     commands = parser.add_subparsers(dest="command", required=True)
     predicting, training = (_add_predict, add_detect, _add_demo, _add_models), (add_prepare, add_train, add_fit_shape)
-    for add in (*predicting, *training, _add_evaluate, _add_report, _add_bench):
+    for add in (*predicting, *training, _add_export, _add_evaluate, _add_report, _add_bench):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -147,6 +148,22 @@ def _run_models(options: argparse.Namespace) -> int:
         speeds = ", ".join(f"{speed:,.0f} on {device}" for device, speed in model.faces_per_second.items()) or "-"
         size = f"{model.size / 1e6:.1f} MB"
         print(f"{model.name:<14}{model.parameters:>12,}{size:>10}{''.join(f'{e:>15}' for e in errors)}   {speeds}")
+    return 0
+
+
+def _add_export(commands) -> None:
+    parser = add_command(commands, _run_export, "Write a network for ONNX Runtime or torch.export, and check the file.")
+    parser.add_argument("--model", help="name (see `lgcn-fast models`) or weights; default: the best in real time")
+    parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
+    parser.add_argument("--format", choices=FORMATS, default="onnx")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+
+
+def _run_export(options: argparse.Namespace) -> int:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    error = export(options.model or default_model("cpu"), options.out, options.format, options.shape)
+    size = options.out.stat().st_size / 1e6
+    print(f"{options.out}: {size:.1f} MB, heatmaps within {error:.1e} of the model's")
     return 0
 
 

@@ -157,20 +157,29 @@ class CudaFitter:
         return Fit(*self.kernel.fit(heatmaps, peaks, stride, arrays))
 
 
+def fitter_constants(model: ShapeModel) -> dict[str, Any]:
+    """What a native fitter is built from (`lgcn::Fitter` in csrc/fit.hpp).
+
+    Returns:
+        basis (P, N, 2) float64; variances (P - 4,) float64; radii; then the members of `lgcn::FitOptions`, in order.
+    """
+    return {
+        "basis": _model_basis(model),
+        "variances": np.asarray(model.variances, np.float64),
+        "radii": RADII[1:],
+        "certain": CERTAIN,
+        "fallback": FALLBACK,
+        "noise": NOISE,
+        "trust": TRUST,
+        "size_spread": SIZE_SPREAD,
+        "shift_spread": SHIFT_SPREAD,
+        "threshold": THRESHOLD,
+        "nominal_size": _nominal_size(model),
+    }
+
+
 def _native_fitter(model: ShapeModel) -> lgcn_fast_kernels.Fitter:
-    return lgcn_fast_kernels.Fitter(
-        _model_basis(model),
-        np.asarray(model.variances, np.float64),
-        radii=RADII[1:],
-        certain=CERTAIN,
-        fallback=FALLBACK,
-        noise=NOISE,
-        trust=TRUST,
-        size_spread=SIZE_SPREAD,
-        shift_spread=SHIFT_SPREAD,
-        threshold=THRESHOLD,
-        nominal_size=_nominal_size(model),
-    )
+    return lgcn_fast_kernels.Fitter(**fitter_constants(model))
 
 
 def basis_products(basis: Array) -> tuple[Array, Array]:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 KERNEL_SIZE = 45
 SIGMAS = (1.0, 3.0, 5.0, 7.0, 9.0)
+NEGLIGIBLE = 1e-16
+"""Taps below this are 0. No sum in double precision notices them; but in single precision products with them are
+subnormal numbers, with which a processor is many times slower."""
 
 
 def gaussian_taps(kernel_size: int = KERNEL_SIZE, sigmas: tuple[float, ...] = SIGMAS) -> Tensor:
@@ -17,14 +20,16 @@ def gaussian_taps(kernel_size: int = KERNEL_SIZE, sigmas: tuple[float, ...] = SI
 
         K = 2 pi / S * sum_s sigma_s^2 N_2(0, sigma_s^2) = 1 / S * sum_s exp(-x^2 / 2 sigma_s^2) exp(-y^2 / 2 sigma_s^2)
 
-    Truncation to a square keeps each term separable, so K is exactly `sum_s outer(taps[s], taps[s])`.
+    Truncation to a square keeps each term separable, so K is exactly `sum_s outer(taps[s], taps[s])`; but for what is
+    `NEGLIGIBLE` in the taps.
 
     Returns:
         (S, kernel_size) float64.
     """
     x = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
     sigma = torch.tensor(sigmas, dtype=torch.float64)[:, None]
-    return torch.exp(-(x**2) / (2 * sigma**2)) / len(sigmas) ** 0.5
+    taps = torch.exp(-(x**2) / (2 * sigma**2)) / len(sigmas) ** 0.5
+    return torch.where(taps < NEGLIGIBLE, 0.0, taps)
 
 
 def gaussian_sum(x: Tensor, kernel_size: int = KERNEL_SIZE, sigmas: tuple[float, ...] = SIGMAS) -> Tensor:
@@ -69,27 +74,56 @@ def band_matrices(
     length: int, kernel_size: int, sigmas: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The matrices T_s of `gaussian_sum_banded`, symmetric: (S, length, length)."""
-    taps = gaussian_taps(kernel_size, sigmas)
     index = torch.arange(length)
-    offset = index[:, None] - index[None, :] + kernel_size // 2
-    inside = (offset >= 0) & (offset < kernel_size)
     with torch.inference_mode(False):
-        return torch.where(inside, taps[:, offset.clamp(0, kernel_size - 1)], 0.0).to(device, dtype)
+        return bands(gaussian_taps(kernel_size, sigmas), index, index).to(device, dtype)
+
+
+def bands(taps: Tensor, out: Tensor, into: Tensor) -> Tensor:
+    """What the pixels at some places of a line give to those at others in 1-D convolutions.
+
+    Args:
+        taps: (S, kernel_size).
+        out: (M,) integers, pixels.
+        into: (L,) integers, pixels.
+
+    Returns:
+        (S, M, L), dtype of `taps`.
+    """
+    count, kernel_size = taps.shape
+    offset = out[:, None] - into[None, :] + kernel_size // 2
+    inside = (offset >= 0) & (offset < kernel_size)
+    index = torch.where(inside, offset, kernel_size).flatten()
+    return F.pad(taps, (0, 1)).index_select(1, index).view(count, out.shape[0], into.shape[0])
 
 
 def banded_product(x: Tensor, kernel_size: int, sigmas: tuple[float, ...]) -> Tensor:
     """`gaussian_sum_banded` without its own gradient."""
-    batch, channels, height, width = x.shape
-    count = len(sigmas)
+    height, width = x.shape[2:]
     rows = band_matrices(height, kernel_size, sigmas, x.dtype, x.device)
-    columns = band_matrices(width, kernel_size, sigmas, x.dtype, x.device)
-    # (W, S * W): one product blurs all lines along x with all sigmas.
-    along_x = x.reshape(-1, width) @ columns.permute(1, 0, 2).reshape(width, count * width)
-    along_x = along_x.view(batch * channels, height, count, width).transpose(1, 2)
-    stacked = along_x.reshape(batch * channels, count * height, width)
-    # (H, S * H): one product blurs along y and adds up the sigmas.
-    along_y = torch.matmul(rows.permute(1, 0, 2).reshape(height, count * height), stacked)
-    return along_y.view(batch, channels, height, width)
+    return two_products(x, rows, band_matrices(width, kernel_size, sigmas, x.dtype, x.device))
+
+
+def two_products(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`sum_s rows[s] X columns[s]^T` for every channel X.
+
+    Args:
+        x: (B, C, H, W) floating point.
+        rows: (S, M, H).
+        columns: (S, L, W).
+
+    Returns:
+        (B, C, M, L), dtype of `x`.
+    """
+    batch, channels, height, width = x.shape
+    count, new_height, _ = rows.shape
+    new_width = columns.shape[1]
+    # (W, S * L): one product blurs all lines along x with all sigmas.
+    along_x = x.reshape(-1, width) @ columns.permute(2, 0, 1).reshape(width, count * new_width)
+    # (M, H * S): one product blurs along y and adds up the sigmas, with the lines as the first product leaves them.
+    along_x = along_x.view(batch * channels, height * count, new_width)
+    along_y = torch.matmul(rows.permute(1, 2, 0).reshape(new_height, height * count), along_x)
+    return along_y.view(batch, channels, new_height, new_width)
 
 
 class _BandedGaussianSum(torch.autograd.Function):

@@ -256,8 +256,13 @@ def _check_sides(squares: np.ndarray) -> None:
             raise ValueError(f"boxes[{index}]: expected a face of at most {MAX_SIDE} pixels a side, got {side}")
 
 
+def default_shape(num_landmarks: int) -> Path:
+    """Where the package has its shape model of so many landmarks, if it has one."""
+    return WEIGHTS / f"shape-{num_landmarks}.safetensors"
+
+
 def _shape_path(shape: Path | str | None, num_landmarks: int) -> Path:
-    path = Path(shape) if shape else WEIGHTS / f"shape-{num_landmarks}.safetensors"
+    path = Path(shape) if shape else default_shape(num_landmarks)
     if not shape and not path.exists():
         expected = f"the shape model of the {num_landmarks} landmarks (from `lgcn-fast fit-shape`) or fit=False"
         raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")

@@ -78,6 +78,14 @@ def test_band_matrices_made_in_inference_mode_serve_training():
     assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize(("size", "sigmas"), [*KERNELS, (23, (0.5, 1.5, 2.5, 3.5, 4.5))])
+def test_no_product_of_taps_is_subnormal(size, sigmas):
+    """Products with subnormal numbers take many times as long; with sigma = 0.5 those were most of all products."""
+    line = gaussian_taps(size, sigmas).float()
+    products = torch.einsum("sy,sx->syx", line, line)
+    assert products[products > 0].min() > torch.finfo(torch.float32).tiny
+
+
 @pytest.mark.parametrize("instructions", [name for name in INSTRUCTION_SETS if name.endswith("bf16")])
 @pytest.mark.parametrize(("size", "sigmas"), KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
