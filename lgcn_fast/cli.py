@@ -1,4 +1,4 @@
-"""The command line: `lgcn-fast predict | detect | demo | models | export | evaluate | report | bench`, `cli_training`."""
+"""The command line: `lgcn-fast predict | demo | models | export | evaluate | report | bench`, and two more modules."""
 
 import argparse
 import csv
