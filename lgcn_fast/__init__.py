@@ -13,6 +13,7 @@ from .operators import gaussian_sum
 from .prediction import Landmarks, predict
 from .shape import ShapeModel
 from .shipped import ShippedModel, models
+from .tracking import TrackedFaces, Tracker
 
 __all__ = [
     "LGCN",
@@ -23,6 +24,8 @@ __all__ = [
     "Landmarks",
     "ShapeModel",
     "ShippedModel",
+    "TrackedFaces",
+    "Tracker",
     "detect",
     "gaussian_sum",
     "load_model",

@@ -127,11 +127,11 @@ def detect(
     # Twice: the first fit says where the face's box is.
     boxes = hypotheses.boxes()
     for _ in range(2):
-        boxes = boxes[_meet(boxes, photo)]
+        boxes = boxes[meet(boxes, photo)]
         points, fitted = _fitted(photo, boxes, engine, shape)
         boxes = np.array([face_box(face) for face in points]).reshape(-1, 4)
-    confidence = _confidence(fitted)
-    kept = _distinct(boxes, confidence, min_confidence)
+    confidence = confidence_of(fitted)
+    kept = distinct(boxes, confidence, min_confidence)
     return Faces(
         points[kept].astype(np.float32),
         fitted.certainties[kept].clip(0, 1).astype(np.float32),
@@ -236,7 +236,7 @@ def _apart(found: np.ndarray) -> _Hypotheses:
     return _Hypotheses(found[kept, 0], found[kept, 1:3], found[kept, 3])
 
 
-def _meet(boxes: np.ndarray, photo: np.ndarray) -> np.ndarray:
+def meet(boxes: np.ndarray, photo: np.ndarray) -> np.ndarray:
     """Which boxes have their middle in the photo, and are not larger than twice the photo."""
     height, width = photo.shape[:2]
     middle = boxes[:, :2] + boxes[:, 2:] / 2
@@ -260,25 +260,25 @@ def _fitted(photo: np.ndarray, boxes: np.ndarray, engine: Engine, shape: ShapeMo
     return from_crop(fitted.points, squares, size / engine.config.stride), fitted
 
 
-def _confidence(fitted: Fit) -> np.ndarray:
+def confidence_of(fitted: Fit) -> np.ndarray:
     """(F,) in 0..1."""
     certainty = fitted.certainties[:, _inner(fitted.certainties.shape[1])].mean(axis=1)
     unlikely = (fitted.coefficients**2).mean(axis=1)
     return certainty.clip(0, 1) * np.exp(-((fitted.residuals / RESIDUAL) ** 2) - unlikely / PLAUSIBLE**2)
 
 
-def _distinct(boxes: np.ndarray, confidence: np.ndarray, least: float) -> list[int]:
+def distinct(boxes: np.ndarray, confidence: np.ndarray, least: float) -> list[int]:
     """Indices of the faces that are confident enough and no duplicates, the most confident first."""
     kept: list[int] = []
     for index in np.argsort(-confidence, kind="stable"):
         if confidence[index] < least:
             break
-        if all(_overlap(boxes[index], boxes[other]) <= OVERLAP for other in kept):
+        if all(overlap(boxes[index], boxes[other]) <= OVERLAP for other in kept):
             kept.append(int(index))
     return kept
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection of two boxes over their union."""
     shared = np.minimum(a[:2] + a[2:], b[:2] + b[2:]) - np.maximum(a[:2], b[:2])
     common = float(np.prod(shared.clip(0)))

@@ -176,7 +176,11 @@ def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int) 
     Returns:
         (channels, size, size), dtype of `image`.
     """
-    face = crop(image, box, size, gray=channels == 1)
+    return as_network_input(crop(image, box, size, gray=channels == 1), channels)
+
+
+def as_network_input(face: np.ndarray, channels: int) -> Tensor:
+    """A crop (S, S), gray, or (S, S, 3) as (channels, S, S); with one channel it must be gray."""
     if channels == 1:
         return torch.from_numpy(face)[None]
     face = face if face.ndim == 3 else np.repeat(face[..., None], 3, axis=2)
