@@ -7,6 +7,7 @@
 from .checkpoints import load_model
 from .config import LGCNConfig
 from .detection import Faces, detect
+from .drawing import draw
 from .engine import Engine
 from .model import LGCN, Heatmaps
 from .operators import gaussian_sum
@@ -27,6 +28,7 @@ __all__ = [
     "TrackedFaces",
     "Tracker",
     "detect",
+    "draw",
     "gaussian_sum",
     "load_model",
     "models",

@@ -1,4 +1,4 @@
-"""The command line: `lgcn-fast predict | demo | models | evaluate | report | bench`, and `cli_training`."""
+"""The command line: `lgcn-fast predict | demo | models | evaluate | report | bench`, `cli_training` and `cli_video`."""
 
 import argparse
 import csv
@@ -14,8 +14,9 @@ import numpy as np
 from . import checkpoints
 from .checkpoints import load_card
 from .cli_training import add_command, add_fit_shape, add_prepare, add_train
+from .cli_video import add_video, add_webcam
 from .datasets import read_faces
-from .drawing import draw_landmarks
+from .drawing import draw
 from .engine import engine_device
 from .evaluation import evaluate, with_mean_shape
 from .images import read_image
@@ -38,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="lgcn-fast", description="Facial landmarks with the LGCN (CVPR 2018).")
     commands = parser.add_subparsers(dest="command", required=True)
-    predicting, training = (_add_predict, _add_demo, _add_models), (add_prepare, add_train, add_fit_shape)
+    predicting = (_add_predict, add_video, add_webcam, _add_demo, _add_models)
+    training = (add_prepare, add_train, add_fit_shape)
     for add in (*predicting, *training, _add_evaluate, _add_report, _add_bench):
         add(commands)
     options = parser.parse_args(arguments)
@@ -111,7 +113,7 @@ def _write_picture(path: Path, image: np.ndarray, points: np.ndarray) -> None:
     zoom = max(round(PICTURE_SIZE / max(image.shape[:2])), 1)
     if zoom > 1:
         image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
-    drawn = draw_landmarks(image, (points + 0.5) * zoom - 0.5)
+    drawn = draw(image, (points + 0.5) * zoom - 0.5)
     if not cv2.imwrite(str(path), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)):
         raise OSError(f"{path}: the picture could not be written")
 

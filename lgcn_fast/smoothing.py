@@ -5,9 +5,9 @@ x'_t = x'_(t-1) + a (x_t - x'_(t-1)), a = 1 / (1 + 1 / (2 pi f dt)), with a cuto
 
 import numpy as np
 
-CUTOFF = 0.8
+CUTOFF = 1.0
 """Hz, of a point that stands still and that the network is certain of; lower where it is not."""
-CUTOFF_BY_SPEED = 20.0
+CUTOFF_BY_SPEED = 40.0
 """Hz for each side of the face's box that a point moves in a second."""
 SPEED_CUTOFF = 2.0
 """Hz, of the low-pass filter that the speeds go through."""

@@ -21,7 +21,7 @@ from .images import BOX_ENLARGEMENT, face_box, square_box, upright_crop
 from .model import LGCN
 from .prediction import as_images, as_network_input, engine_for, shape_for
 from .shape import ShapeModel
-from .smoothing import OneEuroFilter
+from .smoothing import LEAST_STEP, OneEuroFilter
 
 SMALLEST_FACE, SMALLEST_SHARE = 40.0, 0.15
 """The default `min_face`: pixels, and share of the frame's shorter side, the larger of the two."""
@@ -35,6 +35,9 @@ LEAST_SHRINKING = 0.6
 """Side of the smallest face that is looked for where one was lost, over that of the lost one."""
 MEMORY = 1.0
 """Seconds for which a lost face keeps its identity, where it was last seen."""
+MOTION = 0.7
+"""Share of a face's last shift that is expected again. On a pan of 16 % of the face a frame it cuts the points' error
+from 0.95 to 0.2 pixels, and without it a pan of 30 % loses the face; more of it overshoots where the motion turns."""
 SAME_FACE = 0.3
 """A detection that has more than this in common with a face's box (over their union) is that face."""
 NEIGHBOURHOOD = 2.5
@@ -74,11 +77,17 @@ class _Track:
     smooth: np.ndarray = field(init=False)
     """(N, 2) float64, pixels."""
 
+    velocity: np.ndarray = field(init=False)
+    """(2,) pixels per second."""
+
     def __post_init__(self) -> None:
+        self.velocity = np.zeros(2)
         self._update()
 
     def move(self, points: np.ndarray, scores: np.ndarray, confidence: float, tracked: bool, time: float) -> None:
         """Take over what was found in a new frame."""
+        # (Shifts only: turns and changes of size are slow, and as noisy.)
+        self.velocity = (points - self.points).mean(axis=0) / max(time - self.seen, LEAST_STEP)
         self.points, self.scores, self.confidence, self.tracked, self.seen = points, scores, confidence, tracked, time
         self._update()
 
@@ -99,10 +108,10 @@ class Tracker:
     def __init__(
         self,
         model: Engine | LGCN | Path | str | None = None,
-        detect_every: int = 30,
+        detect_every: int = 60,
         min_face: float | None = None,
         min_confidence: float = 0.5,
-        lost_below: float = 0.35,
+        lost_below: float = 0.4,
         smoothing: float | None = 1.0,
         shape: ShapeModel | Path | str | None = None,
         device: str = "auto",
@@ -203,7 +212,8 @@ class Tracker:
             size, stride = self.engine.config.input_size, self.engine.config.stride
             crops, matrices = [], []
             for track in seen:
-                pose = _pose(track.points, self._shape.mean)
+                expected = track.points + MOTION * track.velocity * (self._time - track.seen)
+                pose = _pose(expected, self._shape.mean)
                 face, to_image = upright_crop(image, *pose, size, gray=self.engine.config.in_channels == 1)
                 crops.append(as_network_input(face, self.engine.config.in_channels))
                 matrices.append(to_image)
@@ -232,9 +242,11 @@ class Tracker:
             if lost:
                 self._order = itertools.cycle(WINDOWS)
             quarter = next(self._order)
-            near = [(_neighbourhood(image, track.box), LEAST_SHRINKING * track.box[2]) for track in self._lost]
-            factor = COARSE if quarter is None else 1
-            windows = [*near, (_window(image, quarter, COARSE * smallest), factor * smallest)]
+            large = COARSE * smallest
+            windows = [(_window(image, quarter, large), large if quarter is None else smallest)]
+            if quarter is None:
+                small = [track.box for track in self._lost if track.box[2] < large]
+                windows += [(_neighbourhood(image, box), LEAST_SHRINKING * box[2]) for box in small]
         for window, smallest in windows:
             self._take(_detect_in(image, window, smallest, self._min_confidence, self.engine, self._shape))
 
