@@ -125,7 +125,8 @@ def upright_crop(
     turn = np.array([[cos, -sin], [sin, cos]]) * (side / size)
     to_image = np.column_stack([turn, centre - turn @ np.full(2, (size - 1) / 2)])
     # Large faces are shrunk by areas first: warpAffine looks at four pixels only and would alias.
-    around = square_box((*(centre - side / 2 + 0.5), side, side), abs(cos) + abs(sin))
+    whole = side * (abs(cos) + abs(sin)) + 2
+    around = square_box((*(centre - whole / 2 + 0.5), whole, whole))
     shrunk = min(int(around[2]), round(OVERSAMPLING * size * float(around[2]) / side))
     scale = shrunk / around[2]
     inverse = np.column_stack([turn * scale, (to_image[:, 2] - around[:2] + 0.5) * scale - 0.5])
