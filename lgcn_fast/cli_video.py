@@ -81,8 +81,8 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
     latencies, start, code = array("d"), time.perf_counter(), 0
     try:
         with ExitStack() as outputs:
-            lines = outputs.enter_context(LinesWriter(options.json)) if options.json else None
             writer = outputs.enter_context(VideoWriter(options.out, reader.fps)) if options.out else None
+            lines = outputs.enter_context(LinesWriter(options.json)) if options.json else None
             if options.show:
                 outputs.callback(cv2.destroyAllWindows)
             bar = outputs.enter_context(tqdm(frames, total=reader.frame_count, unit=" frames", disable=None))

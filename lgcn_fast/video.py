@@ -74,7 +74,7 @@ class VideoReader:
         finally:
             cv2.utils.logging.setLogLevel(level)
         if not self._capture.isOpened():
-            raise ValueError(f"{self._name}: expected a video, got {'nothing there' if remote else 'what is none'}")
+            raise ValueError(f"{self._name}: expected a video, got {'nothing there' if remote else 'another file'}")
         fps = self._capture.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 0 < fps < 1000 else DEFAULT_FPS
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -225,10 +225,14 @@ class VideoWriter:
             return
         self._writer.release()
         self._writer = None
-        with VideoReader(self.path) as written:
-            count = written.frame_count or 0
+        try:
+            with VideoReader(self.path) as written:
+                count = written.frame_count or 0
+        except ValueError:
+            count = 0
         if count < (1 - MISSING) * self.written - 1:
-            raise OSError(f"{self.path}: expected {self.written} frames in the finished file, got {count}")
+            got = f"{count} (is the disk full?)"
+            raise OSError(f"{self.path}: expected {self.written} frames in the finished file, got {got}")
 
 
 def _scaled_into(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
