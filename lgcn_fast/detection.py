@@ -21,7 +21,7 @@ from .fitting import Fit
 from .images import BOX_ENLARGEMENT, face_box, from_crop, square_box
 from .landmarks import SCHEMES
 from .model import LGCN
-from .prediction import as_images, engine_for, network_input, shape_for
+from .prediction import engine_for, network_input, one_image, shape_for
 from .shape import ShapeModel
 
 SIZES = (0.72, 1.1)
@@ -111,9 +111,7 @@ def detect(
     Raises:
         ValueError: as `predict`; more than one image, a `min_face` that is not positive, different models.
     """
-    images = as_images(image, "image")
-    if len(images) != 1:
-        raise ValueError(f"image: expected one image, got {len(images)}")
+    photo = one_image(image, "image")
     if not min_face > 0:
         raise ValueError(f"min_face: expected a positive number of pixels, got {min_face}")
     engine = engine_for(model, device, precision)
@@ -122,7 +120,6 @@ def detect(
     if seeker.config.num_landmarks != count:
         raise ValueError(f"finder: expected a model of {count} landmarks, got one of {seeker.config.num_landmarks}")
     shape = shape_for(shape, count)
-    (photo,) = images
     hypotheses = find_hypotheses(photo, seeker, shape, min_face)
     # Twice: the first fit says where the face's box is.
     boxes = hypotheses.boxes()

@@ -13,7 +13,7 @@ from .engine import Engine
 from .images import face_box, square_box
 from .landmarks import SCHEMES
 from .model import LGCN
-from .prediction import Landmarks, as_images, engine_for, network_input
+from .prediction import Landmarks, engine_for, network_input, one_image
 from .tracking import TrackedFaces
 
 STYLES = ("heatmaps", "boxes", "lines", "points", "confidence", "indices")
@@ -80,10 +80,8 @@ def draw(
 
 def _as_picture(image: Any) -> np.ndarray:
     """A copy, (H, W, 3) uint8."""
-    images = as_images(image, "image")
-    if len(images) != 1:
-        raise ValueError(f"image: expected one image, got {len(images)}")
-    picture = images[0].copy() if images[0].dtype == np.uint8 else np.rint(images[0]).astype(np.uint8)
+    image = one_image(image, "image")
+    picture = image.copy() if image.dtype == np.uint8 else np.rint(image).astype(np.uint8)
     return cv2.cvtColor(picture, cv2.COLOR_GRAY2RGB) if picture.ndim == 2 else picture
 
 

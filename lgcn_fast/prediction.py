@@ -207,6 +207,14 @@ def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
     return list(_in_bytes_range(np.ascontiguousarray(_channels_last(batch, name)), name))
 
 
+def one_image(image: Any, name: str) -> np.ndarray:
+    """Check that there is one image: (H, W) or (H, W, 3), see `as_images`."""
+    images = as_images(image, name)
+    if len(images) != 1:
+        raise ValueError(f"{name}: expected one image, got {len(images)}")
+    return images[0]
+
+
 def _channels_last(batch: Array, name: str) -> Array:
     """(B, H, W) or (B, H, W, 3) of any accepted shape, a view."""
     if batch.ndim == 2 or (batch.ndim == 3 and batch.shape[2] in (1, 3)):

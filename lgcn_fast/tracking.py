@@ -19,7 +19,7 @@ from .detection import Faces, confidence_of, detect, distinct, meet, overlap
 from .engine import Engine
 from .images import BOX_ENLARGEMENT, face_box, square_box, upright_crop
 from .model import LGCN
-from .prediction import as_images, as_network_input, engine_for, shape_for
+from .prediction import as_network_input, engine_for, one_image, shape_for
 from .shape import ShapeModel
 from .smoothing import LEAST_STEP, OneEuroFilter
 
@@ -113,6 +113,7 @@ class Tracker:
         min_confidence: float = 0.5,
         lost_below: float = 0.4,
         smoothing: float | None = 1.0,
+        finder: Engine | LGCN | Path | str | None = None,
         shape: ShapeModel | Path | str | None = None,
         device: str = "auto",
         precision: str = "auto",
@@ -122,12 +123,14 @@ class Tracker:
         Args:
             model: see `predict`.
             detect_every: frames in which all of the frame is looked through once for new faces, while faces are
-                tracked: fewer find them sooner and cost more. (At least one frame a window, and there are six.)
+                tracked, a window of six at a time: fewer frames find them sooner and cost more. Where no face is, or
+                one was just lost, every other frame has its window.
             min_face: side of the smallest face box to look for, pixels. Default: 15 % of the frame's shorter side, at
                 least 40. Tracked faces may become smaller.
             min_confidence: least confidence of a new face, see `Faces`.
             lost_below: a tracked face with less confidence is lost.
             smoothing: strength of the one-euro filter, see `OneEuroFilter`; None or 0: off.
+            finder: finds new faces, see `detect`; default: `model`. The smallest model will do.
             shape, device, precision: see `predict`.
 
         Raises:
@@ -143,6 +146,7 @@ class Tracker:
         if smoothing is not None and not smoothing >= 0:
             raise ValueError(f"smoothing: expected 0 or more, got {smoothing}")
         self.engine = engine_for(model, device, precision)
+        self._finder = self.engine if finder is None else engine_for(finder, device, precision)
         self._shape = shape_for(shape, self.engine.config.num_landmarks)
         self._detect_every, self._min_face = detect_every, min_face
         self._min_confidence, self._lost_below = min_confidence, lost_below
@@ -182,13 +186,10 @@ class Tracker:
             ValueError: as `predict`; a time before that of the last frame (`reset` starts another video).
         """
         start = clock.perf_counter()
-        images = as_images(frame, "frame")
-        if len(images) != 1:
-            raise ValueError(f"frame: expected one image, got {len(images)}")
+        image = one_image(frame, "frame")
         time = start if time is None else float(time)
         if not self._time <= time < np.inf:
             raise ValueError(f"time: expected {self._time:g} s or later (or `reset`), got {time:g}")
-        (image,) = images
         first = image.shape[:2] != self._size
         if first:
             self.reset()
@@ -247,8 +248,9 @@ class Tracker:
             if quarter is None:
                 small = [track.box for track in self._lost if track.box[2] < large]
                 windows += [(_neighbourhood(image, box), LEAST_SHRINKING * box[2]) for box in small]
+        models = self.engine, self._finder, self._shape
         for window, smallest in windows:
-            self._take(_detect_in(image, window, smallest, self._min_confidence, self.engine, self._shape))
+            self._take(_detect_in(image, window, smallest, self._min_confidence, *models))
 
     def _take(self, found: Faces) -> None:
         """Detected faces: those that are tracked already, those that were lost, and new ones."""
@@ -317,11 +319,17 @@ def _neighbourhood(image: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def _detect_in(
-    image: np.ndarray, window: np.ndarray, min_face: float, min_confidence: float, engine: Engine, shape: ShapeModel
+    image: np.ndarray,
+    window: np.ndarray,
+    min_face: float,
+    min_confidence: float,
+    engine: Engine,
+    finder: Engine,
+    shape: ShapeModel,
 ) -> Faces:
     """`detect` in a window (4,) of an image; faces that cross the window's border inside the image are left out."""
     x, y, width, height = (int(value) for value in window)
-    faces = detect(image[y : y + height, x : x + width], min_face, min_confidence, engine, shape=shape)
+    faces = detect(image[y : y + height, x : x + width], min_face, min_confidence, engine, finder, shape)
     low, high = faces.boxes[:, :2], faces.boxes[:, :2] + faces.boxes[:, 2:]
     inner_low, inner_high = np.array([x, y]) > 0, np.array([x + width, y + height]) < image.shape[1::-1]
     inside = (((low >= 0) | ~inner_low) & ((high <= (width, height)) | ~inner_high)).all(axis=1)
