@@ -31,7 +31,7 @@ CODECS = {
     ".avi": ("MJPG",),
 }
 """What is tried for each kind of file. OpenCV's wheels for Linux have no encoder for H.264 (avc1), others may use the
-system's; MPEG-4 (mp4v) plays in all players but not in browsers, VP8 in browsers, too. VP9 takes five times as long."""
+system's; MPEG-4 (mp4v) plays in players but not in browsers, VP8 in browsers, too. VP9 takes five times as long."""
 RESERVE = 16 << 20
 """Bytes left free on the disk: OpenCV does not say that a write failed, and a file needs its index to be readable."""
 CHECK_EVERY = 16
