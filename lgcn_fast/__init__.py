@@ -7,12 +7,14 @@
 from .checkpoints import load_model
 from .config import LGCNConfig
 from .detection import Faces, detect
+from .drawing import draw
 from .engine import Engine
 from .model import LGCN, Heatmaps
 from .operators import gaussian_sum
 from .prediction import Landmarks, predict
 from .shape import ShapeModel
 from .shipped import ShippedModel, models
+from .tracking import TrackedFaces, Tracker
 
 __all__ = [
     "LGCN",
@@ -23,7 +25,10 @@ __all__ = [
     "Landmarks",
     "ShapeModel",
     "ShippedModel",
+    "TrackedFaces",
+    "Tracker",
     "detect",
+    "draw",
     "gaussian_sum",
     "load_model",
     "models",

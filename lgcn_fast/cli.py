@@ -1,4 +1,4 @@
-"""The command line: `lgcn-fast predict | demo | models | export | evaluate | report | bench`, and two more modules."""
+"""The command line: `lgcn-fast predict | demo | models | export | evaluate | report | bench`; more in `cli_*.py`."""
 
 import argparse
 import csv
@@ -15,8 +15,9 @@ from . import checkpoints
 from .checkpoints import load_card
 from .cli_photos import add_detect, add_detection_options, free_name, run_multiface
 from .cli_training import add_command, add_fit_shape, add_prepare, add_train
+from .cli_video import add_video, add_webcam
 from .datasets import read_faces
-from .drawing import draw_landmarks
+from .drawing import draw
 from .engine import engine_device
 from .evaluation import evaluate, with_mean_shape
 from .export import FORMATS, export
@@ -40,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="lgcn-fast", description="Facial landmarks with the LGCN (CVPR 2018).")
     commands = parser.add_subparsers(dest="command", required=True)
-    predicting, training = (_add_predict, add_detect, _add_demo, _add_models), (add_prepare, add_train, add_fit_shape)
+    predicting = (_add_predict, add_detect, add_video, add_webcam, _add_demo, _add_models)
+    training = (add_prepare, add_train, add_fit_shape)
     for add in (*predicting, *training, _add_export, _add_evaluate, _add_report, _add_bench):
         add(commands)
     options = parser.parse_args(arguments)
@@ -105,8 +107,7 @@ def _write_picture(path: Path, image: np.ndarray, points: np.ndarray) -> None:
     zoom = max(round(PICTURE_SIZE / max(image.shape[:2])), 1)
     if zoom > 1:
         image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
-    drawn = draw_landmarks(image, (points + 0.5) * zoom - 0.5)
-    write_image(path, drawn)
+    write_image(path, draw(image, (points + 0.5) * zoom - 0.5))
 
 
 def _write_json(path: Path, found: dict[str, dict]) -> None:

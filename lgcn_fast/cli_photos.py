@@ -11,7 +11,7 @@ import numpy as np
 
 from .cli_training import add_command
 from .detection import Faces, combined_heatmap, detect
-from .drawing import draw_landmarks
+from .drawing import draw
 from .images import read_image, write_image
 from .multiface import draw_score, read_photos, score_photos, summary
 
@@ -44,7 +44,7 @@ def _run_detect(options: argparse.Namespace) -> int:
             print(f"lgcn-fast detect: {message}", file=sys.stderr)
             continue
         picture = free_name(path.stem, "faces", {entry["picture"] for entry in found.values()})
-        write_image(options.out / picture, draw_landmarks(photo, faces.points))
+        write_image(options.out / picture, draw(photo, faces.points))
         found[str(path)] = {"picture": picture, "faces": as_json(faces)}
         if options.heatmap:
             heatmap = combined_heatmap(photo, options.min_face, options.model)

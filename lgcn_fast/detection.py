@@ -6,7 +6,7 @@ mean face, votes for the middle of a face; the peaks of the votes are hypotheses
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from .fitting import Fit
 from .images import BOX_ENLARGEMENT, face_box, from_crop, square_box
 from .landmarks import SCHEMES
 from .model import LGCN
-from .prediction import as_images, engine_for, network_input, shape_for
+from .prediction import engine_for, network_input, one_image, shape_for
 from .shape import ShapeModel
 
 SIZES = (0.72, 1.1)
@@ -78,7 +78,8 @@ class Faces:
 
     def only(self, chosen: np.ndarray | list[int]) -> Self:
         """Some of the faces, by their indices or a mask."""
-        return type(self)(*(part[chosen] for part in vars(self).values()))
+        parts = vars(self).items()
+        return replace(self, **{name: part[chosen] for name, part in parts if isinstance(part, np.ndarray)})
 
 
 def detect(
@@ -110,9 +111,7 @@ def detect(
     Raises:
         ValueError: as `predict`; more than one image, a `min_face` that is not positive, different models.
     """
-    images = as_images(image, "image")
-    if len(images) != 1:
-        raise ValueError(f"image: expected one image, got {len(images)}")
+    photo = one_image(image, "image")
     if not min_face > 0:
         raise ValueError(f"min_face: expected a positive number of pixels, got {min_face}")
     engine = engine_for(model, device, precision)
@@ -121,12 +120,11 @@ def detect(
     if seeker.config.num_landmarks != count:
         raise ValueError(f"finder: expected a model of {count} landmarks, got one of {seeker.config.num_landmarks}")
     shape = shape_for(shape, count)
-    (photo,) = images
     boxes, settled = find_hypotheses(photo, seeker, shape, min_face), []
     for share in ROUNDS:
-        boxes = boxes[_meet(boxes, photo)]
+        boxes = boxes[meet(boxes, photo)]
         faces = _fitted_faces(photo, boxes, engine, shape)
-        kept = _distinct(faces, share * min_confidence)
+        kept = distinct(faces.boxes, faces.confidence, share * min_confidence)
         faces, boxes = faces.only(kept), boxes[kept]
         still = np.abs(faces.boxes - boxes).max(axis=1) <= SETTLED * boxes[:, 2]
         settled.append(faces.only(still))
@@ -134,7 +132,7 @@ def detect(
         boxes = faces.boxes
     all_parts = zip(*(vars(part).values() for part in [*settled, faces]), strict=True)
     faces = Faces(*map(np.concatenate, all_parts))
-    return faces.only(_distinct(faces, min_confidence))
+    return faces.only(distinct(faces.boxes, faces.confidence, min_confidence))
 
 
 def find_hypotheses(photo: np.ndarray, engine: Engine, shape: ShapeModel, min_face: float) -> np.ndarray:
@@ -172,7 +170,7 @@ def combined_heatmap(image: Any, min_face: float = 40, model: Engine | LGCN | Pa
     Returns:
         (H, W) float32 in 0..1.
     """
-    (photo,) = as_images(image, "image")
+    photo = one_image(image, "image")
     engine = engine_for(model, "cpu", "auto")
     combined = np.zeros(photo.shape[:2], np.float32)
     for scale, level in _levels(photo, engine, min_face):
@@ -255,7 +253,7 @@ def _apart(found: np.ndarray) -> np.ndarray:
     return found[kept]
 
 
-def _meet(boxes: np.ndarray, photo: np.ndarray) -> np.ndarray:
+def meet(boxes: np.ndarray, photo: np.ndarray) -> np.ndarray:
     """Which boxes have their middle in the photo, and are not larger than twice the photo."""
     height, width = photo.shape[:2]
     middle = boxes[:, :2] + boxes[:, 2:] / 2
@@ -278,29 +276,29 @@ def _fitted_faces(photo: np.ndarray, boxes: np.ndarray, engine: Engine, shape: S
     fitted = Fit(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
     points = from_crop(fitted.points, squares, size / engine.config.stride)
     boxes = np.array([face_box(face) for face in points], np.float32).reshape(-1, 4)
-    parts = points, fitted.certainties.clip(0, 1), _confidence(fitted), boxes
+    parts = points, fitted.certainties.clip(0, 1), confidence_of(fitted), boxes
     return Faces(*(part.astype(np.float32) for part in parts))
 
 
-def _confidence(fitted: Fit) -> np.ndarray:
+def confidence_of(fitted: Fit) -> np.ndarray:
     """(F,) in 0..1."""
     certainty = fitted.certainties[:, _inner(fitted.certainties.shape[1])].mean(axis=1)
     unlikely = (fitted.coefficients**2).mean(axis=1)
     return certainty.clip(0, 1) * np.exp(-((fitted.residuals / RESIDUAL) ** 2) - unlikely / PLAUSIBLE**2)
 
 
-def _distinct(faces: Faces, least: float) -> list[int]:
+def distinct(boxes: np.ndarray, confidence: np.ndarray, least: float) -> list[int]:
     """Indices of the faces that are confident enough and no duplicates, the most confident first."""
     kept: list[int] = []
-    for index in np.argsort(-faces.confidence, kind="stable"):
-        if faces.confidence[index] < least:
+    for index in np.argsort(-confidence, kind="stable"):
+        if confidence[index] < least:
             break
-        if all(_overlap(faces.boxes[index], faces.boxes[other]) <= OVERLAP for other in kept):
+        if all(overlap(boxes[index], boxes[other]) <= OVERLAP for other in kept):
             kept.append(int(index))
     return kept
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection of two boxes over their union."""
     shared = np.minimum(a[:2] + a[2:], b[:2] + b[2:]) - np.maximum(a[:2], b[:2])
     common = float(np.prod(shared.clip(0)))

@@ -1,60 +1,178 @@
 """Landmarks drawn on pictures."""
 
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 import cv2
 import numpy as np
+import torch
 
+from .detection import Faces
+from .engine import Engine
+from .images import face_box, square_box
 from .landmarks import SCHEMES
+from .model import LGCN
+from .prediction import Landmarks, engine_for, network_input, one_image
+from .tracking import TrackedFaces
 
+STYLES = ("heatmaps", "boxes", "lines", "points", "confidence", "indices")
+"""What can be drawn, in the order in which it is."""
 LINE_COLOR = (80, 220, 100)
 POINT_COLOR = (255, 70, 70)
 LABEL_COLOR = (70, 160, 255)
+HEAT = 0.6
+"""Opacity of the heatmaps where they are 1."""
 _SUBPIXEL_BITS = 4
 
 
-def draw_landmarks(image: np.ndarray, points: np.ndarray, color: tuple[int, int, int] = POINT_COLOR) -> np.ndarray:
-    """Draw the points of some faces, and the lines between them where the annotation scheme is known.
+def draw(
+    image: Any,
+    faces: Landmarks | Faces | np.ndarray,
+    style: str | Iterable[str] = ("lines", "points"),
+    model: Engine | LGCN | Path | str | None = None,
+) -> np.ndarray:
+    """Draw the landmarks of the faces of one image.
 
     Args:
-        image: (H, W) or (H, W, 3) RGB uint8; it is not changed.
-        points: (faces, N, 2), pixels; points that are NaN are left out.
-        color: RGB of the points.
+        image: as for `predict`; it is not changed.
+        faces: of `predict`, `detect` or `Tracker.update`, all of this image; or points (F, N, 2) or (N, 2), pixels,
+            where points that are NaN are left out.
+        style: one or more of `STYLES`: "points"; "lines" between them, where the annotation scheme is known;
+            "confidence", points coloured by their scores, from red (0) to green (1); "indices" of the points; "boxes"
+            with the faces' confidence and identity where they have some; "heatmaps" of the network, laid over.
+        model: for "heatmaps", see `predict`.
 
     Returns:
         (H, W, 3) uint8 RGB.
+
+    Raises:
+        ValueError: more than one image, an unknown style, points of another shape, "confidence" without scores.
     """
-    image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image.copy()
-    for face in points:
-        visible = np.isfinite(face).all(axis=1)
-        if not visible.any():
+    picture = _as_picture(image)
+    styles = {style} if isinstance(style, str) else set(style)
+    if not styles <= set(STYLES):
+        raise ValueError(f"style: expected some of {', '.join(STYLES)}, got {', '.join(sorted(styles - set(STYLES)))}")
+    points = np.asarray(faces.points if isinstance(faces, Landmarks | Faces) else faces, np.float64)
+    points = points[None] if points.ndim == 2 else points
+    if points.ndim != 3 or points.shape[2] != 2:
+        raise ValueError(f"faces: expected points (F, N, 2) or (N, 2), got {points.shape}")
+    scores = getattr(faces, "scores", None)
+    if "confidence" in styles and scores is None:
+        raise ValueError("style: expected faces with scores for 'confidence', got points alone")
+    if "heatmaps" in styles:
+        picture = _with_heatmaps(picture, points, engine_for(model, "auto", "auto"))
+    for index, face in enumerate(points):
+        if not np.isfinite(face).all(axis=1).any():
             continue
-        extent = float((face[visible].max(axis=0) - face[visible].min(axis=0)).max())
-        fixed = np.round(np.nan_to_num(face) * 2**_SUBPIXEL_BITS).astype(np.int32)
-        radius = round(max(extent / 130, 0.8) * 2**_SUBPIXEL_BITS)
-        thickness = max(round(extent / 250), 1)
-        scheme = SCHEMES.get(len(face))
-        for stroke in scheme.lines if scheme else ():
-            line = fixed[[index for index in stroke if visible[index]]]
-            cv2.polylines(image, [line], False, LINE_COLOR, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
-        for x, y in fixed[visible].tolist():
-            cv2.circle(image, (x, y), radius, color, cv2.FILLED, cv2.LINE_AA, _SUBPIXEL_BITS)
-    return image
+        if "boxes" in styles:
+            _draw_box(picture, face, _caption(faces, index))
+        if "lines" in styles:
+            _draw_lines(picture, face)
+        if "confidence" in styles:
+            _draw_points(picture, face, [_score_color(score) for score in np.asarray(scores[index])])
+        elif "points" in styles:
+            _draw_points(picture, face, [POINT_COLOR] * len(face))
+        if "indices" in styles:
+            _draw_indices(picture, face)
+    return picture
+
+
+def _as_picture(image: Any) -> np.ndarray:
+    """A copy, (H, W, 3) uint8."""
+    image = one_image(image, "image")
+    picture = image.copy() if image.dtype == np.uint8 else np.rint(image).astype(np.uint8)
+    return cv2.cvtColor(picture, cv2.COLOR_GRAY2RGB) if picture.ndim == 2 else picture
+
+
+def _extent(face: np.ndarray) -> float:
+    """The larger side of the tight box around landmarks, pixels: how thick to draw."""
+    return float((np.nanmax(face, axis=0) - np.nanmin(face, axis=0)).max())
+
+
+def _fixed(points: np.ndarray) -> np.ndarray:
+    """OpenCV's fixed point numbers."""
+    return np.round(np.nan_to_num(points) * 2**_SUBPIXEL_BITS).astype(np.int32)
+
+
+def _draw_lines(picture: np.ndarray, face: np.ndarray) -> None:
+    scheme, visible, fixed = SCHEMES.get(len(face)), np.isfinite(face).all(axis=1), _fixed(face)
+    thickness = max(round(_extent(face) / 250), 1)
+    lines = [fixed[[index for index in stroke if visible[index]]] for stroke in (scheme.lines if scheme else ())]
+    cv2.polylines(picture, lines, False, LINE_COLOR, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
+
+
+def _draw_points(picture: np.ndarray, face: np.ndarray, colors: list[tuple[int, int, int]]) -> None:
+    radius = round(max(_extent(face) / 130, 0.8) * 2**_SUBPIXEL_BITS)
+    visible = np.isfinite(face).all(axis=1)
+    for (x, y), color, shown in zip(_fixed(face).tolist(), colors, visible, strict=True):
+        if shown:
+            cv2.circle(picture, (x, y), radius, color, cv2.FILLED, cv2.LINE_AA, _SUBPIXEL_BITS)
+
+
+def _draw_indices(picture: np.ndarray, face: np.ndarray) -> None:
+    size = max(_extent(face) / 800, 0.25)
+    for index, (x, y) in enumerate(face):
+        if np.isfinite((x, y)).all():
+            write_text(picture, str(index), (round(x) + 2, round(y) - 2), size, LABEL_COLOR)
+
+
+def _draw_box(picture: np.ndarray, face: np.ndarray, caption: str) -> None:
+    x, y, side, _ = square_box(face_box(face)).tolist()
+    cv2.rectangle(picture, (x, y), (x + side - 1, y + side - 1), LABEL_COLOR, max(round(side / 250), 1))
+    write_text(picture, caption, (x, y - 4), max(side / 300, 0.4), LABEL_COLOR)
+
+
+def _caption(faces: Landmarks | Faces | np.ndarray, index: int) -> str:
+    identity = f"{faces.ids[index]}: " if isinstance(faces, TrackedFaces) else ""
+    return f"{identity}{faces.confidence[index]:.2f}" if isinstance(faces, Faces) else ""
+
+
+def _score_color(score: float) -> tuple[int, int, int]:
+    share = min(max(float(score), 0), 1)
+    return round(255 * min(2 - 2 * share, 1)), round(255 * min(2 * share, 1)), 40
+
+
+def _with_heatmaps(picture: np.ndarray, points: np.ndarray, engine: Engine) -> np.ndarray:
+    """The largest of each face's heatmaps in each pixel, as colours over its box."""
+    heat = np.zeros(picture.shape[:2], np.float32)
+    config = engine.config
+    for face in points[np.isfinite(points).all(axis=2).any(axis=1)]:
+        box = square_box(face_box(face))
+        crop = network_input(picture, box, config.input_size, config.in_channels)
+        seen = engine.heatmaps(torch.as_tensor(crop)[None])[0].amax(dim=0).clamp(0, 1).cpu().numpy()
+        x, y, side, _ = box.tolist()
+        seen = cv2.resize(seen, (side, side), interpolation=cv2.INTER_LINEAR)
+        left, top = max(-x, 0), max(-y, 0)
+        target = heat[y + top : y + side, x + left : x + side]
+        np.maximum(target, seen[top : top + target.shape[0], left : left + target.shape[1]], out=target)
+    colors = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    opacity = HEAT * np.minimum(2 * heat, 1)[..., None]
+    return np.ascontiguousarray(np.rint(picture * (1 - opacity) + colors * opacity).astype(np.uint8))
+
+
+def write_text(
+    picture: np.ndarray, text: str, at: tuple[int, int], size: float = 0.45, color: tuple[int, int, int] = (255,) * 3
+) -> None:
+    """Write a line of text into a picture (H, W, 3), its lower left corner at x, y; black around it."""
+    for shade, thickness in (((0, 0, 0), 3), (color, 1)):
+        cv2.putText(picture, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, shade, thickness, cv2.LINE_AA)
 
 
 def contact_sheet(tiles: list[np.ndarray], captions: list[str], columns: int) -> np.ndarray:
     """Tiles of one size side by side, each with a caption.
 
     Args:
-        tiles: (S, S, 3) uint8 each.
+        tiles: (H, W, 3) uint8 each.
 
     Returns:
-        (rows * S, columns * S, 3) uint8.
+        (rows * H, columns * W, 3) uint8.
     """
-    side = tiles[0].shape[0]
-    sheet = np.zeros((-(-len(tiles) // columns) * side, columns * side, 3), np.uint8)
+    height, width = tiles[0].shape[:2]
+    sheet = np.zeros((-(-len(tiles) // columns) * height, columns * width, 3), np.uint8)
     for index, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
-        tile = tile.copy()
-        cv2.putText(tile, caption, (4, side - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 3, cv2.LINE_AA)
-        cv2.putText(tile, caption, (4, side - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
         row, column = divmod(index, columns)
-        sheet[row * side : (row + 1) * side, column * side : (column + 1) * side] = tile
+        part = sheet[row * height : (row + 1) * height, column * width : (column + 1) * width]
+        part[:] = tile
+        write_text(part, caption, (4, height - 6))
     return sheet

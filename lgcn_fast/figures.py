@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 from matplotlib.lines import Line2D
 
-from .drawing import contact_sheet, draw_landmarks
+from .drawing import contact_sheet, draw
 from .evaluation import FAILURE, Evaluation
 from .images import crop, face_box, square_box, to_crop
 
@@ -95,4 +95,4 @@ def draw_sheet(evaluation: Evaluation, path: Path, count: int = 40, worst: int =
 def _tile(evaluation: Evaluation, index: int) -> np.ndarray:
     box = square_box(face_box(evaluation.labelled[index]), 1.15)
     image = crop(evaluation.faces[index].image(color=True), box, TILE)
-    return draw_landmarks(image, to_crop(evaluation.predicted[index][None], box, TILE))
+    return draw(image, to_crop(evaluation.predicted[index], box, TILE))

@@ -13,6 +13,9 @@ Array = Any
 BOX_ENLARGEMENT = 1.17
 """Side of a face box over that of the tight square around the landmarks (paper, section 4)."""
 
+OVERSAMPLING = 1.5
+"""Pixels, a side, of what a turned crop is sampled from, over its own."""
+
 
 def read_image(path: Path, color: bool = False) -> np.ndarray:
     """Read a picture file.
@@ -109,6 +112,37 @@ def crop(image: np.ndarray, box: np.ndarray, size: int, gray: bool = False) -> n
     if side == size:
         return image
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
+
+
+def upright_crop(
+    image: np.ndarray, centre: np.ndarray, side: float, angle: float, size: int, gray: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a turned square out, so that what is in it stands upright, and resize it.
+
+    Args:
+        image: (H, W) or (H, W, 3) uint8 or float32.
+        centre: (2,) pixels, any fractions, in the image.
+        side: of the square, pixels.
+        angle: of the square's x axis against the image's, radians, clockwise as one sees it.
+        size: side of the result in pixels.
+        gray: convert RGB to grayscale.
+
+    Returns:
+        The crop, (size, size) or (size, size, 3), dtype of `image`; (2, 3) float64: what takes its pixels (x, y, 1)
+        to the image's.
+    """
+    cos, sin = np.cos(angle), np.sin(angle)
+    turn = np.array([[cos, -sin], [sin, cos]]) * (side / size)
+    to_image = np.column_stack([turn, centre - turn @ np.full(2, (size - 1) / 2)])
+    # Large faces are shrunk by areas first: warpAffine looks at four pixels only and would alias.
+    whole = side * (abs(cos) + abs(sin)) + 2
+    around = square_box((*(centre - whole / 2 + 0.5), whole, whole))
+    shrunk = min(int(around[2]), round(OVERSAMPLING * size * float(around[2]) / side))
+    scale = shrunk / around[2]
+    inverse = np.column_stack([turn * scale, (to_image[:, 2] - around[:2] + 0.5) * scale - 0.5])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    source = crop(image, around, shrunk, gray)
+    return cv2.warpAffine(source, inverse, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE), to_image
 
 
 def to_crop(points: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:

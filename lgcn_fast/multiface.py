@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from .detection import Faces
-from .drawing import draw_landmarks
+from .drawing import draw
 from .evaluation import FAILURE, landmark_errors
 from .images import face_box, read_image
 
@@ -92,7 +92,7 @@ def summary(scores: list[PhotoScore]) -> dict[str, float]:
 
 def draw_score(score: PhotoScore) -> np.ndarray:
     """The photo with all landmarks, labelled faces in green squares and unlabelled detections in magenta ones."""
-    image = draw_landmarks(read_image(score.photo.path, color=True), score.found.points)
+    image = draw(read_image(score.photo.path, color=True), score.found.points)
     labels = [(face_box(points), LABEL_COLOR) for points in score.photo.points]
     extras = [(score.found.boxes[index], EXTRA_COLOR) for index in score.extra]
     for (x, y, width, height), color in labels + extras:

@@ -176,7 +176,11 @@ def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int) 
     Returns:
         (channels, size, size), dtype of `image`.
     """
-    face = crop(image, box, size, gray=channels == 1)
+    return as_network_input(crop(image, box, size, gray=channels == 1), channels)
+
+
+def as_network_input(face: np.ndarray, channels: int) -> Tensor:
+    """A crop (S, S), gray, or (S, S, 3) as (channels, S, S); with one channel it must be gray."""
     if channels == 1:
         return torch.from_numpy(face)[None]
     face = face if face.ndim == 3 else np.repeat(face[..., None], 3, axis=2)
@@ -201,6 +205,14 @@ def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
     if 0 in batch.shape:
         raise ValueError(f"{name}: expected at least one image with at least one pixel, got shape {batch.shape}")
     return list(_in_bytes_range(np.ascontiguousarray(_channels_last(batch, name)), name))
+
+
+def one_image(image: Any, name: str) -> np.ndarray:
+    """Check that there is one image: (H, W) or (H, W, 3), see `as_images`."""
+    images = as_images(image, name)
+    if len(images) != 1:
+        raise ValueError(f"{name}: expected one image, got {len(images)}")
+    return images[0]
 
 
 def _channels_last(batch: Array, name: str) -> Array:

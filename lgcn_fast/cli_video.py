@@ -1,0 +1,167 @@
+"""The commands for moving pictures: `lgcn-fast video | webcam`."""
+
+import argparse
+import os
+import sys
+import time
+from array import array
+from collections.abc import Iterable
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from .cli_training import add_command
+from .drawing import STYLES, draw, write_text
+from .tracking import TrackedFaces, Tracker
+from .video import Frame, LinesWriter, VideoReader, VideoWriter, newest
+
+WINDOW = "lgcn-fast"
+QUIT_KEYS = (27, ord("q"))
+
+
+def add_video(commands) -> None:
+    parser = add_command(commands, _run_video, "Landmarks of the faces in a video, drawn and as numbers.")
+    parser.add_argument("file", metavar="IN", help="a video file, or the address of a stream")
+    parser.add_argument("--show", action="store_true", help="in a window, too; q or Esc stops")
+    _add_options(parser)
+
+
+def add_webcam(commands) -> None:
+    text = "Landmarks of the faces before a camera, in a window; q, Esc or Ctrl-C stops."
+    parser = add_command(commands, _run_webcam, text)
+    parser.add_argument("--index", type=int, default=0, help="number of the camera")
+    parser.add_argument("--show", action=argparse.BooleanOptionalAction, default=True, help="the window")
+    _add_options(parser)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help="write the pictures: .mp4, .mov, .webm, .mkv or .avi")
+    parser.add_argument("--json", type=Path, help="write the numbers, a line of JSON for each frame")
+    parser.add_argument("--style", nargs="+", choices=STYLES, default=["lines", "points"], help="what to draw")
+    parser.add_argument("--model", help="name (see `lgcn-fast models`) or weights; default: the best in real time")
+    parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
+    parser.add_argument("--detect-every", type=int, default=60, metavar="FRAMES", help="to look for new faces")
+    parser.add_argument("--min-face", type=float, metavar="PIXELS", help="default: 15 %% of the frame's shorter side")
+    parser.add_argument("--smoothing", type=float, default=1.0, help="0: off")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+
+
+def _run_video(options: argparse.Namespace) -> int:
+    with VideoReader(options.file) as reader:
+        if reader.live:
+            with closing(newest(reader)) as frames:
+                return _process(options, reader, frames)
+        return _process(options, reader, reader)
+
+
+def _run_webcam(options: argparse.Namespace) -> int:
+    with VideoReader(options.index) as reader, closing(newest(reader)) as frames:
+        _process(options, reader, frames)
+    return 0  # Ctrl-C is how one leaves
+
+
+def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[Frame]) -> int:
+    """Track, draw and write all frames; the outputs are finished whatever happens.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C.
+    """
+    _check_options(options)
+    tracker = Tracker(
+        options.model,
+        options.detect_every,
+        options.min_face,
+        smoothing=options.smoothing,
+        shape=options.shape,
+        device=options.device,
+    )
+    latencies, start, code = array("d"), time.perf_counter(), 0
+    try:
+        with ExitStack() as outputs:
+            writer = outputs.enter_context(VideoWriter(options.out, reader.fps)) if options.out else None
+            lines = outputs.enter_context(LinesWriter(options.json)) if options.json else None
+            if options.show:
+                outputs.callback(cv2.destroyAllWindows)
+            bar = outputs.enter_context(tqdm(frames, total=reader.frame_count, unit=" frames", disable=None))
+            try:
+                for frame in bar:
+                    faces = tracker.update(*frame)
+                    latencies.append(1e3 * faces.latency)
+                    bar.set_postfix_str(f"{latencies[-1]:.1f} ms, {len(faces)} faces", refresh=False)
+                    if lines:
+                        lines.write(_record(len(latencies) - 1, frame, faces))
+                    picture = _picture(frame, faces, options, tracker) if writer or options.show else None
+                    if writer:
+                        writer.write(picture, frame.time if reader.live else None)
+                    if options.show and not _shown(picture):
+                        break
+            except KeyboardInterrupt:
+                code = 130
+    finally:
+        _summarise(latencies, time.perf_counter() - start)
+    if writer and writer.written:
+        scaled = f", {writer.scaled} of another size scaled into the first one's" if writer.scaled else ""
+        print(f"{options.out}: {writer.written} frames, {writer.codec}{scaled}")
+    if lines:
+        print(f"{options.json}: {len(latencies)} lines")
+    return code
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    source = getattr(options, "file", None)
+    for name in ("out", "json"):
+        path = getattr(options, name)
+        if path and source and path.exists() and Path(source).exists() and path.samefile(source):
+            raise ValueError(f"--{name}: expected another file than the input, got {path}")
+    # Qt would end the process.
+    if options.show and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        raise ValueError("--show: expected a display, got no $DISPLAY (write a file with --out, or --json, instead)")
+
+
+def _record(index: int, frame: Frame, faces: TrackedFaces) -> dict:
+    """A line of JSON."""
+    height, width = frame.image.shape[:2]
+    columns = zip(
+        faces.ids.tolist(),
+        faces.tracked.tolist(),
+        faces.confidence.astype(float).round(4).tolist(),
+        faces.boxes.astype(float).round(2).tolist(),
+        faces.points.astype(float).round(3).tolist(),
+        faces.scores.astype(float).round(4).tolist(),
+        strict=True,
+    )
+    names = ("id", "tracked", "confidence", "box", "points", "scores")
+    return {
+        "frame": index,
+        "time": round(frame.time, 6),
+        "size": [width, height],
+        "latency_ms": round(1e3 * faces.latency, 3),
+        "faces": [dict(zip(names, values, strict=True)) for values in columns],
+    }
+
+
+def _picture(frame: Frame, faces: TrackedFaces, options: argparse.Namespace, tracker: Tracker) -> np.ndarray:
+    picture = draw(frame.image, faces, options.style, tracker.engine)
+    write_text(picture, f"{1e3 * faces.latency:.1f} ms", (6, 18))
+    return picture
+
+
+def _shown(picture: np.ndarray) -> bool:
+    """Show a picture; False where the user has had enough."""
+    try:
+        cv2.imshow(WINDOW, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        key = cv2.waitKey(1) & 0xFF
+        return key not in QUIT_KEYS and cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) >= 1
+    except cv2.error as error:
+        raise ValueError(f"--show: expected an OpenCV with windows (opencv-python, not -headless): {error}") from None
+
+
+def _summarise(latencies: array, seconds: float) -> None:
+    if not latencies:
+        return
+    median, late, worst = np.quantile(latencies, (0.5, 0.99, 1))
+    speed = f"{len(latencies)} frames in {seconds:.1f} s: {len(latencies) / seconds:.0f} frames/s"
+    print(f"{speed}; latency: median {median:.1f} ms, 99 % {late:.1f} ms, worst {worst:.1f} ms")

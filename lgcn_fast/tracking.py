@@ -1,0 +1,338 @@
+"""Faces followed through a video: the last points say where to look, detection runs now and then, a part at a time.
+
+A tracked face costs one crop, upright and of the network's size; all faces of a frame go through the network together.
+A full `detect` takes as long as dozens of crops. So its work is spread: every few frames one window of the frame is
+looked through for new faces, the whole frame for large ones or a quarter of it for small ones.
+"""
+
+import itertools
+import time as clock
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .detection import Faces, confidence_of, detect, distinct, meet, overlap
+from .engine import Engine
+from .images import BOX_ENLARGEMENT, face_box, square_box, upright_crop
+from .model import LGCN
+from .prediction import as_network_input, engine_for, one_image, shape_for
+from .shape import ShapeModel
+from .smoothing import LEAST_STEP, OneEuroFilter
+
+SMALLEST_FACE, SMALLEST_SHARE = 40.0, 0.15
+"""The default `min_face`: pixels, and share of the frame's shorter side, the larger of the two."""
+SEARCH_EVERY = 2
+"""Frames from window to window while no face is tracked, or one was just lost."""
+WINDOWS = (None, (0, 0), (1, 1), None, (1, 0), (0, 1))
+"""The order in which windows are looked through: the whole frame for large faces only, or a quarter (right? lower?)."""
+COARSE = 2.0
+"""Least size of the large faces, over `min_face`. Quarters overlap by so much: each smaller face is all in one."""
+LEAST_SHRINKING = 0.6
+"""Side of the smallest face that is looked for where one was lost, over that of the lost one."""
+MEMORY = 1.0
+"""Seconds for which a lost face keeps its identity, where it was last seen."""
+MOTION = 0.7
+"""Share of a face's last shift that is expected again. On a pan of 16 % of the face a frame it cuts the points' error
+from 0.95 to 0.2 pixels, and without it a pan of 30 % loses the face; more of it overshoots where the motion turns."""
+SAME_FACE = 0.3
+"""A detection that has more than this in common with a face's box (over their union) is that face."""
+NEIGHBOURHOOD = 2.5
+"""Side of the square in which a face that was just lost is looked for, over that of its box."""
+
+
+@dataclass(frozen=True)
+class TrackedFaces(Faces):
+    """The faces of a frame, those first that have been there longest."""
+
+    ids: np.ndarray
+    """(F,) int64: the same number for the same face in all frames; a number is never given twice."""
+    tracked: np.ndarray
+    """(F,) bool: found from the last frame's points; False: detected in this frame."""
+    time: float
+    """Time stamp of the frame, seconds."""
+    latency: float
+    """How long the update took, seconds."""
+
+
+@dataclass
+class _Track:
+    """A face that is followed."""
+
+    identity: int
+    points: np.ndarray
+    """(N, 2) float64, pixels, not smoothed."""
+    scores: np.ndarray
+    """(N,)"""
+    confidence: float
+    tracked: bool
+    seen: float
+    """Time stamp of the last frame with it."""
+    filter: OneEuroFilter | None
+    box: np.ndarray = field(init=False)
+    """(4,) as in `Faces`, of `points`."""
+    smooth: np.ndarray = field(init=False)
+    """(N, 2) float64, pixels."""
+
+    velocity: np.ndarray = field(init=False)
+    """(2,) pixels per second."""
+
+    def __post_init__(self) -> None:
+        self.velocity = np.zeros(2)
+        self._update()
+
+    def move(self, points: np.ndarray, scores: np.ndarray, confidence: float, tracked: bool, time: float) -> None:
+        """Take over what was found in a new frame."""
+        # (Shifts only: turns and changes of size are slow, and as noisy.)
+        self.velocity = (points - self.points).mean(axis=0) / max(time - self.seen, LEAST_STEP)
+        self.points, self.scores, self.confidence, self.tracked, self.seen = points, scores, confidence, tracked, time
+        self._update()
+
+    def _update(self) -> None:
+        self.box = face_box(self.points)
+        filtered = self.filter and self.filter(self.points, self.scores, float(self.box[2]), self.seen)
+        self.smooth = self.points if filtered is None else filtered
+
+
+class Tracker:
+    """Follows the faces of one video: built once, `update` with each frame in turn. Not for several threads at once.
+
+    >>> tracker = lgcn_fast.Tracker()
+    >>> faces = tracker.update(frame)  # (H, W, 3) uint8 RGB
+    >>> faces.ids, faces.points  # (F,), (F, 68, 2)
+    """
+
+    def __init__(
+        self,
+        model: Engine | LGCN | Path | str | None = None,
+        detect_every: int = 60,
+        min_face: float | None = None,
+        min_confidence: float = 0.5,
+        lost_below: float = 0.4,
+        smoothing: float | None = 1.0,
+        finder: Engine | LGCN | Path | str | None = None,
+        shape: ShapeModel | Path | str | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> None:
+        """Build the engine.
+
+        Args:
+            model: see `predict`.
+            detect_every: frames in which all of the frame is looked through once for new faces, while faces are
+                tracked, a window of six at a time: fewer frames find them sooner and cost more. Where no face is, or
+                one was just lost, every other frame has its window.
+            min_face: side of the smallest face box to look for, pixels. Default: 15 % of the frame's shorter side, at
+                least 40. Tracked faces may become smaller.
+            min_confidence: least confidence of a new face, see `Faces`.
+            lost_below: a tracked face with less confidence is lost.
+            smoothing: strength of the one-euro filter, see `OneEuroFilter`; None or 0: off.
+            finder: finds new faces, see `detect`; default: `model`. The smallest model will do.
+            shape, device, precision: see `predict`.
+
+        Raises:
+            ValueError: as `predict`; a number out of range.
+        """
+        if detect_every < 1:
+            raise ValueError(f"detect_every: expected 1 or more frames, got {detect_every}")
+        if min_face is not None and not min_face > 0:
+            raise ValueError(f"min_face: expected a positive number of pixels, got {min_face}")
+        if not 0 <= lost_below <= min_confidence <= 1:
+            got = f"lost_below={lost_below}, min_confidence={min_confidence}"
+            raise ValueError(f"lost_below: expected 0 <= lost_below <= min_confidence <= 1, got {got}")
+        if smoothing is not None and not smoothing >= 0:
+            raise ValueError(f"smoothing: expected 0 or more, got {smoothing}")
+        self.engine = engine_for(model, device, precision)
+        self._finder = self.engine if finder is None else engine_for(finder, device, precision)
+        self._shape = shape_for(shape, self.engine.config.num_landmarks)
+        self._detect_every, self._min_face = detect_every, min_face
+        self._min_confidence, self._lost_below = min_confidence, lost_below
+        self._smoothing = smoothing
+        self._identities = itertools.count()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all faces, for another video: time may start again. Identities go on."""
+        self._tracks: list[_Track] = []
+        self._lost: list[_Track] = []
+        self._size: tuple[int, ...] | None = None
+        self._time = -np.inf
+        self._order = itertools.cycle(WINDOWS)
+        self._wait = 0.0
+
+    def run(self, frames: Iterable[Any]) -> Iterator[TrackedFaces]:
+        """`update` with all frames of a source, none dropped; see `video.newest` for live ones.
+
+        Args:
+            frames: images, or pairs of image and time stamp, as `video.VideoReader` yields.
+        """
+        for frame in frames:
+            yield self.update(*frame) if isinstance(frame, tuple) else self.update(frame)
+
+    def update(self, frame: Any, time: float | None = None) -> TrackedFaces:
+        """Find the faces of the next frame.
+
+        Args:
+            frame: one image, as for `predict`. After a frame of another size all faces are detected anew.
+            time: when it was taken, seconds from any start. Default: now.
+
+        Returns:
+            `TrackedFaces`, none where there is none.
+
+        Raises:
+            ValueError: as `predict`; a time before that of the last frame (`reset` starts another video).
+        """
+        start = clock.perf_counter()
+        image = one_image(frame, "frame")
+        time = start if time is None else float(time)
+        if not self._time <= time < np.inf:
+            raise ValueError(f"time: expected {self._time:g} s or later (or `reset`), got {time:g}")
+        first = image.shape[:2] != self._size
+        if first:
+            self.reset()
+            self._size = image.shape[:2]
+        self._time = time
+        lost = self._follow(image)
+        self._lost = [track for track in self._lost if time - track.seen <= MEMORY] + lost
+        self._detect(image, first, bool(lost))
+        return self._result(clock.perf_counter() - start)
+
+    def _smallest(self) -> float:
+        return self._min_face or max(SMALLEST_FACE, SMALLEST_SHARE * min(self._size))
+
+    def _follow(self, image: np.ndarray) -> list[_Track]:
+        """Find the tracked faces again, in one batch; return those that are lost."""
+        before = self._tracks
+        inside = meet(np.array([track.box for track in before]).reshape(-1, 4), image)
+        seen = [track for track, meets in zip(before, inside, strict=True) if meets]
+        self._tracks = []
+        if seen:
+            size, stride = self.engine.config.input_size, self.engine.config.stride
+            crops, matrices = [], []
+            for track in seen:
+                expected = track.points + MOTION * track.velocity * (self._time - track.seen)
+                pose = _pose(expected, self._shape.mean)
+                face, to_image = upright_crop(image, *pose, size, gray=self.engine.config.in_channels == 1)
+                crops.append(as_network_input(face, self.engine.config.in_channels))
+                matrices.append(to_image)
+            fitted = self.engine.fit(torch.stack(crops), self._shape)
+            turns = np.array(matrices)
+            points = ((fitted.points + 0.5) * stride - 0.5) @ turns[:, :, :2].transpose(0, 2, 1) + turns[:, None, :, 2]
+            confidence = confidence_of(fitted)
+            boxes = np.array([face_box(face) for face in points])
+            for index in distinct(boxes, confidence, self._lost_below):
+                certainty = fitted.certainties[index].clip(0, 1)
+                seen[index].move(points[index], certainty, float(confidence[index]), True, self._time)
+                self._tracks.append(seen[index])
+        return [track for track in before if track not in self._tracks]
+
+    def _detect(self, image: np.ndarray, first: bool, lost: bool) -> None:
+        """Look through the next window, where one is due: all of the first frame, and at once where a face was lost."""
+        self._wait -= 1
+        if self._wait > 0 and not lost:
+            return
+        searching = not self._tracks or bool(self._lost)
+        self._wait = SEARCH_EVERY if searching else self._detect_every / len(WINDOWS)
+        smallest = self._smallest()
+        if first:
+            windows = [(_window(image, None, smallest), smallest)]
+        else:
+            if lost:
+                self._order = itertools.cycle(WINDOWS)
+            quarter = next(self._order)
+            large = COARSE * smallest
+            windows = [(_window(image, quarter, large), large if quarter is None else smallest)]
+            if quarter is None:
+                small = [track.box for track in self._lost if track.box[2] < large]
+                windows += [(_neighbourhood(image, box), LEAST_SHRINKING * box[2]) for box in small]
+        models = self.engine, self._finder, self._shape
+        for window, smallest in windows:
+            self._take(_detect_in(image, window, smallest, self._min_confidence, *models))
+
+    def _take(self, found: Faces) -> None:
+        """Detected faces: those that are tracked already, those that were lost, and new ones."""
+        for points, scores, confidence, box in zip(
+            found.points, found.scores, found.confidence, found.boxes, strict=True
+        ):
+            if any(overlap(box, track.box) > SAME_FACE for track in self._tracks):
+                continue
+            again = [track for track in self._lost if overlap(box, track.box) > SAME_FACE]
+            if again:
+                identity = again[0].identity
+                self._lost = [track for track in self._lost if track is not again[0]]
+            else:
+                identity = next(self._identities)
+            smooth = OneEuroFilter(self._smoothing) if self._smoothing else None
+            points = points.astype(np.float64)
+            self._tracks.append(_Track(identity, points, scores, float(confidence), False, self._time, smooth))
+
+    def _result(self, latency: float) -> TrackedFaces:
+        tracks = sorted(self._tracks, key=lambda track: track.identity)
+        count = self.engine.config.num_landmarks
+        return TrackedFaces(
+            points=np.array([track.smooth for track in tracks], np.float32).reshape(-1, count, 2),
+            scores=np.array([track.scores for track in tracks], np.float32).reshape(-1, count),
+            confidence=np.array([track.confidence for track in tracks], np.float32),
+            boxes=np.array([face_box(track.smooth) for track in tracks], np.float32).reshape(-1, 4),
+            ids=np.array([track.identity for track in tracks], np.int64),
+            tracked=np.array([track.tracked for track in tracks], bool),
+            time=self._time,
+            latency=latency,
+        )
+
+
+def _pose(points: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """The square around a face that stands upright in it: its centre (2,), side and angle, see `upright_crop`.
+
+    Args:
+        points: (N, 2), pixels.
+        mean: (N, 2), the upright face of a shape model.
+    """
+    centred = points - points.mean(axis=0)
+    angle = np.arctan2((mean[:, 0] * centred[:, 1] - mean[:, 1] * centred[:, 0]).sum(), (mean * centred).sum())
+    cos, sin = np.cos(angle), np.sin(angle)
+    turn = np.array([[cos, sin], [-sin, cos]])
+    upright = points @ turn.T
+    low, high = upright.min(axis=0), upright.max(axis=0)
+    return (low + high) / 2 @ turn, BOX_ENLARGEMENT * float((high - low).max()), float(angle)
+
+
+def _window(image: np.ndarray, quarter: tuple[int, int] | None, shared: float) -> np.ndarray:
+    """A quarter of an image, enlarged so that it shares a strip with the others, or all of it: (4,) int64, a box."""
+    whole = np.array(image.shape[1::-1])
+    if quarter is None:
+        return np.array([0, 0, *whole])
+    size = np.minimum(np.ceil((whole + shared) / 2).astype(int), whole)
+    return np.array([*(whole - size) * quarter, *size])
+
+
+def _neighbourhood(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """The part of an image around a box: (4,) int64, a box."""
+    square = square_box(box, NEIGHBOURHOOD)
+    size = np.array(image.shape[1::-1])
+    low = np.clip(square[:2], 0, size - 1)
+    high = np.clip(square[:2] + square[2:], low + 1, size)
+    return np.array([*low, *(high - low)])
+
+
+def _detect_in(
+    image: np.ndarray,
+    window: np.ndarray,
+    min_face: float,
+    min_confidence: float,
+    engine: Engine,
+    finder: Engine,
+    shape: ShapeModel,
+) -> Faces:
+    """`detect` in a window (4,) of an image; faces that cross the window's border inside the image are left out."""
+    x, y, width, height = (int(value) for value in window)
+    faces = detect(image[y : y + height, x : x + width], min_face, min_confidence, engine, finder, shape)
+    low, high = faces.boxes[:, :2], faces.boxes[:, :2] + faces.boxes[:, 2:]
+    inner_low, inner_high = np.array([x, y]) > 0, np.array([x + width, y + height]) < image.shape[1::-1]
+    inside = (((low >= 0) | ~inner_low) & ((high <= (width, height)) | ~inner_high)).all(axis=1)
+    moved = faces.points[inside] + np.array([x, y], np.float32)
+    boxes = faces.boxes[inside] + np.array([x, y, 0, 0], np.float32)
+    return Faces(moved, faces.scores[inside], faces.confidence[inside], boxes)

@@ -1,0 +1,274 @@
+"""Videos through OpenCV: frames with time stamps out of files and cameras, pictures and numbers into files.
+
+A file is finished properly whatever happens, so that what was written so far can be read.
+"""
+
+import errno
+import json
+import os
+import shutil
+import sys
+import threading
+import time as clock
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import cv2
+import numpy as np
+
+DEFAULT_FPS = 30.0
+"""Where a source does not say."""
+MISSING = 0.01
+"""Share of its frames that a file may lack: some containers only say how long they are."""
+CODECS = {
+    ".mp4": ("mp4v",) if sys.platform == "linux" else ("avc1", "mp4v"),
+    ".mov": ("mp4v",) if sys.platform == "linux" else ("avc1", "mp4v"),
+    ".webm": ("VP80",),
+    ".mkv": ("VP80",),
+    ".avi": ("MJPG",),
+}
+"""What is tried for each kind of file. OpenCV's wheels for Linux have no encoder for H.264 (avc1), others may use the
+system's; MPEG-4 (mp4v) plays in players but not in browsers, VP8 in browsers, too. VP9 takes five times as long."""
+RESERVE = 16 << 20
+"""Bytes left free on the disk: OpenCV does not say that a write failed, and a file needs its index to be readable."""
+CHECK_EVERY = 16
+"""Frames from one look at the disk to the next."""
+
+
+class Frame(NamedTuple):
+    """One picture of a video."""
+
+    image: np.ndarray
+    """(H, W, 3) uint8 RGB."""
+    time: float
+    """Time stamp, seconds."""
+
+
+class VideoReader:
+    """The frames of a file, a stream or a camera, in order, none dropped; to be iterated once.
+
+    >>> with VideoReader("clip.mp4") as frames:
+    ...     for image, time in frames: ...
+    """
+
+    def __init__(self, source: Path | str | int) -> None:
+        """Open a source.
+
+        Args:
+            source: a file; the address of a stream, with "://"; or the number of a camera.
+
+        Raises:
+            ValueError: nothing there, or no video.
+        """
+        self._name = f"camera {source}" if isinstance(source, int) else str(source)
+        remote = isinstance(source, int) or "://" in str(source)
+        if not remote and not Path(source).is_file():
+            got = "a directory" if Path(source).is_dir() else "nothing there"
+            raise ValueError(f"{source}: expected a video file, got {got}")
+        level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        try:
+            self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+        finally:
+            cv2.utils.logging.setLogLevel(level)
+        if not self._capture.isOpened():
+            raise ValueError(f"{self._name}: expected a video, got {'nothing there' if remote else 'another file'}")
+        fps = self._capture.get(cv2.CAP_PROP_FPS)
+        self.fps = fps if 0 < fps < 1000 else DEFAULT_FPS
+        count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        self.frame_count = int(count) if count > 0 and not isinstance(source, int) else None
+        self.live = remote and not self.frame_count
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._capture.release()
+
+    def __iter__(self) -> Iterator[Frame]:
+        """The frames. Time stamps are the file's (made up from the frame rate where they do not rise), or of the clock.
+
+        Raises:
+            OSError: the file ends in the middle, or the camera is gone: after all frames that there were.
+        """
+        count, last = 0, -1.0
+        while True:
+            there, image = self._capture.read()
+            if not there:
+                break
+            stamp = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
+            time = clock.perf_counter() if self.live else stamp if stamp > last else last + 1 / self.fps
+            yield Frame(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), max(time, 0.0))
+            count, last = count + 1, max(time, 0.0)
+        if self.live:
+            raise OSError(f"{self._name}: expected another frame after {count}, got none: it is gone")
+        if self.frame_count and count < (1 - MISSING) * self.frame_count - 1:
+            raise OSError(f"{self._name}: expected {self.frame_count} frames, got {count}: the file ends in the middle")
+
+
+def newest(frames: Iterable) -> Iterator:
+    """The newest frame of a live source each time that one is asked for; those that came in between are dropped.
+
+    A thread reads the source as fast as it delivers and keeps one frame. It ends with the iteration (leave it early
+    with `close`, which waits for the source's next frame). What the source raises is raised here, after its last frame.
+
+    Args:
+        frames: a live source, as `VideoReader`; it is read in another thread.
+    """
+    slot: deque = deque(maxlen=1)
+    changed, stop, ended = threading.Condition(), threading.Event(), threading.Event()
+
+    def read() -> None:
+        try:
+            for frame in frames:
+                if stop.is_set():
+                    break
+                with changed:
+                    slot.append(frame)
+                    changed.notify()
+        finally:
+            with changed:
+                ended.set()
+                changed.notify()
+
+    with ThreadPoolExecutor(1, "newest") as pool:
+        reading = pool.submit(read)
+        try:
+            while True:
+                with changed:
+                    changed.wait_for(lambda: slot or ended.is_set())
+                    if not slot:
+                        break
+                    frame = slot.pop()
+                yield frame
+        finally:
+            stop.set()
+        reading.result()
+
+
+class VideoWriter:
+    """Writes frames into a video file, which is opened with the first and finished by `close`.
+
+    Frames of another size than the first are scaled into it, with black borders: `scaled` counts them.
+    """
+
+    def __init__(self, path: Path, fps: float) -> None:
+        """
+        Args:
+            path: its suffix says what kind of file, see `CODECS`.
+            fps: frames per second.
+
+        Raises:
+            ValueError: another suffix.
+        """
+        self.path, self.fps = Path(path), fps
+        if self.path.suffix.lower() not in CODECS:
+            raise ValueError(f"{path}: expected a file name that ends in {', '.join(CODECS)}")
+        self.codec = ""
+        self.written = self.scaled = 0
+        self._writer: cv2.VideoWriter | None = None
+        self._start = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, image: np.ndarray, time: float | None = None) -> None:
+        """Append a frame.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            time: for a live source, seconds: the frame is repeated, or left out, so that the video keeps pace with it.
+
+        Raises:
+            OSError: the file cannot be opened, or the disk is (almost) full.
+        """
+        if self._writer is None:
+            self._open(image.shape[1], image.shape[0])
+            self._start = time or 0.0
+        if image.shape[1::-1] != self._size:
+            image = _scaled_into(image, self._size)
+            self.scaled += 1
+        copies = 1 if time is None else round((time - self._start) * self.fps) + 1 - self.written
+        picture = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        for _ in range(copies):
+            if self.written % CHECK_EVERY == 0 and shutil.disk_usage(self.path.parent).free < RESERVE:
+                free = f"less than {RESERVE >> 20} MB free after {self.written} frames"
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {free}", str(self.path))
+            self._writer.write(picture)
+            self.written += 1
+
+    def _open(self, width: int, height: int) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.open("wb").close()  # which says what is wrong where OpenCV does not
+        for codec in CODECS[self.path.suffix.lower()]:
+            writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*codec), self.fps, (width, height))
+            if writer.isOpened():
+                self._writer, self._size, self.codec = writer, (width, height), codec
+                return
+        raise OSError(f"{self.path}: OpenCV could not open a video of {width} x {height} pixels there")
+
+    def close(self) -> None:
+        """Finish the file.
+
+        Raises:
+            OSError: it cannot be read back: some write failed.
+        """
+        if self._writer is None:
+            return
+        self._writer.release()
+        self._writer = None
+        try:
+            with VideoReader(self.path) as written:
+                count = written.frame_count or 0
+        except ValueError:
+            count = 0
+        if count < (1 - MISSING) * self.written - 1:
+            got = f"{count} (is the disk full?)"
+            raise OSError(f"{self.path}: expected {self.written} frames in the finished file, got {got}")
+
+
+def _scaled_into(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image in another size (width, height), as large as it fits, black around it."""
+    scale = min(size[0] / image.shape[1], size[1] / image.shape[0])
+    inner = max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1)
+    picture = np.zeros((size[1], size[0], 3), np.uint8)
+    x, y = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    picture[y : y + inner[1], x : x + inner[0]] = cv2.resize(image, inner, interpolation=interpolation)
+    return picture
+
+
+class LinesWriter:
+    """Writes records as lines of JSON, each at once and whole or, where the disk is full, not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("wb", buffering=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, record: dict) -> None:
+        """Append a line.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        line = (json.dumps(record) + "\n").encode()
+        before = self._file.tell()
+        written = self._file.write(line)
+        if written < len(line):
+            self._file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))

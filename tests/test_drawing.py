@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+
+import lgcn_fast
+from lgcn_fast import Faces, Landmarks, Tracker, draw
+from lgcn_fast.drawing import LABEL_COLOR, LINE_COLOR, POINT_COLOR, STYLES, contact_sheet
+from lgcn_fast.images import read_image
+
+
+@pytest.fixture
+def picture(demo_picture) -> np.ndarray:
+    return read_image(demo_picture, color=True)
+
+
+@pytest.fixture
+def faces(picture) -> Faces:
+    return lgcn_fast.detect(picture)
+
+
+def has(image: np.ndarray, color: tuple[int, int, int], tolerance: int = 40) -> bool:
+    return bool((np.abs(image.astype(int) - color).max(axis=-1) <= tolerance).any())
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style_draws_something_and_leaves_the_image(picture, faces, style):
+    before = picture.copy()
+    drawn = draw(picture, faces, style=style)
+    np.testing.assert_array_equal(picture, before)
+    assert drawn.shape == picture.shape
+    assert drawn.dtype == np.uint8
+    changed = (drawn != picture).any(axis=-1)
+    assert 0 < changed.mean() < 0.5
+    x, y, side, _ = faces.boxes[0].astype(int)
+    changed[max(y - 20, 0) : y + side + 3, x - 3 : x + side + 20] = False  # (with captions and indices)
+    assert not changed.any()
+
+
+def test_colors(faces):
+    black = np.zeros((300, 300), np.uint8)
+    plain = draw(black, faces.points)
+    assert has(plain, LINE_COLOR)
+    assert has(plain, POINT_COLOR)
+    assert not has(draw(black, faces, "points"), LINE_COLOR)
+    assert has(draw(black, faces, "indices"), LABEL_COLOR)
+    np.testing.assert_array_equal(draw(black, faces, ["points", "lines"]), plain)
+
+
+def test_confidence_is_red_to_green():
+    points = np.array([[[20, 20], [60, 20], [100, 20.0]]])
+    drawn = draw(np.zeros((50, 120, 3), np.uint8), Landmarks(points, np.array([[0, 0.5, 1]])), style="confidence")
+    red, yellow, green = (drawn[20, x].astype(int) for x in (20, 60, 100))
+    assert red[0] > 200 > 60 > red[1]
+    assert yellow[0] > 200 < yellow[1]
+    assert green[1] > 200 > 60 > green[0]
+
+
+def test_what_can_be_drawn(picture, faces):
+    expected = draw(picture, faces)
+    np.testing.assert_array_equal(draw(picture, faces.points), expected)
+    np.testing.assert_array_equal(draw(picture, faces.points[0]), expected)
+    np.testing.assert_array_equal(draw(picture, Landmarks(faces.points, faces.scores)), expected)
+    np.testing.assert_array_equal(draw((picture / 255).astype(np.float32), faces), expected)
+    assert draw(picture[..., 0], faces).shape == picture.shape
+    np.testing.assert_array_equal(draw(picture, np.empty((0, 68, 2)), STYLES[:4]), picture)
+
+
+def test_boxes_tell_identities(picture):
+    tracked, found = Tracker().update(picture), lgcn_fast.detect(picture, min_face=45)
+    with_identity, without = draw(picture, tracked, "boxes"), draw(picture, found, "boxes")
+    assert (with_identity != without).any()
+
+
+def test_points_without_a_place_are_left_out(picture, faces):
+    points = faces.points[0].copy()
+    points[:17] = np.nan
+    drawn = draw(picture, points, ["boxes", "lines", "points", "indices"])
+    jaw = drawn[int(faces.points[0, 8, 1]) - 2 :]
+    np.testing.assert_array_equal(jaw, picture[-len(jaw) :])
+    np.testing.assert_array_equal(draw(picture, np.full((1, 68, 2), np.nan), STYLES[:4]), picture)
+
+
+def test_faces_beyond_the_border(picture, faces):
+    for style in STYLES:
+        assert draw(picture, Faces(faces.points - 120, faces.scores, faces.confidence, faces.boxes), style).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.zeros((2, 8, 8, 3), np.uint8), np.zeros((1, 68, 2))), "image: expected one image, got 2"),
+        ((np.zeros((8, 8), np.uint8), np.zeros((1, 68, 3))), r"faces: expected points \(F, N, 2\) or \(N, 2\)"),
+        ((np.zeros((8, 8), np.uint8), np.zeros((68, 2)), "dots"), "style: expected some of heatmaps, .*got dots"),
+        ((np.zeros((8, 8), np.uint8), np.zeros((68, 2)), "confidence"), "style: expected faces with scores"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw(*arguments)
+
+
+def test_contact_sheet():
+    tiles = [np.full((20, 30, 3), 50 * index, np.uint8) for index in range(3)]
+    sheet = contact_sheet(tiles, [""] * 3, 2)
+    assert sheet.shape == (40, 60, 3)
+    assert [sheet[5, 5, 0], sheet[5, 35, 0], sheet[25, 5, 0], sheet[25, 35, 0]] == [0, 50, 100, 0]

@@ -1,0 +1,291 @@
+import itertools
+
+import cv2
+import numpy as np
+import pytest
+
+import lgcn_fast
+from lgcn_fast import Engine, Tracker, load_model, tracking
+from lgcn_fast.detection import overlap
+from lgcn_fast.images import read_image, upright_crop
+from lgcn_fast.smoothing import OneEuroFilter
+from lgcn_fast.tracking import TrackedFaces
+from lgcn_fast.video import VideoReader
+
+FPS = 30
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(load_model("lgcn-nano"), num_threads=1)
+
+
+@pytest.fixture
+def face(demo_picture) -> np.ndarray:
+    """(300, 300, 3): the demo's face, 124 pixels a side around (144, 132)."""
+    return read_image(demo_picture, color=True)
+
+
+def motion(x: float, y: float, angle: float, scale: float) -> np.ndarray:
+    """(2, 3): see `moved`."""
+    matrix = cv2.getRotationMatrix2D((144, 132), -angle, scale)
+    matrix[:, 2] += x, y
+    return matrix
+
+
+def moved(image: np.ndarray, x: float = 0, y: float = 0, angle: float = 0, scale: float = 1) -> np.ndarray:
+    """The image shifted by (x, y) pixels, turned (degrees, clockwise) and resized about the face."""
+    return cv2.warpAffine(image, motion(x, y, angle, scale), image.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
+
+
+def noisy(image: np.ndarray, deviation: float, random: np.random.Generator) -> np.ndarray:
+    return np.clip(image + random.normal(0, deviation, image.shape), 0, 255).astype(np.uint8)
+
+
+def track(tracker: Tracker, frames: list[np.ndarray]) -> list[TrackedFaces]:
+    return list(tracker.run((frame, index / FPS) for index, frame in enumerate(frames)))
+
+
+def blank(image: np.ndarray) -> np.ndarray:
+    return np.full_like(image, 90)
+
+
+@pytest.fixture
+def searched(monkeypatch) -> list[tuple[int, int]]:
+    """Sizes (width, height) of all that `detect` is called with."""
+    sizes = []
+
+    def detect(image, *arguments, **options):
+        sizes.append(image.shape[1::-1])
+        return lgcn_fast.detect(image, *arguments, **options)
+
+    monkeypatch.setattr(tracking, "detect", detect)
+    return sizes
+
+
+def test_first_frame_is_detected_and_the_next_ones_are_tracked(engine, face):
+    first, *rest = track(Tracker(engine), [face] * 4)
+    expected = lgcn_fast.detect(face, min_face=0.15 * 300, model=engine)
+    np.testing.assert_array_equal(first.points, expected.points)
+    np.testing.assert_allclose(first.boxes, expected.boxes, rtol=1e-6)
+    assert [faces.tracked.tolist() for faces in (first, *rest)] == [[False], [True], [True], [True]]
+    assert all(faces.ids.tolist() == [0] for faces in rest)
+    assert [faces.time for faces in rest] == [1 / FPS, 2 / FPS, 3 / FPS]
+    assert all(faces.latency > 0 for faces in rest)
+    for faces in rest:
+        assert np.abs(faces.points - expected.points).mean() < 1
+    for name, shape, dtype in (
+        ("points", (1, 68, 2), np.float32),
+        ("scores", (1, 68), np.float32),
+        ("confidence", (1,), np.float32),
+        ("boxes", (1, 4), np.float32),
+        ("ids", (1,), np.int64),
+        ("tracked", (1,), bool),
+    ):
+        values = getattr(rest[-1], name)
+        assert values.shape == shape
+        assert values.dtype == dtype
+
+
+def test_nothing_in_the_frame(engine, face):
+    faces = Tracker(engine).update(blank(face))
+    assert len(faces) == 0
+    assert faces.points.shape == (0, 68, 2)
+    assert faces.boxes.shape == (0, 4)
+    assert faces.ids.shape == (0,)
+
+
+def test_follows_a_face_that_turns_shrinks_and_moves(engine, face):
+    """Its points are those of the first frame, moved alike."""
+    frames = [moved(face, -0.8 * i, 0.5 * i, 1.5 * i, 1 - 0.008 * i) for i in range(40)]
+    found = track(Tracker(engine, smoothing=None), frames)
+    assert all(faces.ids.tolist() == [0] for faces in found)
+    assert all(faces.tracked.all() for faces in found[1:])
+    matrix = motion(-0.8 * 39, 0.5 * 39, 1.5 * 39, 1 - 0.008 * 39)
+    expected = found[1].points[0] @ matrix[:, :2].T + matrix[:, 2]
+    error = np.linalg.norm(found[-1].points[0] - expected, axis=1).mean()
+    assert error < 0.02 * 124  # 60 degrees: `detect` would not see it
+
+
+def test_detects_rarely_while_all_is_well(engine, face, searched):
+    track(Tracker(engine, detect_every=60), [face] * 61)
+    assert len(searched) == 1 + 60 / 10
+    assert searched.count((300, 300)) == 1 + 2
+    quarters = [size for size in searched if size != (300, 300)]
+    assert all(150 < width < 300 and 150 < height < 300 for width, height in quarters)
+
+
+def test_face_that_is_lost_is_searched_at_once_and_keeps_its_identity(engine, face, searched):
+    tracker = Tracker(engine, detect_every=10**6)
+    frames = [face] * 3 + [blank(face)] * 6 + [face] * 6
+    found = track(tracker, frames)
+    assert [len(faces) for faces in found[:9]] == [1, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert len(searched) > 2
+    assert found[-1].ids.tolist() == [0]
+    again = next(faces for faces in found[9:] if len(faces))
+    assert not again.tracked.any()
+
+
+def test_after_a_while_it_is_another_face(engine, face):
+    tracker = Tracker(engine)
+    tracker.update(face, 0)
+    assert len(tracker.update(blank(face), 0.1)) == 0
+    found = [tracker.update(face, 5 + index / FPS) for index in range(2 * len(tracking.WINDOWS))]
+    assert found[-1].ids.tolist() == [1]
+
+
+def test_several_faces_keep_their_identities(engine, face):
+    """Three faces, of which one leaves and one comes."""
+
+    def frame(index: int) -> np.ndarray:
+        left, right = moved(face, x=0.5 * index), moved(face, y=0.5 * index, scale=0.8)
+        third = blank(face) if index < 10 else face
+        return np.hstack([left, blank(face) if index >= 25 else right, third])
+
+    found = track(Tracker(engine, detect_every=6), [frame(index) for index in range(60)])
+    assert sorted(found[5].ids.tolist()) == [0, 1]
+    first = {int(i): box for i, box in zip(found[5].ids, found[5].boxes, strict=True)}
+    left = next(i for i, box in first.items() if box[0] < 300)
+    assert sorted(found[24].ids.tolist()) == [0, 1, 2]
+    assert sorted(found[-1].ids.tolist()) == [left, 2]
+    assert found[-1].ids.tolist() == sorted(found[-1].ids.tolist())
+    for before, after in itertools.pairwise(found[12:]):
+        places = dict(zip(before.ids.tolist(), before.boxes, strict=True))
+        for identity, box in zip(after.ids.tolist(), after.boxes, strict=True):
+            assert identity not in places or overlap(places[identity], box) > 0.8
+
+
+def test_all_faces_of_a_frame_go_through_the_network_as_one_batch(engine, face, monkeypatch):
+    tracker = Tracker(engine, detect_every=10**6)
+    pair = np.hstack([face, face])
+    assert len(tracker.update(pair, 0)) == 2
+    batches = []
+    fit = engine.fit
+    monkeypatch.setattr(engine, "fit", lambda images, shape: batches.append(images.shape) or fit(images, shape))
+    assert len(tracker.update(pair, 1)) == 2
+    assert batches == [(2, 1, 96, 96)]
+
+
+def test_frame_of_another_size(engine, face):
+    tracker = Tracker(engine)
+    tracker.update(face, 0)
+    small = cv2.resize(face, (200, 200), interpolation=cv2.INTER_AREA)
+    faces = tracker.update(small, 1)
+    assert faces.tracked.tolist() == [False]
+    assert np.abs(faces.points - lgcn_fast.detect(small, model=engine).points).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["gray", "float"])
+def test_other_kinds_of_images(engine, face, kind):
+    image = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY) if kind == "gray" else (face / 255).astype(np.float32)
+    expected, found = track(Tracker(engine), [face] * 2), track(Tracker(engine), [image] * 2)
+    assert np.abs(found[1].points - expected[1].points).max() < 0.5
+
+
+def test_time_must_not_go_back(engine, face):
+    tracker = Tracker(engine)
+    tracker.update(face, 3)
+    tracker.update(face, 3)
+    with pytest.raises(ValueError, match=r"time: expected 3 s or later \(or `reset`\), got 2"):
+        tracker.update(face, 2)
+    with pytest.raises(ValueError, match="got nan"):
+        tracker.update(face, np.nan)
+    tracker.reset()
+    assert tracker.update(face, 0).ids.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"detect_every": 0}, "detect_every: expected 1 or more frames, got 0"),
+        ({"min_face": 0}, "min_face: expected a positive number"),
+        ({"smoothing": -1}, "smoothing: expected 0 or more, got -1"),
+        ({"lost_below": 0.7}, "lost_below: expected 0 <= lost_below <= min_confidence <= 1"),
+        ({"model": "lgcn-0"}, "model: expected one of"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Tracker(**options)
+
+
+def test_two_images_are_no_frame(engine, face):
+    with pytest.raises(ValueError, match="frame: expected one image, got 2"):
+        Tracker(engine).update([face, face])
+
+
+def test_smoothing_steadies_a_still_face_to_a_third(engine, face, random):
+    frames = [noisy(face, 6, random) for _ in range(60)]
+
+    def jitter(smoothing: float | None) -> float:
+        points = np.array([faces.points[0] for faces in track(Tracker(engine, smoothing=smoothing), frames)])
+        return np.linalg.norm(np.diff(points[15:], axis=0), axis=-1).mean()
+
+    assert jitter(1.0) < jitter(None) / 3
+    assert jitter(4.0) < jitter(1.0)
+
+
+@pytest.mark.parametrize("speed", [0.5, 2])
+def test_smoothed_points_lag_by_less_than_a_frame(engine, face, speed, random):
+    shifts = np.maximum(np.arange(30) - 10, 0) * speed
+    frames = [noisy(moved(face, x), 2, random) for x in shifts]
+    points = np.array([faces.points[0, :, 0].mean() for faces in track(Tracker(engine), frames)])
+    behind = shifts - (points - points[:10].mean())
+    assert behind[-8:].mean() < speed
+
+
+def test_filter_leaves_the_first_frame_and_weighs_by_scores(random):
+    still = random.uniform(0, 100, (3, 2))
+    smooth = OneEuroFilter()
+    scores = np.array([1, 0.5, 0.0])
+    np.testing.assert_array_equal(smooth(still, scores, 100, 0), still)
+    after = np.abs(smooth(still + 0.001, scores, 100, 1 / FPS) - still)[:, 0]
+    assert 0.001 > after[0] > after[1] > after[2] > 0
+
+
+def test_filter_counts_seconds_and_sizes_of_the_face(random):
+    """The same video at twice the size, or the same moment in two steps or one after a long pause."""
+    path = np.cumsum(random.normal(0, 1, (20, 5, 2)), axis=0)
+    scores = np.ones(5)
+    small, large = OneEuroFilter(), OneEuroFilter()
+    for index, points in enumerate(path):
+        a, b = small(points, scores, 50, index / FPS), large(2 * points, scores, 100, index / FPS)
+        np.testing.assert_allclose(2 * a, b)
+    np.testing.assert_allclose(small(path[-1] + 1, scores, 50, 1000), path[-1] + 1, atol=0.01)
+    assert np.isfinite(small(path[-1], scores, 50, 1000)).all()
+
+
+@pytest.mark.parametrize("side", [60.0, 96.0, 250.0])
+def test_upright_crop(random, side):
+    """What it cuts out is what the matrix says, also where it shrinks and beyond the border."""
+    y, x = np.mgrid[:300, :400].astype(np.float32)
+    centre, angle = random.uniform((150, 130), (250, 170)), random.uniform(-3, 3)
+    ramps = [upright_crop(ramp, centre, side, angle, 96) for ramp in (x, y)]
+    to_image = ramps[0][1]
+    v, u = np.mgrid[:96, :96]
+    expected = np.stack([u, v, np.ones_like(u)], axis=-1) @ to_image.T
+    inside = ((expected > 2) & (expected < (397, 297))).all(axis=-1)
+    np.testing.assert_allclose(np.stack([r for r, _ in ramps], -1)[inside], expected[inside], atol=0.1)
+    np.testing.assert_allclose(to_image @ (47.5, 47.5, 1), centre)
+    np.testing.assert_allclose(np.linalg.norm(to_image[:, 0]), side / 96)
+
+
+def test_upright_crop_without_a_turn_is_crop(face):
+    crop, _ = upright_crop(face, np.array([143.5, 131.5]), 96, 0.0, 96, gray=True)
+    gray = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
+    np.testing.assert_array_equal(crop, gray[84:180, 96:192])
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "visible"), [("cap13_edit2", [range(765)]), ("short_hamilton_clip", [range(20), range(82, 211)])]
+)
+def test_faces_of_real_clips_are_held(engine, data, name, visible):
+    """Frames with a face that is not in profile, as a person saw them (see benchmarks/video.py)."""
+    with VideoReader(data / "video" / f"{name}.mp4") as frames:
+        found = list(Tracker(engine).run(frames))
+    for span in visible:
+        held = [found[index] for index in span if len(found[index])]
+        assert len(held) >= 0.98 * len(span)
+        assert len({faces.ids[0] for faces in held}) == 1

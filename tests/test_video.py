@@ -1,0 +1,343 @@
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from lgcn_fast import Tracker, cli_video, video
+from lgcn_fast.cli import main
+from lgcn_fast.images import read_image
+from lgcn_fast.video import CODECS, LinesWriter, VideoReader, VideoWriter, newest
+
+FPS = 25.0
+
+
+@pytest.fixture
+def pictures(demo_picture) -> list[np.ndarray]:
+    """Twelve frames (240, 320, 3) of the demo's face, which moves to the right."""
+    face = cv2.resize(read_image(demo_picture, color=True), (240, 240), interpolation=cv2.INTER_AREA)
+    return [cv2.copyMakeBorder(face, 0, 0, 20 + i, 60 - i, cv2.BORDER_REPLICATE) for i in range(12)]
+
+
+@pytest.fixture
+def clip(tmp_path, pictures) -> Path:
+    return write(tmp_path / "clip.avi", pictures)
+
+
+def write(path: Path, pictures: list[np.ndarray]) -> Path:
+    with VideoWriter(path, FPS) as writer:
+        for picture in pictures:
+            writer.write(picture)
+    return path
+
+
+def cut(path: Path, share: float) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    return path
+
+
+class Camera:
+    """What stands in for `cv2.VideoCapture`: gives some pictures, then nothing."""
+
+    def __init__(self, pictures: list[np.ndarray], pause: float = 0.0) -> None:
+        self.pictures, self.pause, self.released = iter(pictures), pause, False
+
+    def isOpened(self) -> bool:
+        return True
+
+    def get(self, _: int) -> float:
+        return 0.0
+
+    def read(self) -> tuple[bool, np.ndarray | None]:
+        assert not self.released
+        time.sleep(self.pause)
+        picture = next(self.pictures, None)
+        return picture is not None, picture
+
+    def release(self) -> None:
+        self.released = True
+
+
+def put_in_place(monkeypatch, camera: Camera) -> None:
+    capture = cv2.VideoCapture
+    monkeypatch.setattr(
+        video.cv2, "VideoCapture", lambda source: camera if isinstance(source, int) else capture(source)
+    )
+
+
+@pytest.mark.parametrize("suffix", CODECS)
+def test_what_is_written_can_be_read(tmp_path, pictures, suffix):
+    path = write(tmp_path / "new" / f"clip{suffix}", pictures)
+    with VideoReader(path) as reader:
+        assert reader.fps == FPS
+        assert not reader.live
+        frames = list(reader)
+    assert len(frames) == len(pictures)
+    np.testing.assert_allclose([frame.time for frame in frames], np.arange(12) / FPS, atol=2e-3)
+    for frame, picture in zip(frames, pictures, strict=True):
+        assert frame.image.shape == picture.shape
+        assert np.abs(frame.image.astype(float) - picture).mean() < 6  # RGB, not BGR
+
+
+def test_odd_sizes(tmp_path, pictures):
+    path = write(tmp_path / "clip.mp4", [picture[:239, :317] for picture in pictures])
+    with VideoReader(path) as reader:
+        frames = list(reader)
+    assert len(frames) == len(pictures)
+    assert all(abs(frame.image.shape[0] - 239) <= 1 and abs(frame.image.shape[1] - 317) <= 1 for frame in frames)
+
+
+def test_live_frames_keep_pace(tmp_path, pictures):
+    """A second at five frames/s and a burst: as long as it was."""
+    with VideoWriter(tmp_path / "clip.mp4", FPS) as writer:
+        for moment in (7.0, 7.2, 7.4, 7.401, 7.402, 7.6, 7.8, 8.0):
+            writer.write(pictures[0], moment)
+        assert writer.written == 26
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.mp4", None, "missing.mp4: expected a video file, got nothing there"),
+        (".", None, "expected a video file, got a directory"),
+        ("text.mp4", b"no video", "text.mp4: expected a video, got another file"),
+    ],
+)
+def test_bad_sources(tmp_path, name, content, message, capfd):
+    if content:
+        (tmp_path / name).write_bytes(content)
+    assert main(["video", str(tmp_path / name)]) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_output_needs_a_known_suffix(tmp_path, clip, capsys):
+    assert main(["video", str(clip), "--out", str(tmp_path / "out.gif")]) == 2
+    assert "out.gif: expected a file name that ends in .mp4" in capsys.readouterr().err
+
+
+def test_video(tmp_path, clip, capsys):
+    out, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
+    assert main(["video", str(clip), "--out", str(out), "--json", str(lines), "--style", "boxes", "points"]) == 0
+    printed = capsys.readouterr().out
+    assert "12 frames in" in printed
+    assert "latency: median" in printed
+    assert "12 frames, mp4v" in printed or "12 frames, avc1" in printed
+    with VideoReader(out) as reader:
+        assert reader.fps == FPS
+        assert len(list(reader)) == 12
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [record["frame"] for record in records] == list(range(12))
+    np.testing.assert_allclose([record["time"] for record in records], np.arange(12) / FPS, atol=1e-3)
+    assert all(record["size"] == [320, 240] and record["latency_ms"] > 0 for record in records)
+    for index, record in enumerate(records):
+        (face,) = record["faces"]
+        assert face["id"] == 0
+        assert face["tracked"] == (index > 0)
+        assert np.shape(face["points"]) == (68, 2)
+        assert np.shape(face["scores"]) == (68,)
+        assert np.shape(face["box"]) == (4,)
+        assert 0.5 < face["confidence"] < 1
+    with VideoReader(clip) as reader:
+        expected = list(Tracker().run(reader))
+    np.testing.assert_allclose(
+        [record["faces"][0]["points"] for record in records], [faces.points[0] for faces in expected], atol=0.02
+    )
+
+
+def test_file_that_ends_in_the_middle(tmp_path, clip, capfd):
+    cut(clip, 0.6)
+    out, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
+    assert main(["video", str(clip), "--out", str(out), "--json", str(lines)]) == 2
+    assert "clip.avi: expected 12 frames, got " in capfd.readouterr().err
+    count = len(lines.read_text().splitlines())
+    assert 4 < count < 12
+    with VideoReader(out) as reader:
+        assert len(list(reader)) == count
+
+
+def test_ctrl_c_leaves_finished_files(tmp_path, clip, monkeypatch, capsys):
+    class Interrupted(Tracker):
+        def update(self, frame, time=None):
+            if time > 4.5 / FPS:
+                raise KeyboardInterrupt
+            return super().update(frame, time)
+
+    monkeypatch.setattr(cli_video, "Tracker", Interrupted)
+    out, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
+    assert main(["video", str(clip), "--out", str(out), "--json", str(lines)]) == 130
+    assert "5 frames in" in capsys.readouterr().out
+    assert len(lines.read_text().splitlines()) == 5
+    with VideoReader(out) as reader:
+        assert len(list(reader)) == 5
+
+
+def test_output_must_not_be_the_input(clip, capsys):
+    before = clip.read_bytes()
+    for option in ("--out", "--json"):
+        assert main(["video", str(clip), option, str(clip)]) == 2
+        assert f"{option}: expected another file than the input" in capsys.readouterr().err
+    assert clip.read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a display")
+def test_show_without_a_display(clip, monkeypatch, capsys):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    assert main(["video", str(clip), "--show"]) == 2
+    assert "--show: expected a display, got no $DISPLAY" in capsys.readouterr().err
+
+
+def test_disk_that_gets_full(tmp_path, clip, monkeypatch, capsys):
+    """Writing stops while there is room for the file's index."""
+    usage, free = namedtuple("Usage", "free"), iter([1 << 40, 1 << 40, 1 << 20])
+    monkeypatch.setattr(video, "CHECK_EVERY", 4)
+    monkeypatch.setattr(video.shutil, "disk_usage", lambda path: usage(next(free)))
+    out, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
+    assert main(["video", str(clip), "--out", str(out), "--json", str(lines)]) == 2
+    captured = capsys.readouterr()
+    assert "No space left on device, less than 16 MB free after 8 frames: " in captured.err
+    assert "frames in" in captured.out
+    with VideoReader(out) as reader:
+        assert len(list(reader)) == 8
+
+
+@pytest.fixture
+def largest_file():
+    """Set the largest size of a file, bytes: beyond it writes fail as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_video_that_could_not_be_finished_is_an_error(tmp_path, pictures, largest_file):
+    """OpenCV says nothing."""
+    writer = VideoWriter(tmp_path / "out.mp4", FPS)
+    largest_file(10_000)
+    for picture in pictures:
+        writer.write(picture)
+    with pytest.raises(OSError, match=r"out\.mp4: expected 12 frames in the finished file, got 0"):
+        writer.close()
+
+
+def test_lines_are_whole_where_the_disk_is_full(tmp_path, largest_file):
+    with LinesWriter(tmp_path / "out.jsonl") as lines:
+        lines.write({"frame": 0})
+        largest_file(20)
+        with pytest.raises(OSError, match=r"out\.jsonl"):
+            lines.write({"frame": 1})
+    assert (tmp_path / "out.jsonl").read_text() == '{"frame": 0}\n'
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_numbers_on_a_full_disk(clip, capsys):
+    assert main(["video", str(clip), "--json", "/dev/full"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_folder_that_cannot_be_written_to(tmp_path, clip, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["video", str(clip), "--out", str(tmp_path / "file" / "out.mp4")]) == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_frames_that_change_size(tmp_path, pictures, monkeypatch, capsys):
+    """The numbers are those of each frame's own pixels; the video keeps the size of its first frame."""
+    tall = [cv2.resize(picture, (120, 180))[:, :, ::-1] for picture in pictures[:5]]
+    put_in_place(monkeypatch, Camera([picture[:, :, ::-1] for picture in pictures[:5]] + tall, pause=0.03))
+    monkeypatch.setattr(cli_video, "newest", lambda frames: iter_and_close(frames))
+    out, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
+    assert main(["webcam", "--no-show", "--out", str(out), "--json", str(lines)]) == 2  # it is gone in the end
+    assert "camera 0: expected another frame after 10, got none" in capsys.readouterr().err
+    sizes = [json.loads(line)["size"] for line in lines.read_text().splitlines()]
+    assert sizes == [[320, 240]] * 5 + [[120, 180]] * 5
+    with VideoReader(out) as reader:
+        images = [frame.image for frame in reader]
+    assert {image.shape for image in images} == {(240, 320, 3)}
+    assert images[-1][:, :70].max() < 30  # black beside the picture
+    assert images[-1][:, 100:220].mean() > 30
+
+
+def iter_and_close(frames):
+    """A generator, which `newest` is, that drops nothing."""
+    yield from frames
+
+
+def test_camera_that_disappears(tmp_path, pictures, monkeypatch, capsys):
+    camera = Camera([picture[:, :, ::-1] for picture in pictures], pause=0.02)
+    put_in_place(monkeypatch, camera)
+    out = tmp_path / "out.mp4"
+    assert main(["webcam", "--index", "3", "--no-show", "--out", str(out)]) == 2
+    assert "camera 3: expected another frame after 12, got none: it is gone" in capsys.readouterr().err
+    assert camera.released
+    with VideoReader(out) as reader:
+        assert len(list(reader)) > 0
+
+
+def test_camera_that_is_not_there(capfd):
+    assert main(["webcam", "--index", "97", "--no-show"]) == 2
+    assert "camera 97: expected a video, got nothing there" in capfd.readouterr().err
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("newest")]
+
+
+def test_newest_frame_wins():
+    """A consumer ten times slower than the camera: it gets late frames, not old ones."""
+    produced = []
+
+    def camera():
+        for index in range(60):
+            time.sleep(0.005)
+            produced.append(index)
+            yield index
+
+    taken, behind = [], []
+    for index in newest(camera()):
+        behind.append(produced[-1] - index)
+        taken.append(index)
+        time.sleep(0.05)
+    assert taken == sorted(set(taken))
+    assert taken[-1] == 59
+    assert len(taken) < 20
+    assert np.median(behind) <= 1
+    assert not readers()
+
+
+def test_newest_hands_on_what_the_source_raises():
+    def camera():
+        yield 1
+        raise OSError("unplugged")
+
+    taken = []
+    with pytest.raises(OSError, match="unplugged"):
+        taken.extend(taken.append(frame) for frame in newest(camera()))
+    assert taken[:1] == [1]
+    assert not readers()
+
+
+def test_newest_stops_its_thread_when_left_early():
+    ended = []
+
+    def camera():
+        try:
+            while True:
+                time.sleep(0.002)
+                yield 0
+        finally:
+            ended.append(True)
+
+    frames = newest(source := camera())
+    assert next(frames) == 0
+    assert len(readers()) == 1
+    frames.close()
+    assert not readers()
+    source.close()
+    assert ended
