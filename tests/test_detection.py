@@ -99,6 +99,12 @@ def test_odd_photos_have_no_faces(shape, kind, random):
     assert len(faces) == len(faces.boxes) == 0
 
 
+def test_finer_steps_find_the_face_too(face, points):
+    faces = detect(face, step=2**0.5)
+    assert len(faces) == 1
+    assert distance(faces.points[0], points) < 0.01
+
+
 def test_a_turned_photo_is_no_error(face):
     assert len(detect(np.rot90(face))) <= 1
 
@@ -133,6 +139,8 @@ def test_bad_input_is_named(face):
         detect(np.stack([face, face]))
     with pytest.raises(ValueError, match="min_face: expected a positive number of pixels, got 0"):
         detect(face, min_face=0)
+    with pytest.raises(ValueError, match=r"step: expected a factor from 1.05 to 2.2, got 3"):
+        detect(face, step=3)
     with pytest.raises(ValueError, match="image: expected uint8 or floating point, got int64"):
         detect(face.astype(np.int64))
     other = LGCN(LGCNConfig.nano(filters=8, num_landmarks=5))
