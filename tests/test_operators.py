@@ -91,12 +91,13 @@ def test_no_product_of_taps_is_subnormal(size, sigmas):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_native_bf16_is_no_worse_than_twice_torch_in_bf16(instructions, size, sigmas, shape, random):
-    x = torch.from_numpy(random.normal(size=shape)).float()
+    # Of a map of one pixel many: one may be exact by luck.
+    batch = shape[0] * max(500 // (shape[2] * shape[3]), 1)
+    x = torch.from_numpy(random.normal(size=(batch, *shape[1:]))).float()
     exact = gaussian_sum(x.double(), size, sigmas)
     torchs = (gaussian_sum_banded(x.bfloat16(), size, sigmas).double() - exact).abs().mean()
     ours = torch.from_numpy(lgcn_fast_kernels.gaussian_sum(x.numpy(), size, sigmas, instructions=instructions))
-    # (A map of one pixel may be exact by luck: one rounding is allowed in any case.)
-    assert (ours.double() - exact).abs().mean() <= 2 * torchs + 2**-9 * exact.abs().mean()
+    assert (ours.double() - exact).abs().mean() <= 2 * torchs
 
 
 def test_bf16_needs_fewer_lines():
