@@ -52,6 +52,7 @@ def runtimes(model: LGCN, images: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def _compiled(model: LGCN, images: Tensor) -> dict[str, Callable[[], object]]:
+    torch.compiler.reset()  # it gives up after a few models
     compiled = torch.compile(_Output(model).to(memory_format=torch.channels_last))
 
     def bf16() -> Tensor:

@@ -13,8 +13,11 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from .checkpoints import load_model
 from .cli_training import add_command
 from .drawing import STYLES, draw, write_text
+from .engine import Engine, engine_device
+from .shipped import default_model
 from .tracking import TrackedFaces, Tracker
 from .video import Frame, LinesWriter, VideoReader, VideoWriter, newest
 
@@ -46,6 +49,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detect-every", type=int, default=60, metavar="FRAMES", help="to look for new faces")
     parser.add_argument("--min-face", type=float, metavar="PIXELS", help="default: 15 %% of the frame's shorter side")
     parser.add_argument("--smoothing", type=float, default=1.0, help="0: off")
+    parser.add_argument("--threads", type=int, default=1, help="of the network; OpenCV has others to decode and encode")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
 
 
@@ -70,13 +74,13 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
         The exit code: 0, or 130 after Ctrl-C.
     """
     _check_options(options)
+    model = load_model(options.model or default_model(engine_device(options.device).type))
     tracker = Tracker(
-        options.model,
+        Engine(model, options.device, num_threads=options.threads),
         options.detect_every,
         options.min_face,
         smoothing=options.smoothing,
         shape=options.shape,
-        device=options.device,
     )
     latencies, start, code = array("d"), time.perf_counter(), 0
     try:
