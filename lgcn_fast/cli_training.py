@@ -14,7 +14,7 @@ from .recipes import RECIPES
 from .shape import ShapeModel
 from .training import Trainer, TrainingOptions
 
-NETWORKS = ("nano", "16", "32", "64", "128")
+NETWORKS = ("nano", "nano-96", "16", "32", "64", "128")
 
 
 def add_command(commands, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -46,7 +46,9 @@ def add_train(commands) -> None:
     parser = add_command(commands, _run_train, text)
     parser.add_argument("cache", type=Path, help="file from `lgcn-fast prepare`")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--network", choices=NETWORKS, default="nano", help="nano, or the number of filters")
+    parser.add_argument(
+        "--network", choices=NETWORKS, default="nano", help="nano (with 64 filters, or 96), or the number of filters"
+    )
     parser.add_argument("--recipe", choices=RECIPES, default="fast")
     parser.add_argument("--init", type=Path, help="weights to start from instead of random ones")
     parser.add_argument("--epochs", type=int, help="default: what fits the time budget, or the recipe's number")
@@ -88,6 +90,8 @@ def _network(name: str, num_landmarks: int, in_channels: int, loss: str) -> LGCN
     common = {"num_landmarks": num_landmarks, "in_channels": in_channels, "loss": loss}
     if name == "nano":
         return LGCNConfig.nano(**common)
+    if name == "nano-96":
+        return LGCNConfig.nano(filters=96, **common)
     return LGCNConfig(filters=int(name), side_channels=num_landmarks, **common)
 
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from lgcn_fast import cli, predict
+from lgcn_fast import cli, cli_training, predict
 from lgcn_fast.checkpoints import load_card
 from lgcn_fast.cli import main
 from lgcn_fast.datasets import read_csv
@@ -169,3 +169,9 @@ def test_bench_needs_a_checkout_and_says_what_failed(tmp_path, monkeypatch, caps
     (tmp_path / "broken.py").write_text("raise SystemExit(1)")
     assert main(["bench", "--benchmarks", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "broken.py: failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "filters", "stride"), [("nano", 64, 2), ("nano-96", 96, 2), ("16", 16, 1)])
+def test_networks_by_name(name, filters, stride):
+    config = cli_training._network(name, 5, 3, "squared_error")
+    assert (config.filters, config.stride, config.num_landmarks, config.in_channels) == (filters, stride, 5, 3)
