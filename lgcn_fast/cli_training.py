@@ -47,7 +47,7 @@ def add_train(commands) -> None:
     parser.add_argument("cache", type=Path, help="file from `lgcn-fast prepare`")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument(
-        "--network", choices=NETWORKS, default="nano", help="nano (with 64 filters, or 96), or the number of filters"
+        "--network", choices=NETWORKS, default="nano", help="the light network (64 filters, or 96), or a number"
     )
     parser.add_argument("--recipe", choices=RECIPES, default="fast")
     parser.add_argument("--init", type=Path, help="weights to start from instead of random ones")
