@@ -5,6 +5,8 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -208,29 +210,31 @@ def test_disk_that_gets_full(tmp_path, clip, monkeypatch, capsys):
         assert len(list(reader)) == 8
 
 
-@pytest.fixture
-def largest_file():
-    """Set the largest size of a file, bytes: beyond it writes fail as on a full disk."""
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writes beyond so many bytes of a file fail as on a full disk. (pytest's own, into a log, must not.)"""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_video_that_could_not_be_finished_is_an_error(tmp_path, pictures, largest_file):
+def test_video_that_could_not_be_finished_is_an_error(tmp_path, pictures):
     """OpenCV says nothing."""
     writer = VideoWriter(tmp_path / "out.mp4", FPS)
-    largest_file(10_000)
-    for picture in pictures:
-        writer.write(picture)
-    with pytest.raises(OSError, match=r"out\.mp4: expected 12 frames in the finished file, got 0"):
-        writer.close()
+    with largest_file(10_000):
+        for picture in pictures:
+            writer.write(picture)
+        with pytest.raises(OSError, match=r"out\.mp4: expected 12 frames in the finished file, got 0"):
+            writer.close()
 
 
-def test_lines_are_whole_where_the_disk_is_full(tmp_path, largest_file):
+def test_lines_are_whole_where_the_disk_is_full(tmp_path):
     with LinesWriter(tmp_path / "out.jsonl") as lines:
         lines.write({"frame": 0})
-        largest_file(20)
-        with pytest.raises(OSError, match=r"out\.jsonl"):
+        with largest_file(20), pytest.raises(OSError, match=r"out\.jsonl"):
             lines.write({"frame": 1})
     assert (tmp_path / "out.jsonl").read_text() == '{"frame": 0}\n'
 
