@@ -22,6 +22,7 @@ def add_detect(commands) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and faces.json")
     parser.add_argument("--heatmap", action="store_true", help="draw the combined heatmap beside each photo, too")
     parser.add_argument("--model", help="name (see `lgcn-fast models`) or weights; default: as for predict")
+    parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     add_detection_options(parser)
 
@@ -37,7 +38,9 @@ def _run_detect(options: argparse.Namespace) -> int:
     for path in options.files:
         try:
             photo = read_image(path, color=True)
-            faces = detect(photo, options.min_face, options.min_confidence, options.model, device=options.device)
+            faces = detect(
+                photo, options.min_face, options.min_confidence, options.model, None, options.shape, options.device
+            )
         except ValueError as error:
             # The other files are not at fault.
             message = str(error) if str(path) in str(error) else f"{path}: {error}"
@@ -63,9 +66,9 @@ def as_json(faces: Faces) -> list[dict]:
     return [
         {
             "confidence": round(float(confidence), 4),
-            "box": box.round(2).tolist(),
-            "points": points.round(3).tolist(),
-            "scores": scores.round(4).tolist(),
+            "box": box.astype(float).round(2).tolist(),
+            "points": points.astype(float).round(3).tolist(),
+            "scores": scores.astype(float).round(4).tolist(),
         }
         for confidence, box, points, scores in columns
     ]
