@@ -21,7 +21,7 @@ from .fitting import Fit
 from .images import BOX_ENLARGEMENT, face_box, from_crop, square_box
 from .landmarks import SCHEMES
 from .model import LGCN
-from .prediction import engine_for, network_input, one_image, shape_for
+from .prediction import CHUNK, engine_for, network_input, one_image, shape_for
 from .shape import ShapeModel
 
 SIZES = (0.72, 1.1)
@@ -54,8 +54,6 @@ TILE, TILE_BORDER = 256, 48
 """Largest side of what a tile is to answer for, and what it sees around it. Overlapping costs as much as it saves."""
 TILES = 32
 """Tiles that go through the network at once."""
-CHUNK = 64
-"""Hypotheses that are fitted at once."""
 
 
 @dataclass(frozen=True)

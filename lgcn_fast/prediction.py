@@ -21,8 +21,8 @@ from .model import LGCN
 from .shape import ShapeModel
 from .shipped import default_model
 
-CHUNK = 32
-"""Crops that go through the network at once."""
+CHUNK = 64
+"""Crops that go through the network at once: on a GPU the largest batch that is recorded."""
 MAX_SIDE = 16384
 """Largest side of a face box, pixels."""
 
