@@ -13,7 +13,7 @@ import numpy as np
 
 from . import checkpoints
 from .checkpoints import load_card
-from .cli_photos import add_detect, add_detection_options, free_name, run_multiface
+from .cli_photos import add_detect, add_detection_options, free_name, report_failure, run_multiface
 from .cli_training import add_command, add_fit_shape, add_prepare, add_train
 from .cli_video import add_video, add_webcam
 from .datasets import read_faces
@@ -87,9 +87,7 @@ def _run_predict(options: argparse.Namespace) -> int:
                 image, boxes, options.model, options.fit, options.shape, options.device, ensemble=options.ensemble
             )
         except ValueError as error:
-            # The other files are not at fault.
-            message = str(error) if str(path) in str(error) else f"{path}: {error}"
-            print(f"lgcn-fast predict: {message}", file=sys.stderr)
+            report_failure("predict", path, error)
             continue
         picture = free_name(path.stem, "landmarks", {entry["picture"] for entry in found.values()})
         _write_picture(options.out / picture, image, result.points)

@@ -42,9 +42,7 @@ def _run_detect(options: argparse.Namespace) -> int:
                 photo, options.min_face, options.min_confidence, options.model, None, options.shape, options.device
             )
         except ValueError as error:
-            # The other files are not at fault.
-            message = str(error) if str(path) in str(error) else f"{path}: {error}"
-            print(f"lgcn-fast detect: {message}", file=sys.stderr)
+            report_failure("detect", path, error)
             continue
         picture = free_name(path.stem, "faces", {entry["picture"] for entry in found.values()})
         write_image(options.out / picture, draw(photo, faces.points))
@@ -58,6 +56,12 @@ def _run_detect(options: argparse.Namespace) -> int:
         count = sum(len(entry["faces"]) for entry in found.values())
         print(f"{options.out / 'faces.json'}: {count} faces in {len(found)} of {len(options.files)} photos")
     return 0 if len(found) == len(set(map(str, options.files))) else 2
+
+
+def report_failure(command: str, path: Path, error: ValueError) -> None:
+    """Say what is wrong with a file, on standard error: the other files are not at fault."""
+    message = str(error) if str(path) in str(error) else f"{path}: {error}"
+    print(f"lgcn-fast {command}: {message}", file=sys.stderr)
 
 
 def as_json(faces: Faces) -> list[dict]:

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .checkpoints import load_model
+from .cli_photos import as_json
 from .cli_training import add_command
 from .drawing import STYLES, draw, write_text
 from .engine import Engine, engine_device
@@ -128,22 +129,13 @@ def _check_options(options: argparse.Namespace) -> None:
 def _record(index: int, frame: Frame, faces: TrackedFaces) -> dict:
     """A line of JSON."""
     height, width = frame.image.shape[:2]
-    columns = zip(
-        faces.ids.tolist(),
-        faces.tracked.tolist(),
-        faces.confidence.astype(float).round(4).tolist(),
-        faces.boxes.astype(float).round(2).tolist(),
-        faces.points.astype(float).round(3).tolist(),
-        faces.scores.astype(float).round(4).tolist(),
-        strict=True,
-    )
-    names = ("id", "tracked", "confidence", "box", "points", "scores")
+    columns = zip(faces.ids.tolist(), faces.tracked.tolist(), as_json(faces), strict=True)
     return {
         "frame": index,
         "time": round(frame.time, 6),
         "size": [width, height],
         "latency_ms": round(1e3 * faces.latency, 3),
-        "faces": [dict(zip(names, values, strict=True)) for values in columns],
+        "faces": [{"id": identity, "tracked": tracked, **face} for identity, tracked, face in columns],
     }
 
 

@@ -87,8 +87,6 @@ class CudaNetwork:
 class CudaEngine:
     """What `Engine` runs on a GPU."""
 
-    backend = "cuda"
-
     def __init__(
         self, network: FoldedNetwork, device: torch.device, dtype: torch.dtype, fitter: type = CudaFitter
     ) -> None:

@@ -21,7 +21,7 @@ from .fitting import Fit
 from .images import BOX_ENLARGEMENT, face_box, from_crop, square_box
 from .landmarks import SCHEMES
 from .model import LGCN
-from .prediction import CHUNK, engine_for, network_input, one_image, shape_for
+from .prediction import CHUNK, as_network_input, engine_for, network_input, one_image, shape_for
 from .shape import ShapeModel
 
 SIZES = (0.72, 1.1)
@@ -194,8 +194,6 @@ def _levels(photo: np.ndarray, engine: Engine, min_face: float, step: float) -> 
     """The photo as (C, H, W) in falling sizes, with a border; the scale of each."""
     if engine.config.in_channels == 1 and photo.ndim == 3:
         photo = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
-    elif engine.config.in_channels == 3 and photo.ndim == 2:
-        photo = cv2.cvtColor(photo, cv2.COLOR_GRAY2RGB)
     nominal = engine.config.input_size
     height, width = photo.shape[:2]
     scale = min(SMALLEST * nominal / min_face, LARGEST_ENLARGEMENT)
@@ -203,7 +201,7 @@ def _levels(photo: np.ndarray, engine: Engine, min_face: float, step: float) -> 
         size = max(round(width * scale), 1), max(round(height * scale), 1)
         level = cv2.resize(photo, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
         level = cv2.copyMakeBorder(level, BORDER, BORDER, BORDER, BORDER, cv2.BORDER_REPLICATE)
-        yield scale, level[None] if level.ndim == 2 else level.transpose(2, 0, 1)
+        yield scale, as_network_input(level, engine.config.in_channels).numpy()
         scale /= step
 
 

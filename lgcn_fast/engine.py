@@ -19,8 +19,6 @@ GPU_PACKAGES = ("triton", "cupy")
 class _Backend(Protocol):
     """What an engine needs of a device: images (B, C, H, W) to heatmaps or points, as documented in `Engine`."""
 
-    backend: str
-
     def heatmaps(self, images: Tensor) -> Tensor: ...
 
     def maxima(self, images: Tensor, to_host: bool) -> tuple[Array, Array]: ...
@@ -66,7 +64,11 @@ class Engine:
 
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
             self._backend = CudaEngine(network, self.device, dtype)
-        self.backend = self._backend.backend
+
+    @property
+    def backend(self) -> str:
+        """What runs, "cpu" or "cuda"."""
+        return self.device.type
 
     def __repr__(self) -> str:
         network = f"{self.config.filters} filters, {self.config.num_landmarks} landmarks"

@@ -38,8 +38,6 @@ def native_network(network: FoldedNetwork, instructions: str) -> lgcn_fast_kerne
 class NativeEngine:
     """What `Engine` runs on a CPU."""
 
-    backend = "cpu"
-
     def __init__(self, network: FoldedNetwork, precision: str, num_threads: int) -> None:
         self._config = network.config
         self._network = native_network(network, INSTRUCTIONS[precision])

@@ -180,7 +180,7 @@ def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int) 
 
 
 def as_network_input(face: np.ndarray, channels: int) -> Tensor:
-    """A crop (S, S), gray, or (S, S, 3) as (channels, S, S); with one channel it must be gray."""
+    """An image (H, W), gray, or (H, W, 3) as (channels, H, W); with one channel it must be gray."""
     if channels == 1:
         return torch.from_numpy(face)[None]
     face = face if face.ndim == 3 else np.repeat(face[..., None], 3, axis=2)
