@@ -13,7 +13,7 @@ import numpy as np
 
 from . import checkpoints
 from .checkpoints import load_card
-from .cli_photos import add_detect, add_detection_options, free_name, report_failure, run_multiface
+from .cli_photos import add_detect, add_detection_options, add_model_options, free_name, report_failure, run_multiface
 from .cli_training import add_command, add_fit_shape, add_prepare, add_train
 from .cli_video import add_video, add_webcam
 from .datasets import read_faces
@@ -63,15 +63,12 @@ def _add_predict(commands) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and numbers")
     parser.add_argument("--format", choices=["json", "csv"], default="json", help="of the numbers")
-    _add_model_options(parser)
+    _add_prediction_options(parser)
     parser.add_argument("--fit", action=argparse.BooleanOptionalAction, default=True, help="the shape fit")
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", help="name (see `lgcn-fast models`) or weights; default: the best, on a CPU in real time"
-    )
-    parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
+def _add_prediction_options(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
     parser.add_argument("--ensemble", type=int, default=1, metavar="N", help="see each face N times and average")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
 
@@ -152,8 +149,7 @@ def _run_models(options: argparse.Namespace) -> int:
 
 def _add_export(commands) -> None:
     parser = add_command(commands, _run_export, "Write a network for ONNX Runtime or torch.export, and check the file.")
-    parser.add_argument("--model", help="name (see `lgcn-fast models`) or weights; default: the best in real time")
-    parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
+    add_model_options(parser)
     parser.add_argument("--format", choices=FORMATS, default="onnx")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
 
@@ -170,7 +166,7 @@ def _add_evaluate(commands) -> None:
     parser = add_command(commands, _run_evaluate, "Errors of a model on labelled faces: numbers, curve, pictures.")
     parser.add_argument("faces", type=Path, nargs="+", help="folder with .pts files, or a .csv file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
-    _add_model_options(parser)
+    _add_prediction_options(parser)
     parser.add_argument("--multiface", action="store_true", help="score detect on folders with a faces.json")
     add_detection_options(parser)
     parser.add_argument("--normalisation", choices=["inter-ocular", "face-size"], default="inter-ocular")

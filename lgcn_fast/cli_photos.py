@@ -21,10 +21,17 @@ def add_detect(commands) -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and faces.json")
     parser.add_argument("--heatmap", action="store_true", help="draw the combined heatmap beside each photo, too")
-    parser.add_argument("--model", help="name (see `lgcn-fast models`) or weights; default: as for predict")
-    parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
+    add_model_options(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     add_detection_options(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which network and which shape model: of every command that uses trained ones."""
+    parser.add_argument(
+        "--model", help="name (see `lgcn-fast models`) or weights; default: the best, on a CPU in real time"
+    )
+    parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
 
 
 def add_detection_options(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .checkpoints import load_model
-from .cli_photos import as_json
+from .cli_photos import add_model_options, as_json
 from .cli_training import add_command
 from .drawing import STYLES, draw, write_text
 from .engine import Engine, engine_device
@@ -45,8 +45,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="write the pictures: .mp4, .mov, .webm, .mkv or .avi")
     parser.add_argument("--json", type=Path, help="write the numbers, a line of JSON for each frame")
     parser.add_argument("--style", nargs="+", choices=STYLES, default=["lines", "points"], help="what to draw")
-    parser.add_argument("--model", help="name (see `lgcn-fast models`) or weights; default: the best in real time")
-    parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
+    add_model_options(parser)
     parser.add_argument("--detect-every", type=int, default=60, metavar="FRAMES", help="to look for new faces")
     parser.add_argument("--min-face", type=float, metavar="PIXELS", help="default: 15 %% of the frame's shorter side")
     parser.add_argument("--smoothing", type=float, default=1.0, help="0: off")
