@@ -1,5 +1,6 @@
 """The network of section 3.2, as plain PyTorch."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -126,6 +127,30 @@ class LGCN(nn.Module):
         context = F.avg_pool2d(pad_to_grid(blurred, step), step) if step > 1 else blurred
         refined = F.pixel_shuffle(self.refine(self.global_subnet(context)), step)[..., :height, :width]
         return Heatmaps(local, local + refined)
+
+
+@torch.no_grad()
+def widened(model: LGCN, filters: int) -> LGCN:
+    """A network with more filters that computes the same as a trained one, and has room to learn more.
+
+    The added filters are random and nothing listens to them: what leads from them to the old ones is zero. Its gradient
+    is not, so that they are of use after a step.
+
+    Args:
+        filters: at least as many as `model` has.
+
+    Raises:
+        ValueError: fewer.
+    """
+    if filters < model.config.filters:
+        raise ValueError(f"filters: expected at least {model.config.filters}, got {filters}")
+    wide = LGCN(replace(model.config, filters=filters))
+    trained = model.state_dict()
+    for name, tensor in wide.state_dict().items():
+        kept = tuple(map(slice, trained[name].shape))
+        tensor[kept[:1]] = 0 if tensor.ndim > 1 else tensor[kept[:1]]
+        tensor[kept] = trained[name]
+    return wide.train(model.training)
 
 
 def check_images(images: Tensor, channels: int) -> None:

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from .evaluation import landmark_errors
 from .heatmaps import to_heatmap
 from .images import to_crop
 from .losses import lgcn_loss
-from .model import LGCN, checked_device
+from .model import LGCN, checked_device, widened
 from .operators import gaussian_sum_banded
 from .peaks import peak_centroids
 from .recipes import Recipe
@@ -48,7 +48,7 @@ class TrainingOptions:
     epochs: int | None = None
     """Length of the schedule. None: what fits `time_budget`, or the recipe's number."""
     init: Path | None = None
-    """Weights of a trained model to start from; None: random ones."""
+    """Weights of a trained model to start from, of a narrower one too; None: random ones."""
     seed: int = 0
     shares: dict[str, float] = field(default_factory=dict)
     """Share of a set (as named in the cache) that an epoch draws, where it is not all."""
@@ -75,10 +75,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.model = LGCN(options.config)
         if options.init:
-            start = load_model(options.init)
-            if start.config != options.config:
-                raise ValueError(f"{options.init}: expected weights of {options.config}, got {start.config}")
-            self.model.load_state_dict(start.state_dict())
+            self.model.load_state_dict(initial_model(options).state_dict())
         self.model.kernel_convolution.operator = gaussian_sum_banded
         self.model.to(self.device, memory_format=torch.channels_last)
         self.averaged = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True)
@@ -300,6 +297,20 @@ class Trainer:
             len(self.cache),
         )
         return json.dumps(values)
+
+
+def initial_model(options: TrainingOptions) -> LGCN:
+    """The trained network that a run starts from, widened to its filters.
+
+    Raises:
+        ValueError: the weights of another kind of network, or of one with more filters.
+    """
+    model = load_model(options.init)
+    config = replace(model.config, filters=options.config.filters)
+    if config != options.config or model.config.filters > config.filters:
+        expected = f"{options.config}, or of fewer filters"
+        raise ValueError(f"{options.init}: expected weights of {expected}, got {model.config}")
+    return widened(model, config.filters)
 
 
 def check_cache(cache: CropCache, options: TrainingOptions) -> None:

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from lgcn_fast import LGCN, LGCNConfig
+from lgcn_fast.model import widened
 from lgcn_fast.operators import gaussian_sum, gaussian_sum_banded
 
 SMALL = {"filters": 4, "num_landmarks": 3, "side_channels": 2, "local_kernels": (5, 3), "global_layers": 2}
@@ -115,6 +118,27 @@ def test_train_and_eval_mode():
     assert not torch.equal(model(images).output, model(images).output)  # dropout
     model.eval()
     assert torch.equal(model(images).output, model(images).output)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_widened_networks_compute_the_same_and_learn_with_all_filters(name):
+    model = randomised(CONFIGS[name]).double()
+    wide = widened(model, 7).double()
+    images = torch.rand(2, model.config.in_channels, 16, 18) * 255
+    torch.testing.assert_close(wide(images), model(images))
+    assert wide.config == replace(model.config, filters=7)
+    wide.train()  # batch normalisation keeps the random filters from being silent
+    optimiser = torch.optim.SGD(wide.parameters(), lr=1e-3)
+    before = {name: p.clone() for name, p in wide.named_parameters()}
+    for _ in range(2):
+        optimiser.zero_grad()
+        wide(images).output.square().sum().backward()
+        optimiser.step()
+    for name, parameter in wide.named_parameters():
+        if parameter.ndim > 1 and parameter.shape[1] == 7:
+            assert (parameter - before[name]).abs().amax((0, 2, 3)).min() > 0, name
+    with pytest.raises(ValueError, match="filters: expected at least 4, got 3"):
+        widened(model, 3)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 96, 96), (1, 96, 96), (0, 1, 96, 96), (1, 1, 0, 5)])

@@ -125,8 +125,11 @@ def test_starts_from_given_weights(cache, tmp_path):
     second = Trainer(cache, tmp_path / "second", replace(OPTIONS, init=weights))
     assert 100 * second.validate() == pytest.approx(first.best, abs=0.1)
     assert second.card()["init"] == str(weights)
-    with pytest.raises(ValueError, match=r"best\.safetensors: expected weights of .*filters=16"):
-        Trainer(cache, tmp_path / "third", replace(OPTIONS, init=weights, config=replace(CONFIG, filters=16)))
+    wide = Trainer(cache, tmp_path / "wide", replace(OPTIONS, init=weights, config=replace(CONFIG, filters=12)))
+    assert 100 * wide.validate() == pytest.approx(first.best, abs=0.1)
+    for changes in ({"filters": 4}, {"filters": 12, "global_layers": 2}):
+        with pytest.raises(ValueError, match=r"best\.safetensors: expected weights of .*, or of fewer filters, got"):
+            Trainer(cache, tmp_path / "other", replace(OPTIONS, init=weights, config=replace(CONFIG, **changes)))
 
 
 def test_cross_entropy_trains(cache, tmp_path):
