@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import LGCNConfig
-from .model import LGCN
+from .model import LGCN, widened
 
 FORMAT = "lgcn_fast-1"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -106,6 +107,44 @@ def load_model(model: Path | str) -> LGCN:
     batches = {name: t for name, t in network.state_dict().items() if name.endswith("num_batches_tracked")}
     network.load_state_dict({name: t.to(torch.float32) for name, t in tensors.items()} | batches, strict=True)
     return network.eval()
+
+
+def load_start(model: Path | str, config: LGCNConfig) -> LGCN:
+    """Read a trained model to go on from in training, widened where it has fewer filters than asked for.
+
+    Args:
+        model: the name of a model in the package, or a path.
+
+    Raises:
+        ValueError: as `load_model`; or weights of another kind of network, or of one with more filters.
+    """
+    start = load_model(model)
+    if replace(start.config, filters=config.filters) != config or start.config.filters > config.filters:
+        raise ValueError(f"{model}: expected weights of {config}, or of fewer filters, got {start.config}")
+    return widened(start, config.filters)
+
+
+def load_teacher(model: Path | str, student: LGCNConfig) -> LGCN:
+    """Read a trained model for another one to learn its heatmaps from.
+
+    Args:
+        model: the name of a model in the package, or a path.
+
+    Raises:
+        ValueError: as `load_model`; or a model of other landmarks or colours, with heatmaps coarser than the student's
+            or that do not divide into them, or with outputs that are no "squared_error" heatmaps.
+    """
+    teacher = load_model(model)
+    for name in ("num_landmarks", "in_channels"):
+        expected, got = getattr(student, name), getattr(teacher.config, name)
+        if expected != got:
+            raise ValueError(f"{model}: {name}: expected the student's {expected}, got {got}")
+    if student.stride % teacher.config.stride:
+        expected = f"a divisor of the student's {student.stride}"
+        raise ValueError(f"{model}: stride: expected {expected}, got {teacher.config.stride}")
+    if (losses := {student.loss, teacher.config.loss}) != {"squared_error"}:
+        raise ValueError(f"{model}: loss: expected 'squared_error' for teacher and student, got {sorted(losses)}")
+    return teacher
 
 
 def load_card(model: Path | str) -> dict[str, Any]:

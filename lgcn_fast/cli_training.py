@@ -50,7 +50,8 @@ def add_train(commands) -> None:
         "--network", choices=NETWORKS, default="nano", help="the light network (64 filters, or 96), or a number"
     )
     parser.add_argument("--recipe", choices=RECIPES, default="fast")
-    parser.add_argument("--init", type=Path, help="weights to start from instead of random ones")
+    parser.add_argument("--init", type=Path, help="weights to start from instead of random ones, of fewer filters too")
+    parser.add_argument("--teacher", type=Path, help="weights of a better model, to learn from its heatmaps as well")
     parser.add_argument("--epochs", type=int, help="default: what fits the time budget, or the recipe's number")
     parser.add_argument("--time-budget", type=float, metavar="MINUTES", help="stop this call in time, to be taken up")
     parser.add_argument(
@@ -75,6 +76,7 @@ def _run_train(options: argparse.Namespace) -> int:
         recipe=RECIPES[options.recipe],
         epochs=options.epochs,
         init=options.init,
+        teacher=options.teacher,
         seed=options.seed,
         shares=dict(options.share),
         device=options.device,

@@ -8,6 +8,9 @@ from .config import LGCNConfig
 from .heatmaps import blurred_ground_truth, loss_weights, to_heatmap
 from .model import Heatmaps
 
+SEEN = 0.1
+"""Least maximum of the heatmap of a landmark that a network sees; the maximum of the labels' is 1."""
+
 
 def lgcn_loss(heatmaps: Heatmaps, points: Tensor, config: LGCNConfig) -> Tensor:
     """Loss of a batch: local and final heatmaps against the labels, both weighted by Eq. 3.
@@ -28,6 +31,23 @@ def lgcn_loss(heatmaps: Heatmaps, points: Tensor, config: LGCNConfig) -> Tensor:
     weights = loss_weights(points, height, width)
     distance = squared_error if config.loss == "squared_error" else cross_entropy
     return (distance(heatmaps.local, target, weights) + distance(heatmaps.output, target, weights)).mean()
+
+
+def distillation_loss(heatmaps: Heatmaps, taught: Tensor) -> Tensor:
+    """Loss of a batch against the heatmaps of another network in place of labels: Eq. 4 with them for K * G.
+
+    V of Eq. 3, whether a landmark is visible, is whether the other network sees it.
+
+    Args:
+        heatmaps: the network's output, (B, N, H, W) each.
+        taught: (B, N, H, W), the other network's.
+
+    Returns:
+        () float32, the mean over the batch.
+    """
+    visible = (taught.amax((2, 3)) >= SEEN).float()
+    weights = visible + 0.1 + 0.5 * visible.mean(-1, keepdim=True)
+    return (squared_error(heatmaps.local, taught, weights) + squared_error(heatmaps.output, taught, weights)).mean()
 
 
 def squared_error(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -21,15 +22,16 @@ from tqdm import tqdm
 
 from .augmentation import Augmentation
 from .batches import AugmentedCrops, EpochBatches
-from .checkpoints import load_model, load_tensors, save_model, save_tensors
+from .checkpoints import load_start, load_teacher, load_tensors, save_model, save_tensors
 from .config import LGCNConfig
 from .crops import CropCache
 from .datasets import is_validation
 from .evaluation import landmark_errors
 from .heatmaps import to_heatmap
 from .images import to_crop
-from .losses import lgcn_loss
-from .model import LGCN, checked_device, widened
+from .landmarks import SCHEMES
+from .losses import distillation_loss, lgcn_loss
+from .model import LGCN, checked_device
 from .operators import gaussian_sum_banded
 from .peaks import peak_centroids
 from .recipes import Recipe
@@ -49,6 +51,8 @@ class TrainingOptions:
     """Length of the schedule. None: what fits `time_budget`, or the recipe's number."""
     init: Path | None = None
     """Weights of a trained model to start from, of a narrower one too; None: random ones."""
+    teacher: Path | None = None
+    """Weights of a better model: half of the loss is against its heatmaps, the other half against the labels."""
     seed: int = 0
     shares: dict[str, float] = field(default_factory=dict)
     """Share of a set (as named in the cache) that an epoch draws, where it is not all."""
@@ -75,16 +79,22 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.model = LGCN(options.config)
         if options.init:
-            self.model.load_state_dict(initial_model(options).state_dict())
+            self.model.load_state_dict(load_start(options.init, options.config).state_dict())
         self.model.kernel_convolution.operator = gaussian_sum_banded
         self.model.to(self.device, memory_format=torch.channels_last)
+        self.teacher = None
+        if options.teacher:
+            self.teacher = load_teacher(options.teacher, options.config).to(self.device)
+            self.teacher.kernel_convolution.operator = gaussian_sum_banded
         self.averaged = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True)
         self.optimiser = options.recipe.optimiser(self.model)
         validation = np.array([is_validation(group) for group in cache.groups])
         shares = np.array([options.shares.get(name, 1.0) for name in cache.sets])
-        self.validation = np.flatnonzero(validation & (shares > 0) & ~np.isnan(cache.points).all((1, 2)))
+        labelled = ~np.isnan(cache.points).all((1, 2))
+        self.validation = np.flatnonzero(validation & (shares > 0) & labelled)
         self.validation_shares = shares[self.validation]
         self.chosen = np.flatnonzero(~validation & (shares > 0))
+        check_faces(int(labelled[self.chosen].sum()), len(self.validation))
         recipe = options.recipe
         self.batches = EpochBatches(self.chosen, shares[self.chosen], recipe.batch_size, options.seed, recipe.repeats)
         crops = AugmentedCrops(cache, recipe.augmentation, options.config.input_size, options.seed)
@@ -163,6 +173,8 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
             heatmaps = self.model(images)
         loss = lgcn_loss(heatmaps, points, self.options.config)
+        if self.teacher:
+            loss = (loss + distillation_loss(heatmaps, self._taught(images))) / 2
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         if recipe.clip_value:
@@ -175,6 +187,13 @@ class Trainer:
         if not np.isfinite(losses[-1]):
             raise FloatingPointError(f"loss: expected a finite number, got {losses[-1]} in step {step}")
         return rate
+
+    @torch.no_grad()
+    def _taught(self, images: Tensor) -> Tensor:
+        """The teacher's heatmaps, in the resolution of the network's."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+            heatmaps = self.teacher(images).output
+        return F.avg_pool2d(heatmaps.float(), self.options.config.stride // self.teacher.config.stride)
 
     @torch.no_grad()
     def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
@@ -210,6 +229,7 @@ class Trainer:
             "epochs": self.epochs,
             "epoch": self.epoch,
             "init": str(self.options.init) if self.options.init else None,
+            "teacher": str(self.options.teacher) if self.options.teacher else None,
             "seed": self.options.seed,
             "data": counts,
             "shares": self.options.shares,
@@ -291,6 +311,7 @@ class Trainer:
             asdict(options.config),
             asdict(options.recipe),
             str(options.init),
+            str(options.teacher),
             options.seed,
             options.shares,
             options.amp,
@@ -299,25 +320,16 @@ class Trainer:
         return json.dumps(values)
 
 
-def initial_model(options: TrainingOptions) -> LGCN:
-    """The trained network that a run starts from, widened to its filters.
-
-    Raises:
-        ValueError: the weights of another kind of network, or of one with more filters.
-    """
-    model = load_model(options.init)
-    config = replace(model.config, filters=options.config.filters)
-    if config != options.config or model.config.filters > config.filters:
-        expected = f"{options.config}, or of fewer filters"
-        raise ValueError(f"{options.init}: expected weights of {expected}, got {model.config}")
-    return widened(model, config.filters)
-
-
 def check_cache(cache: CropCache, options: TrainingOptions) -> None:
     """Raise ValueError where a crop cache does not fit the options."""
     config = options.config
     if cache.num_landmarks != config.num_landmarks:
         raise ValueError(f"num_landmarks: expected the cache's {cache.num_landmarks}, got {config.num_landmarks}")
+    if cache.num_landmarks not in SCHEMES:
+        known = " or ".join(map(str, sorted(SCHEMES)))
+        raise ValueError(
+            f"num_landmarks: expected {known}, or an entry in `landmarks.SCHEMES`, got {cache.num_landmarks}"
+        )
     if cache.channels != config.in_channels:
         raise ValueError(f"in_channels: expected the cache's {cache.channels}, got {config.in_channels}")
     unknown = options.shares.keys() - set(cache.sets.tolist())
@@ -326,6 +338,13 @@ def check_cache(cache: CropCache, options: TrainingOptions) -> None:
         raise ValueError(f"shares: expected numbers in 0..1 for sets among {known}, got {options.shares}")
     if options.epochs is not None and options.epochs < 1:
         raise ValueError(f"epochs: expected at least 1, got {options.epochs}")
+
+
+def check_faces(training: int, validation: int) -> None:
+    """Raise ValueError where there is nothing to learn from, or nothing to measure with."""
+    if not training or not validation:
+        expected = "labelled faces to train on and others, a tenth by the hash of their names, to validate with"
+        raise ValueError(f"cache: expected {expected}, got {training} and {validation}")
 
 
 def commit() -> str | None:

@@ -5,7 +5,7 @@ import torch
 
 from lgcn_fast import Heatmaps, LGCNConfig
 from lgcn_fast.heatmaps import blurred_ground_truth
-from lgcn_fast.losses import cross_entropy, lgcn_loss, probabilities, squared_error
+from lgcn_fast.losses import cross_entropy, distillation_loss, lgcn_loss, probabilities, squared_error
 
 NAN = float("nan")
 
@@ -32,6 +32,23 @@ def test_loss_of_perfect_heatmaps_is_zero(random):
     points = torch.from_numpy(random.uniform(0, 40, (2, 2, 3, 2))).float()
     target = blurred_ground_truth(points, 41, 43)
     assert lgcn_loss(Heatmaps(target, target), points, config) == 0
+
+
+def test_distillation_loss_by_hand():
+    # The teacher sees the first landmark and not the second, so V = (1, 0) and w = (1 + 0.1 + 0.25, 0.1 + 0.25).
+    taught = torch.tensor([[[[0.1, 0.0]], [[0.09, 0.0]]]])
+    local = torch.tensor([[[[0.3, 0.0]], [[0.09, 0.0]]]])
+    output = torch.tensor([[[[0.1, 0.4]], [[0.09, 1.0]]]])
+    expected = 0.05 * (1.35 * (0.2**2 + 0.4**2) + 0.35 * 1)
+    assert distillation_loss(Heatmaps(local, output), taught).item() == pytest.approx(expected)
+
+
+def test_distillation_from_the_labels_heatmaps_is_the_loss_on_labels(random):
+    config = LGCNConfig(num_landmarks=3)
+    points = torch.from_numpy(random.uniform(5, 30, (2, 1, 3, 2))).float()
+    heatmaps = Heatmaps(*torch.from_numpy(random.normal(size=(2, 2, 3, 41, 43))).float())
+    expected = lgcn_loss(heatmaps, points, config)
+    torch.testing.assert_close(distillation_loss(heatmaps, blurred_ground_truth(points, 41, 43)), expected)
 
 
 def test_gradient_is_that_of_the_formula(random):

@@ -1,15 +1,18 @@
 import csv
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from networks import randomised
 
-from lgcn_fast import LGCNConfig, load_model
+from lgcn_fast import LGCN, LGCNConfig, load_model
 from lgcn_fast.augmentation import Augmentation
 from lgcn_fast.batches import EpochBatches
-from lgcn_fast.checkpoints import load_tensors
+from lgcn_fast.checkpoints import load_tensors, save_model
 from lgcn_fast.crops import CropCache
+from lgcn_fast.losses import distillation_loss, lgcn_loss
 from lgcn_fast.recipes import RECIPES
 from lgcn_fast.training import Trainer, TrainingOptions
 
@@ -132,6 +135,37 @@ def test_starts_from_given_weights(cache, tmp_path):
             Trainer(cache, tmp_path / "other", replace(OPTIONS, init=weights, config=replace(CONFIG, **changes)))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_half_of_the_loss_is_against_the_teachers_heatmaps(cache, tmp_path, stride):
+    teacher = randomised(replace(CONFIG, filters=12, stride=stride))
+    save_model(tmp_path / "teacher.safetensors", teacher, {})
+    config = replace(CONFIG, dropout=0.0)
+    trainer = Trainer(cache, tmp_path, replace(OPTIONS, config=config, teacher=tmp_path / "teacher.safetensors"))
+    images, points = next(iter(trainer.loader))
+    with torch.no_grad():
+        taught = load_model(tmp_path / "teacher.safetensors")(images).output
+        heatmaps = deepcopy(trainer.model)(images)
+    if stride == 1:
+        taught = (taught[..., ::2, ::2] + taught[..., 1::2, ::2] + taught[..., ::2, 1::2] + taught[..., 1::2, 1::2]) / 4
+    losses = []
+    trainer._step(images, points, 0, losses)
+    expected = (lgcn_loss(heatmaps, points, config) + distillation_loss(heatmaps, taught)) / 2
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-4)
+    assert trainer.card()["teacher"] == str(tmp_path / "teacher.safetensors")
+
+
+def test_teachers_that_do_not_fit_are_named(cache, tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    for changes, message in (
+        ({"loss": "cross_entropy"}, r"loss: expected 'squared_error' for teacher and student, got \['cross_entropy'"),
+        ({"stride": 4}, "stride: expected a divisor of the student's 2, got 4"),
+        ({"num_landmarks": 68}, "num_landmarks: expected the student's 15, got 68"),
+    ):
+        save_model(path, LGCN(replace(CONFIG, **changes)), {})
+        with pytest.raises(ValueError, match=r"teacher\.safetensors: " + message):
+            Trainer(cache, tmp_path, replace(OPTIONS, teacher=path))
+
+
 def test_cross_entropy_trains(cache, tmp_path):
     config = replace(CONFIG, loss="cross_entropy")
     trainer = Trainer(cache, tmp_path, replace(OPTIONS, config=config))
@@ -152,6 +186,17 @@ def test_cross_entropy_trains(cache, tmp_path):
 def test_options_that_do_not_fit_are_named(cache, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         Trainer(cache, tmp_path, replace(OPTIONS, **changes))
+
+
+def test_caches_without_enough_faces_are_named(cache, tmp_path):
+    validation = Trainer(cache, tmp_path / "run", OPTIONS).validation
+    unlabelled = replace(cache, points=cache.points.copy())
+    unlabelled.points[validation] = np.nan
+    with pytest.raises(ValueError, match=r"cache: expected labelled faces to train on and others, .*, got 5\d and 0"):
+        Trainer(unlabelled, tmp_path, OPTIONS)
+    few = replace(cache, points=cache.points[:, :5])
+    with pytest.raises(ValueError, match=r"num_landmarks: expected 15 or 68, or an entry in .*, got 5"):
+        Trainer(few, tmp_path, replace(OPTIONS, config=replace(CONFIG, num_landmarks=5)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
