@@ -53,8 +53,9 @@ def network(name: str, config: LGCNConfig | None, rates: dict[str, float]) -> di
 
 
 def main() -> dict:
-    rates = {"fp32": matrix_rate(torch.float32), "bf16": matrix_rate(torch.bfloat16)}
-    print(f"matrix products: {rates['fp32']:.0f} GFLOP/s in fp32, {rates['bf16']:.0f} in bf16")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    rates = {precision: matrix_rate(dtypes[precision]) for precision in INSTRUCTIONS}
+    print("matrix products: " + ", ".join(f"{rate:.0f} GFLOP/s in {precision}" for precision, rate in rates.items()))
     return {"matrix_gflops": rates} | {name: network(name, config, rates) for name, config in CONFIGS.items()}
 
 

@@ -1,7 +1,7 @@
 """The same network in other runtimes, where they are installed: torch.compile, ONNX Runtime, OpenVINO.
 
 They get the kernel convolution as matrix products, which makes them several times faster than the grouped convolution;
-ONNX Runtime and OpenVINO the folded network, as `lgcn-fast export` writes it.
+ONNX Runtime and OpenVINO the folded network, as `lgcn-fast export` writes it. bf16 is for processors that have it.
 """
 
 import importlib.util
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lgcn_fast import LGCN
 from lgcn_fast.export import SIZES, traced, write_onnx
+from lgcn_fast.native import INSTRUCTIONS
 from lgcn_fast.operators import banded_product
 
 
@@ -59,7 +60,8 @@ def _compiled(model: LGCN, images: Tensor) -> dict[str, Callable[[], object]]:
         with torch.autocast("cpu", torch.bfloat16):
             return compiled(images)
 
-    return {"torch.compile, fp32": lambda: compiled(images), "torch.compile, bf16": bf16}
+    functions = {"torch.compile, fp32": lambda: compiled(images)}
+    return functions | ({"torch.compile, bf16": bf16} if "bf16" in INSTRUCTIONS else {})
 
 
 def _onnx_runtime(path: Path, images: Tensor) -> dict[str, Callable[[], object]]:
@@ -78,8 +80,9 @@ def _openvino(path: Path, images: Tensor) -> dict[str, Callable[[], object]]:
     import openvino
 
     functions = {}
-    for precision, hint in (("fp32", "f32"), ("bf16", "bf16")):
-        options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+    hints = {"fp32": "f32", "bf16": "bf16"}
+    for precision in INSTRUCTIONS:
+        options = {"INFERENCE_PRECISION_HINT": hints[precision], "PERFORMANCE_HINT": "LATENCY"}
         options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
         network = openvino.Core().read_model(path)
         network.reshape(list(images.shape))

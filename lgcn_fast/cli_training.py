@@ -12,7 +12,8 @@ from .crops import read_cache, training_shapes, write_cache
 from .datasets import read_background, read_faces, read_shapes
 from .recipes import RECIPES
 from .shape import ShapeModel
-from .training import Trainer, TrainingOptions
+from .training import Trainer
+from .training_options import TrainingOptions
 
 NETWORKS = ("nano", "nano-96", "16", "32", "64", "128")
 
@@ -65,7 +66,7 @@ def add_train(commands) -> None:
     parser.add_argument("--loss", choices=[name.replace("_", "-") for name in LOSSES], default="squared-error")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast; default: where it is fast")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches")
 
 

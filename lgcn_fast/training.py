@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,44 +23,21 @@ from tqdm import tqdm
 from .augmentation import Augmentation
 from .batches import AugmentedCrops, EpochBatches
 from .checkpoints import load_start, load_teacher, load_tensors, save_model, save_tensors
-from .config import LGCNConfig
 from .crops import CropCache
 from .datasets import is_validation
 from .evaluation import landmark_errors
 from .heatmaps import to_heatmap
 from .images import to_crop
-from .landmarks import SCHEMES
 from .losses import distillation_loss, lgcn_loss
 from .model import LGCN, checked_device
+from .native import INSTRUCTIONS
 from .operators import gaussian_sum_banded
 from .peaks import peak_centroids
-from .recipes import Recipe
 from .training_log import COLUMNS, draw_log, write_log
+from .training_options import TrainingOptions, check_cache, check_faces
 
 PLAN_STEPS = 24
 """Steps that are timed to find how many epochs fit a time budget; the first third does not count."""
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """What a training run is made of besides the crop cache; written into the weights' metadata."""
-
-    config: LGCNConfig
-    recipe: Recipe
-    epochs: int | None = None
-    """Length of the schedule. None: what fits `time_budget`, or the recipe's number."""
-    init: Path | None = None
-    """Weights of a trained model to start from, of a narrower one too; None: random ones."""
-    teacher: Path | None = None
-    """Weights of a better model: half of the loss is against its heatmaps, the other half against the labels."""
-    seed: int = 0
-    shares: dict[str, float] = field(default_factory=dict)
-    """Share of a set (as named in the cache) that an epoch draws, where it is not all."""
-    device: str = "cpu"
-    amp: bool = True
-    """bf16 autocast."""
-    workers: int = 0
-    """Processes that prepare batches; 0: none beside this one."""
 
 
 class Trainer:
@@ -76,6 +53,8 @@ class Trainer:
         self.cache, self.options, self.folder = cache, options, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = checked_device(options.device)
+        fast_in_bf16 = self.device.type == "cuda" or "bf16" in INSTRUCTIONS
+        self.amp = fast_in_bf16 if options.amp is None else options.amp
         torch.manual_seed(options.seed)
         self.model = LGCN(options.config)
         if options.init:
@@ -170,7 +149,7 @@ class Trainer:
             group["lr"] = rate
         images = images.to(self.device, non_blocking=True)
         points = points.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             heatmaps = self.model(images)
         loss = lgcn_loss(heatmaps, points, self.options.config)
         if self.teacher:
@@ -191,7 +170,7 @@ class Trainer:
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor:
         """The teacher's heatmaps, in the resolution of the network's."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             heatmaps = self.teacher(images).output
         return F.avg_pool2d(heatmaps.float(), self.options.config.stride // self.teacher.config.stride)
 
@@ -214,7 +193,7 @@ class Trainer:
         errors = []
         for indices in np.array_split(self.validation, -(-len(self.validation) // 32)):
             images, points = zip(*(crops[0, int(index)] for index in indices), strict=True)
-            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 heatmaps = self.averaged.module(torch.stack(images).to(self.device)).output
             found, _ = peak_centroids(heatmaps.float().cpu().numpy())
             labelled = to_heatmap(torch.cat(points), self.options.config.stride).numpy()
@@ -238,6 +217,7 @@ class Trainer:
             "commit": self.commit,
             "command": " ".join(["lgcn-fast", *sys.argv[1:]]),
             "torch": torch.__version__,
+            "bf16": self.amp,
             "mean_shape": self._mean_shape().round(5).tolist(),
         }
 
@@ -318,33 +298,6 @@ class Trainer:
             len(self.cache),
         )
         return json.dumps(values)
-
-
-def check_cache(cache: CropCache, options: TrainingOptions) -> None:
-    """Raise ValueError where a crop cache does not fit the options."""
-    config = options.config
-    if cache.num_landmarks != config.num_landmarks:
-        raise ValueError(f"num_landmarks: expected the cache's {cache.num_landmarks}, got {config.num_landmarks}")
-    if cache.num_landmarks not in SCHEMES:
-        known = " or ".join(map(str, sorted(SCHEMES)))
-        raise ValueError(
-            f"num_landmarks: expected {known}, or an entry in `landmarks.SCHEMES`, got {cache.num_landmarks}"
-        )
-    if cache.channels != config.in_channels:
-        raise ValueError(f"in_channels: expected the cache's {cache.channels}, got {config.in_channels}")
-    unknown = options.shares.keys() - set(cache.sets.tolist())
-    if unknown or not all(0 <= share <= 1 for share in options.shares.values()):
-        known = ", ".join(sorted(set(cache.sets.tolist())))
-        raise ValueError(f"shares: expected numbers in 0..1 for sets among {known}, got {options.shares}")
-    if options.epochs is not None and options.epochs < 1:
-        raise ValueError(f"epochs: expected at least 1, got {options.epochs}")
-
-
-def check_faces(training: int, validation: int) -> None:
-    """Raise ValueError where there is nothing to learn from, or nothing to measure with."""
-    if not training or not validation:
-        expected = "labelled faces to train on and others, a tenth by the hash of their names, to validate with"
-        raise ValueError(f"cache: expected {expected}, got {training} and {validation}")
 
 
 def commit() -> str | None:

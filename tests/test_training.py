@@ -14,7 +14,8 @@ from lgcn_fast.checkpoints import load_tensors, save_model
 from lgcn_fast.crops import CropCache
 from lgcn_fast.losses import distillation_loss, lgcn_loss
 from lgcn_fast.recipes import RECIPES
-from lgcn_fast.training import Trainer, TrainingOptions
+from lgcn_fast.training import Trainer
+from lgcn_fast.training_options import TrainingOptions
 
 CONFIG = LGCNConfig.nano(filters=8, num_landmarks=15, local_kernels=(3, 3), global_layers=1, input_size=48, dropout=0.1)
 FAST = replace(RECIPES["fast"], batch_size=8, augmentation=Augmentation(), peak_rate=5e-3)
@@ -203,6 +204,16 @@ def test_caches_without_enough_faces_are_named(cache, tmp_path):
 def test_cuda_without_gpu_is_named(cache, tmp_path):
     with pytest.raises(ValueError, match=r"device: expected .* got 'cuda'"):
         Trainer(cache, tmp_path, replace(OPTIONS, device="cuda"))
+
+
+def test_bf16_is_used_where_it_is_fast(cache, tmp_path, monkeypatch):
+    for known, options, expected in (
+        ({"fp32": "avx2"}, {}, False),
+        ({"fp32": "avx512", "bf16": "amx_bf16"}, {}, True),
+        ({"fp32": "avx2"}, {"amp": True}, True),
+    ):
+        monkeypatch.setattr("lgcn_fast.training.INSTRUCTIONS", known)
+        assert Trainer(cache, tmp_path, replace(OPTIONS, **{"amp": None} | options)).amp is expected
 
 
 def test_a_folder_with_another_run_is_refused(cache, tmp_path):
