@@ -18,7 +18,7 @@ from .cli_photos import add_model_options, as_json
 from .cli_training import add_command
 from .drawing import STYLES, draw, write_text
 from .engine import Engine, engine_device
-from .shipped import default_model
+from .shipped import default_model, smallest_model
 from .tracking import TrackedFaces, Tracker
 from .video import Frame, LinesWriter, VideoReader, VideoWriter, newest
 
@@ -74,12 +74,14 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
         The exit code: 0, or 130 after Ctrl-C.
     """
     _check_options(options)
-    model = load_model(options.model or default_model(engine_device(options.device).type))
+    names = options.model or default_model(engine_device(options.device).type), options.model or smallest_model()
+    engine, finder = (Engine(load_model(name), options.device, num_threads=options.threads) for name in names)
     tracker = Tracker(
-        Engine(model, options.device, num_threads=options.threads),
+        engine,
         options.detect_every,
         options.min_face,
         smoothing=options.smoothing,
+        finder=finder,
         shape=options.shape,
     )
     latencies, start, code = array("d"), time.perf_counter(), 0

@@ -21,7 +21,7 @@ from .fitting import Fit
 from .images import BOX_ENLARGEMENT, face_box, from_crop, square_box
 from .landmarks import SCHEMES
 from .model import LGCN
-from .prediction import CHUNK, as_network_input, engine_for, network_input, one_image, shape_for
+from .prediction import CHUNK, as_network_input, engine_for, finder_for, network_input, one_image, shape_for
 from .shape import ShapeModel
 
 SIZES = (0.72, 1.1)
@@ -97,7 +97,7 @@ def detect(
             square.
         min_confidence: faces below it are dropped.
         model: finds the landmarks of each face, see `predict`.
-        finder: finds the faces; default: `model`.
+        finder: finds the faces; default: `model`, and where that is not given either, the smallest in the package.
         shape: the shape model, see `predict`.
         device: see `predict`.
         precision: see `predict`.
@@ -117,7 +117,7 @@ def detect(
     if not 1.05 <= step <= 2.2:
         raise ValueError(f"step: expected a factor from 1.05 to 2.2, got {step}")
     engine = engine_for(model, device, precision)
-    seeker = engine if finder is None else engine_for(finder, device, precision)
+    seeker = finder_for(finder, model, device, precision)
     count = engine.config.num_landmarks
     if seeker.config.num_landmarks != count:
         raise ValueError(f"finder: expected a model of {count} landmarks, got one of {seeker.config.num_landmarks}")

@@ -19,7 +19,7 @@ from .fitting import Array
 from .images import crop, from_crop, square_box
 from .model import LGCN
 from .shape import ShapeModel
-from .shipped import default_model
+from .shipped import default_model, smallest_model
 
 CHUNK = 64
 """Crops that go through the network at once: on a GPU the largest batch that is recorded."""
@@ -294,6 +294,14 @@ def engine_for(model: Engine | LGCN | Path | str | None, device: str, precision:
     if isinstance(model, LGCN):
         return _built(model, device, precision)
     return _loaded(weights_path(model or default_model(engine_device(device).type)), device, precision)
+
+
+def finder_for(
+    finder: Engine | LGCN | Path | str | None, model: Engine | LGCN | Path | str | None, device: str, precision: str
+) -> Engine:
+    """What looks for faces: `finder`, else `model`, else the smallest in the package."""
+    asked_for = model if finder is None else finder
+    return engine_for(smallest_model() if asked_for is None else asked_for, device, precision)
 
 
 @lru_cache(maxsize=8)

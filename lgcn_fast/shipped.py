@@ -64,6 +64,12 @@ def default_model(device: str) -> str:
     return best_model(models(), device).name
 
 
+@lru_cache
+def smallest_model() -> str:
+    """Name of the model in the package that takes the least work: good enough to look for faces with."""
+    return min(models(), key=lambda model: model.size).name
+
+
 def best_model(candidates: list[ShippedModel], device: str) -> ShippedModel:
     """The model with the least error; on a CPU among those above 30 faces/s, or the fastest where none is."""
     if device == "cpu":

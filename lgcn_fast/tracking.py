@@ -19,7 +19,7 @@ from .detection import Faces, confidence_of, detect, distinct, meet, overlap
 from .engine import Engine
 from .images import BOX_ENLARGEMENT, face_box, square_box, upright_crop
 from .model import LGCN
-from .prediction import as_network_input, engine_for, one_image, shape_for
+from .prediction import as_network_input, engine_for, finder_for, one_image, shape_for
 from .shape import ShapeModel
 from .smoothing import LEAST_STEP, OneEuroFilter
 
@@ -130,7 +130,7 @@ class Tracker:
             min_confidence: least confidence of a new face, see `Faces`.
             lost_below: a tracked face with less confidence is lost.
             smoothing: strength of the one-euro filter, see `OneEuroFilter`; None or 0: off.
-            finder: finds new faces, see `detect`; default: `model`. The smallest model will do.
+            finder: finds new faces, see `detect`.
             shape, device, precision: see `predict`.
 
         Raises:
@@ -146,7 +146,7 @@ class Tracker:
         if smoothing is not None and not smoothing >= 0:
             raise ValueError(f"smoothing: expected 0 or more, got {smoothing}")
         self.engine = engine_for(model, device, precision)
-        self._finder = self.engine if finder is None else engine_for(finder, device, precision)
+        self._finder = finder_for(finder, model, device, precision)
         self._shape = shape_for(shape, self.engine.config.num_landmarks)
         self._detect_every, self._min_face = detect_every, min_face
         self._min_confidence, self._lost_below = min_confidence, lost_below

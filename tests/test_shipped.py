@@ -7,7 +7,8 @@ import pytest
 
 from lgcn_fast import load_model, models, predict
 from lgcn_fast.checkpoints import WEIGHTS, model_names, weights_path
-from lgcn_fast.shipped import MEASURED, best_model
+from lgcn_fast.prediction import engine_for, finder_for
+from lgcn_fast.shipped import MEASURED, best_model, smallest_model
 
 
 def test_models_lists_what_lies_in_the_folder(package):
@@ -54,6 +55,15 @@ def test_the_default_is_the_best_that_is_fast_enough(family, cpu, cuda):
     assert best_model(candidates, "cpu").name == cpu
     assert best_model(candidates, "cuda").name == cuda
     assert best_model(candidates[::-1], "cpu").name == cpu
+
+
+def test_the_smallest_looks_for_faces(package):
+    assert smallest_model() == "lgcn-small"
+    small, big = (engine_for(name, "cpu", "fp32") for name in ("lgcn-small", "lgcn-big"))
+    assert finder_for(None, None, "cpu", "fp32") is small
+    assert finder_for(None, "lgcn-big", "cpu", "fp32") is big
+    assert finder_for("lgcn-small", "lgcn-big", "cpu", "fp32") is small
+    assert finder_for(None, big, "cpu", "fp32") is big
 
 
 def test_figures_are_those_of_the_weights():
