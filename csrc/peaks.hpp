@@ -12,6 +12,9 @@
 
 namespace lgcn {
 
+typedef std::int32_t LaneIndices __attribute__((vector_size(64)));
+typedef double WideLanes __attribute__((vector_size(128)));
+
 // Largest value of a row; NaN is never larger.
 LGCN_EVERY_SIMD inline float row_maximum(const float* row, std::int64_t width) {
     float largest = -std::numeric_limits<float>::infinity();
