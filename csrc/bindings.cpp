@@ -146,7 +146,8 @@ void blur(const Batch& batch, const lgcn::Taps& taps, const lgcn::Multiplier<T>&
         for (std::int64_t i = share.first; i < share.last; ++i) {
             const float* values = batch.map(i).data;
             for (std::int64_t y = 0; y < batch.height; ++y)
-                lgcn::detail::put_line(values + y * batch.width, batch.width, false, map + y * mine.row_stride());
+                lgcn::in_registers<lgcn::detail::PutLine>(multiplier.registers, values + y * batch.width, batch.width,
+                                                          false, map + y * mine.row_stride());
             mine(multiplier, map, out + i * batch.pixels());
         }
         multiplier.end();

@@ -17,28 +17,23 @@ namespace lgcn {
 namespace detail {
 
 // Results of a block of pixels, (rows, 16 panels): bias and ReLU; the border stays zero.
-template <int kPanels, typename T>
-[[gnu::always_inline]] inline void finish(const float* c, std::int64_t rows, const float* bias,
-                                          const std::uint8_t* inside, std::int64_t channels, T* out) {
-    Lanes offset[kPanels];
-    for (int j = 0; j < kPanels; ++j) offset[j] = load(bias + j * kPanel);
-    for (std::int64_t i = 0; i < rows; ++i)
-        for (int j = 0; j < kPanels; ++j) {
-            const Lanes sum = load(c + (i * kPanels + j) * kPanel) + offset[j];
-            put(out + i * channels + j * kPanel, sum > 0 && inside[i] ? sum : Lanes{});
-        }
-}
-
-#define LGCN_FINISH(name, panels, rows, type)                                                       \
-    LGCN_EVERY_SIMD inline void name(const float* c, const float* bias, const std::uint8_t* inside, \
-                                     std::int64_t channels, type* out) {                            \
-        finish<panels>(c, rows, bias, inside, channels, out);                                       \
+template <int kPanels>
+struct Finish {
+    template <typename Vector, typename T>
+    [[gnu::always_inline]] static void run(const float* c, std::int64_t rows, const float* bias,
+                                           const std::uint8_t* inside, std::int64_t channels, T* out) {
+        constexpr int kLanes = kLanesOf<Vector>, kVectors = kPanels * kPanel / kLanes;
+        Vector offset[kVectors];
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) offset[j] = load<Vector>(bias + j * kLanes);
+        for (std::int64_t i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j) {
+                const Vector sum = load<Vector>(c + (i * kVectors + j) * kLanes) + offset[j];
+                put(out + i * channels + j * kLanes, sum > 0 && inside[i] ? sum : Vector{});
+            }
     }
-LGCN_FINISH(finish_wide, 2, kWide, float)
-LGCN_FINISH(finish_wide, 2, kWide, Bf16)
-LGCN_FINISH(finish_tall, 1, kTall, float)
-LGCN_FINISH(finish_tall, 1, kTall, Bf16)
-#undef LGCN_FINISH
+};
 
 }  // namespace detail
 
@@ -91,10 +86,13 @@ public:
                 alignas(64) float c[kTall * kPanel];
                 (wide ? multiplier.wide : multiplier.tall)(product, c);
                 T* pixels = out + (grid.origin + p) * out_channels() + panel * kPanel;
+                const std::uint8_t* inside = grid.inside.data() + p;
                 if (wide)
-                    detail::finish_wide(c, bias, grid.inside.data() + p, out_channels(), pixels);
+                    in_registers<detail::Finish<2>>(multiplier.registers, c, step, bias, inside, out_channels(),
+                                                    pixels);
                 else
-                    detail::finish_tall(c, bias, grid.inside.data() + p, out_channels(), pixels);
+                    in_registers<detail::Finish<1>>(multiplier.registers, c, step, bias, inside, out_channels(),
+                                                    pixels);
             }
             panel += wide ? 2 : 1;
         }

@@ -46,49 +46,63 @@ struct Taps {
 namespace detail {
 
 // pairs[k] = row shifted by k to the left + row shifted by k to the right (k = 0: the row): all Gaussians need the same.
-LGCN_EVERY_SIMD inline void add_pairs(const float* row, std::int64_t radius, std::int64_t stride, float* pairs) {
-    for (std::int64_t x = 0; x < stride; x += kLaneCount) {
-        store(pairs + x, load(row + x));
-        for (std::int64_t k = 1; k <= radius; ++k) store(pairs + k * stride + x, load(row + x - k) + load(row + x + k));
+struct AddPairs {
+    template <typename Vector>
+    [[gnu::always_inline]] static void run(const float* row, std::int64_t radius, std::int64_t width,
+                                           std::int64_t stride, float* pairs) {
+        for (std::int64_t x = 0; x < width; x += kLanesOf<Vector>) {
+            store(pairs + x, load<Vector>(row + x));
+            for (std::int64_t k = 1; k <= radius; ++k)
+                store(pairs + k * stride + x, load<Vector>(row + x - k) + load<Vector>(row + x + k));
+        }
     }
-}
+};
 
 // Two or eight sums side by side, here and below, keep the arithmetic units busy while each waits for its last addition.
-LGCN_EVERY_SIMD inline void blur_along_x(const float* pairs, const float* taps, std::int64_t reach, std::int64_t stride,
-                                         float* out) {
-    for (std::int64_t x = 0; x < stride; x += kBlock) {
-        Lanes left = {}, right = {};
-        for (std::int64_t k = 0; k <= reach; ++k) {
-            left += taps[k] * load(pairs + k * stride + x);
-            right += taps[k] * load(pairs + k * stride + x + kLaneCount);
+struct BlurAlongX {
+    template <typename Vector>
+    [[gnu::always_inline]] static void run(const float* pairs, const float* taps, std::int64_t reach,
+                                           std::int64_t width, std::int64_t stride, float* out) {
+        constexpr std::int64_t kLanes = kLanesOf<Vector>;
+        for (std::int64_t x = 0; x < width; x += 2 * kLanes) {
+            Vector left = {}, right = {};
+            for (std::int64_t k = 0; k <= reach; ++k) {
+                left += taps[k] * load<Vector>(pairs + k * stride + x);
+                right += taps[k] * load<Vector>(pairs + k * stride + x + kLanes);
+            }
+            store(out + x, left);
+            store(out + x + kLanes, right);
         }
-        store(out + x, left);
-        store(out + x + kLaneCount, right);
     }
-}
+};
 
 // Adds kRows rows, blurred along y, to out.
-LGCN_EVERY_SIMD inline void blur_along_y(const float* rows, const float* taps, std::int64_t reach, std::int64_t stride,
-                                         float* out) {
-    for (std::int64_t x = 0; x < stride; x += kBlock) {
-        Lanes left[kRows], right[kRows];
-        for (std::int64_t r = 0; r < kRows; ++r) {
-            left[r] = load(out + r * stride + x);
-            right[r] = load(out + r * stride + x + kLaneCount);
-        }
-        for (std::int64_t j = -reach; j < reach + kRows; ++j) {
-            const Lanes row_left = load(rows + j * stride + x), row_right = load(rows + j * stride + x + kLaneCount);
+struct BlurAlongY {
+    template <typename Vector>
+    [[gnu::always_inline]] static void run(const float* rows, const float* taps, std::int64_t reach, std::int64_t width,
+                                           std::int64_t stride, float* out) {
+        constexpr std::int64_t kLanes = kLanesOf<Vector>;
+        for (std::int64_t x = 0; x < width; x += 2 * kLanes) {
+            Vector left[kRows], right[kRows];
             for (std::int64_t r = 0; r < kRows; ++r) {
-                left[r] += taps[j - r] * row_left;
-                right[r] += taps[j - r] * row_right;
+                left[r] = load<Vector>(out + r * stride + x);
+                right[r] = load<Vector>(out + r * stride + x + kLanes);
+            }
+            for (std::int64_t j = -reach; j < reach + kRows; ++j) {
+                const Vector row_left = load<Vector>(rows + j * stride + x);
+                const Vector row_right = load<Vector>(rows + j * stride + x + kLanes);
+                for (std::int64_t r = 0; r < kRows; ++r) {
+                    left[r] += taps[j - r] * row_left;
+                    right[r] += taps[j - r] * row_right;
+                }
+            }
+            for (std::int64_t r = 0; r < kRows; ++r) {
+                store(out + r * stride + x, left[r]);
+                store(out + r * stride + x + kLanes, right[r]);
             }
         }
-        for (std::int64_t r = 0; r < kRows; ++r) {
-            store(out + r * stride + x, left[r]);
-            store(out + r * stride + x + kLaneCount, right[r]);
-        }
     }
-}
+};
 
 }  // namespace detail
 
@@ -101,31 +115,32 @@ public:
           width_(width),
           stride_((width + kBlock - 1) / kBlock * kBlock),
           plane_((height + 2 * taps.radius + kRows) * stride_),
-          row_(static_cast<std::size_t>(stride_ + 2 * taps.radius)),
-          pairs_(static_cast<std::size_t>((taps.radius + 1) * stride_)),
+          row_(stride_ + 2 * taps.radius),
+          pairs_((taps.radius + 1) * stride_),
           // Rows above and below the map are never written: the zero padding along y.
-          blurred_(taps.reach.size() * static_cast<std::size_t>(plane_)),
-          sum_(static_cast<std::size_t>((height + kRows) * stride_)) {}
+          blurred_(static_cast<std::int64_t>(taps.reach.size()) * plane_),
+          sum_((height + kRows) * stride_) {}
 
     // What the caller needs to know of a map: elements from row to row, and in all.
     std::int64_t row_stride() const { return width_; }
     std::int64_t map_elements() const { return height_ * width_; }
 
-    void operator()(const Multiplier<float>&, const float* map, float* out) {
+    void operator()(const Multiplier<float>& multiplier, const float* map, float* out) {
         const std::int64_t radius = taps_.radius;
         const std::size_t width_bytes = static_cast<std::size_t>(width_) * sizeof(float);
         for (std::int64_t y = 0; y < height_; ++y) {
             std::memcpy(row_.data() + radius, map + y * width_, width_bytes);
-            detail::add_pairs(row_.data() + radius, radius, stride_, pairs_.data());
+            in_registers<detail::AddPairs>(multiplier.registers, row_.data() + radius, radius, width_, stride_,
+                                           pairs_.data());
             for (std::size_t s = 0; s < taps_.reach.size(); ++s)
-                detail::blur_along_x(pairs_.data(), taps_.centre_of(s), taps_.reach[s], stride_,
-                                     plane(s) + y * stride_);
+                in_registers<detail::BlurAlongX>(multiplier.registers, pairs_.data(), taps_.centre_of(s),
+                                                 taps_.reach[s], width_, stride_, plane(s) + y * stride_);
         }
-        std::fill(sum_.begin(), sum_.end(), 0.0f);
+        std::fill_n(sum_.data(), (height_ + kRows) * stride_, 0.0f);
         for (std::int64_t y = 0; y < height_; y += kRows)
             for (std::size_t s = 0; s < taps_.reach.size(); ++s)
-                detail::blur_along_y(plane(s) + y * stride_, taps_.centre_of(s), taps_.reach[s], stride_,
-                                     sum_.data() + y * stride_);
+                in_registers<detail::BlurAlongY>(multiplier.registers, plane(s) + y * stride_, taps_.centre_of(s),
+                                                 taps_.reach[s], width_, stride_, sum_.data() + y * stride_);
         for (std::int64_t y = 0; y < height_; ++y)
             std::memcpy(out + y * width_, sum_.data() + y * stride_, width_bytes);
     }
@@ -137,7 +152,7 @@ private:
 
     const Taps& taps_;
     std::int64_t height_, width_, stride_, plane_;
-    std::vector<float> row_, pairs_, blurred_, sum_;
+    Buffer<float> row_, pairs_, blurred_, sum_;
 };
 
 }  // namespace lgcn

@@ -11,12 +11,11 @@
 
 #include "simd.hpp"
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
+#ifdef LGCN_X86
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#define LGCN_X86 1
 #endif
 
 namespace lgcn {
@@ -73,15 +72,13 @@ struct Multiplier {
     using Element = T;
     void (*wide)(const Product<T>&, float* c);  // C (32, 32)
     void (*tall)(const Product<T>&, float* c);  // C (64, 16)
+    Registers registers = Registers::bits128;
     // Around all products of a thread.
     void (*begin)() = [] {};
     void (*end)() = [] {};
 };
 
 namespace detail {
-
-typedef float Lanes4 __attribute__((vector_size(16), aligned(4)));
-typedef float Lanes8 __attribute__((vector_size(32), aligned(4)));
 
 // As many sums as there are registers for: kRows rows of kColumns columns.
 template <typename Vector, int kRows, int kColumns>
@@ -115,7 +112,7 @@ template <typename Vector, int kRows, int kColumns>
 // Two panels one after the other, for processors with few registers.
 template <typename Vector, int kRows>
 [[gnu::always_inline]] inline void multiply_halves(const Product<float>& p, float* c) {
-    float part[kWide * kPanel];
+    alignas(64) float part[kWide * kPanel];
     for (std::int64_t j = 0; j < 2; ++j) {
         const Product<float> one{p.a, p.row_stride, p.b + j * p.panel_stride, 0, p.segments, p.count};
         multiply_fp32<Vector, kRows, kPanel>(one, kWide, part);
@@ -129,8 +126,6 @@ inline void tall_baseline(const Product<float>& p, float* c) { multiply_fp32<Lan
 
 #ifdef LGCN_X86
 
-#define LGCN_AVX2 __attribute__((target("arch=x86-64-v3")))
-#define LGCN_AVX512 __attribute__((target("arch=x86-64-v4")))
 #define LGCN_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define LGCN_AMX_BF16 __attribute__((target("avx512f,amx-tile,amx-bf16")))
 
@@ -275,8 +270,8 @@ inline bool find_multiplier(const std::string& name, Multiplier<float>& found) {
     found = {};
     if (name == "baseline") found = {detail::wide_baseline, detail::tall_baseline};
 #ifdef LGCN_X86
-    if (name == "avx512") found = {detail::wide_avx512, detail::tall_avx512};
-    if (name == "avx2") found = {detail::wide_avx2, detail::tall_avx2};
+    if (name == "avx512") found = {detail::wide_avx512, detail::tall_avx512, Registers::bits512};
+    if (name == "avx2") found = {detail::wide_avx2, detail::tall_avx2, Registers::bits256};
 #endif
     return found.wide != nullptr;
 }
@@ -286,8 +281,9 @@ inline bool find_multiplier(const std::string& name, Multiplier<Bf16>& found) {
     (void)name;
 #ifdef LGCN_X86
     if (name == "amx_bf16")
-        found = {detail::multiply_amx<2>, detail::multiply_amx<1>, detail::begin_amx, detail::end_amx};
-    if (name == "avx512_bf16") found = {detail::wide_avx512_bf16, detail::tall_avx512_bf16};
+        found = {detail::multiply_amx<2>, detail::multiply_amx<1>, Registers::bits512, detail::begin_amx,
+                 detail::end_amx};
+    if (name == "avx512_bf16") found = {detail::wide_avx512_bf16, detail::tall_avx512_bf16, Registers::bits512};
 #endif
     return found.wide != nullptr;
 }

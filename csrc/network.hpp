@@ -226,7 +226,8 @@ private:
                [&](std::int64_t map, std::int64_t y, std::int64_t x, const float* line, std::int64_t count) {
                    T* result = place(map) + y * mine.blur.row_stride() + x;
                    if (y < w.height)
-                       detail::put_line(line, std::min(count, w.width - x), map >= shape_.landmarks, result);
+                       in_registers<detail::PutLine>(multiplier_.registers, line, std::min(count, w.width - x),
+                                                     map >= shape_.landmarks, result);
                });
         // Few at a time, so that they are still in the cache when the context is made of them.
         for (std::int64_t first = maps.first; first < maps.last; first += kPanel) {

@@ -12,50 +12,71 @@
 
 namespace lgcn {
 
-// Largest value of a row; NaN is never larger.
-LGCN_EVERY_SIMD inline float row_maximum(const float* row, std::int64_t width) {
-    float largest = -std::numeric_limits<float>::infinity();
-    std::int64_t x = 0;
-    if (width >= kLaneCount) {
-        Lanes lanes = largest - Lanes{};
-        for (; x + kLaneCount <= width; x += kLaneCount) {
-            const Lanes values = load(row + x);
-            lanes = values > lanes ? values : lanes;
+namespace detail {
+
+struct RowMaximum {
+    template <typename Vector>
+    [[gnu::always_inline]] static float run(const float* row, std::int64_t width) {
+        constexpr std::int64_t kLanes = kLanesOf<Vector>;
+        float largest = -std::numeric_limits<float>::infinity();
+        std::int64_t x = 0;
+        if (width >= kLanes) {
+            Vector lanes = largest - Vector{};
+            for (; x + kLanes <= width; x += kLanes) {
+                const Vector values = load<Vector>(row + x);
+                lanes = values > lanes ? values : lanes;
+            }
+            for (std::int64_t lane = 0; lane < kLanes; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
         }
-        for (std::int64_t lane = 0; lane < kLaneCount; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
+        for (; x < width; ++x) largest = row[x] > largest ? row[x] : largest;
+        return largest;
     }
-    for (; x < width; ++x) largest = row[x] > largest ? row[x] : largest;
-    return largest;
+};
+
+struct FirstMaximum {
+    template <typename Vector>
+    [[gnu::always_inline]] static std::int64_t run(const float* values, std::int64_t count) {
+        using Indices = decltype(Vector{} > Vector{});
+        constexpr std::int64_t kLanes = kLanesOf<Vector>;
+        // Each lane keeps its own first maximum and the block it was in.
+        const float lowest = -std::numeric_limits<float>::infinity();
+        float largest = lowest;
+        Vector best = lowest - Vector{};
+        Indices best_block = {};
+        std::int32_t block = 0;
+        for (; (block + 1) * kLanes <= count; ++block) {
+            const Vector candidates = load<Vector>(values + block * kLanes);
+            const Indices larger = candidates > best;
+            best = larger ? candidates : best;
+            best_block = larger ? block - Indices{} : best_block;
+        }
+        std::int64_t index = 0;
+        for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+            const std::int64_t its_index = best_block[lane] * kLanes + lane;
+            if (best[lane] > largest || (best[lane] == largest && largest > lowest && its_index < index)) {
+                largest = best[lane];
+                index = its_index;
+            }
+        }
+        for (std::int64_t i = block * kLanes; i < count; ++i)
+            if (values[i] > largest) {
+                largest = values[i];
+                index = i;
+            }
+        return index;
+    }
+};
+
+}  // namespace detail
+
+// Largest value of a row; NaN is never larger.
+inline float row_maximum(const float* row, std::int64_t width) {
+    return in_registers<detail::RowMaximum>(widest_registers(), row, width);
 }
 
 // Index of the first largest of some values, 0 where none is larger than minus infinity.
-LGCN_EVERY_SIMD inline std::int64_t first_maximum(const float* values, std::int64_t count) {
-    // Each lane keeps its own first maximum and the block it was in.
-    const float lowest = -std::numeric_limits<float>::infinity();
-    float largest = lowest;
-    Lanes best = lowest - Lanes{};
-    LaneIndices best_block = {};
-    std::int32_t block = 0;
-    for (; (block + 1) * kLaneCount <= count; ++block) {
-        const Lanes candidates = load(values + block * kLaneCount);
-        const auto larger = candidates > best;
-        best = larger ? candidates : best;
-        best_block = larger ? block - LaneIndices{} : best_block;
-    }
-    std::int64_t index = 0;
-    for (std::int64_t lane = 0; lane < kLaneCount; ++lane) {
-        const std::int64_t its_index = best_block[lane] * kLaneCount + lane;
-        if (best[lane] > largest || (best[lane] == largest && largest > lowest && its_index < index)) {
-            largest = best[lane];
-            index = its_index;
-        }
-    }
-    for (std::int64_t i = block * kLaneCount; i < count; ++i)
-        if (values[i] > largest) {
-            largest = values[i];
-            index = i;
-        }
-    return index;
+inline std::int64_t first_maximum(const float* values, std::int64_t count) {
+    return in_registers<detail::FirstMaximum>(widest_registers(), values, count);
 }
 
 // The first largest pixel, rows first, with its centroid.
@@ -121,53 +142,76 @@ inline Peak nearest_peak(const Heatmap& map, double target_x, double target_y, f
     return centroid(map, best_y, best_x);
 }
 
+namespace detail {
+
+typedef double WideLanes4 __attribute__((vector_size(32)));
+typedef double WideLanes __attribute__((vector_size(128)));
+
+// Sums of lanes in double. (Eight at once would not fit the registers of AVX2.)
+[[gnu::always_inline]] inline WideLanes4 wide(Lanes4 v) { return __builtin_convertvector(v, WideLanes4); }
+[[gnu::always_inline]] inline WideLanes4 wide(Lanes8 v) {
+    return wide(Lanes4{v[0], v[1], v[2], v[3]} + Lanes4{v[4], v[5], v[6], v[7]});
+}
+[[gnu::always_inline]] inline WideLanes wide(Lanes v) { return __builtin_convertvector(v, WideLanes); }
+
+struct WindowMoments {
+    template <typename Vector>
+    [[gnu::always_inline]] static Moments run(const Heatmap& map, const Window& window, float threshold) {
+        using Wide = decltype(wide(Vector{}));
+        constexpr std::int64_t kLanes = kLanesOf<Vector>;
+        const auto [y0, y1, x0, x1] = window;
+        const std::int64_t width = x1 - x0;
+        Vector lane_numbers;
+        for (int lane = 0; lane < kLanes; ++lane) lane_numbers[lane] = static_cast<float>(lane);
+        Wide w2 = {}, w2x = {}, w2y = {};
+        Moments moments;
+        for (std::int64_t y = y0; y < y1; ++y) {
+            const float* row = map.data + y * map.width + x0;
+            Vector sums = {}, sums_x = {}, position = lane_numbers;
+            std::int64_t x = 0;
+            for (; x + kLanes <= width; x += kLanes) {
+                const Vector values = load<Vector>(row + x);
+                const Vector w = values > threshold ? values : Vector{};
+                sums += w * w;
+                sums_x += w * w * position;
+                position += static_cast<float>(kLanes);
+            }
+            if (x > 0 && x < width) {
+                // The rest of the row, together with pixels that are counted already and left out.
+                const Vector values = load<Vector>(row + width - kLanes);
+                const Vector again = lane_numbers + static_cast<float>(width - kLanes);
+                const Vector first = static_cast<float>(x) + Vector{};
+                const Vector w = ((values > threshold) & (again >= first)) ? values : Vector{};
+                sums += w * w;
+                sums_x += w * w * again;
+                x = width;
+            }
+            w2 += wide(sums);
+            w2x += wide(sums_x);
+            w2y += wide(sums) * static_cast<double>(y);
+            for (; x < width; ++x) {
+                const double w = row[x] > threshold ? row[x] : 0.0f;
+                moments.w2 += w * w;
+                moments.w2x += w * w * static_cast<double>(x);
+                moments.w2y += w * w * static_cast<double>(y);
+            }
+        }
+        for (std::size_t lane = 0; lane < sizeof(Wide) / sizeof(double); ++lane) {
+            moments.w2 += w2[lane];
+            moments.w2x += w2x[lane];
+            moments.w2y += w2y[lane];
+        }
+        moments.w2x += moments.w2 * static_cast<double>(x0);
+        return moments;
+    }
+};
+
+}  // namespace detail
+
 // Moments of the pixels with a value w above the threshold in a window. Lanes of a row add up in fp32, which is enough
 // for so few pixels and for positions counted from x0; rows add up in double.
-LGCN_EVERY_SIMD inline Moments window_moments(const Heatmap& map, const Window& window, float threshold) {
-    const auto [y0, y1, x0, x1] = window;
-    const std::int64_t width = x1 - x0;
-    const Lanes lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    WideLanes w2 = {}, w2x = {}, w2y = {};
-    Moments moments;
-    for (std::int64_t y = y0; y < y1; ++y) {
-        const float* row = map.data + y * map.width + x0;
-        Lanes sums = {}, sums_x = {}, position = lane_numbers;
-        std::int64_t x = 0;
-        for (; x + kLaneCount <= width; x += kLaneCount) {
-            const Lanes values = load(row + x);
-            const Lanes w = values > threshold ? values : Lanes{};
-            sums += w * w;
-            sums_x += w * w * position;
-            position += static_cast<float>(kLaneCount);
-        }
-        if (x > 0 && x < width) {
-            // The rest of the row, together with pixels that are counted already and left out.
-            const Lanes values = load(row + width - kLaneCount);
-            const Lanes again = lane_numbers + static_cast<float>(width - kLaneCount);
-            const Lanes first = static_cast<float>(x) + Lanes{};
-            const Lanes w = ((values > threshold) & (again >= first)) ? values : Lanes{};
-            sums += w * w;
-            sums_x += w * w * again;
-            x = width;
-        }
-        const WideLanes wide = __builtin_convertvector(sums, WideLanes);
-        w2 += wide;
-        w2x += __builtin_convertvector(sums_x, WideLanes);
-        w2y += wide * static_cast<double>(y);
-        for (; x < width; ++x) {
-            const double w = row[x] > threshold ? row[x] : 0.0f;
-            moments.w2 += w * w;
-            moments.w2x += w * w * static_cast<double>(x);
-            moments.w2y += w * w * static_cast<double>(y);
-        }
-    }
-    for (std::int64_t lane = 0; lane < kLaneCount; ++lane) {
-        moments.w2 += w2[lane];
-        moments.w2x += w2x[lane];
-        moments.w2y += w2y[lane];
-    }
-    moments.w2x += moments.w2 * static_cast<double>(x0);
-    return moments;
+inline Moments window_moments(const Heatmap& map, const Window& window, float threshold) {
+    return in_registers<detail::WindowMoments>(widest_registers(), map, window, threshold);
 }
 
 }  // namespace lgcn

@@ -45,7 +45,6 @@ struct Grid {
 namespace detail {
 
 typedef std::uint32_t LaneBits __attribute__((vector_size(64)));
-typedef Bf16 HalfLanes __attribute__((vector_size(32), aligned(2)));
 typedef std::uint32_t Eight __attribute__((vector_size(32), aligned(4)));
 
 // Bits of floats, their upper half rounded to nearest, ties to even.
@@ -57,12 +56,19 @@ template <typename Bits, typename Floats>
     return bits + 0x7fff + (bits >> 16 & 1);
 }
 
-[[gnu::always_inline]] inline void put(float* p, Lanes v) { store(p, v); }
-[[gnu::always_inline]] inline void put(Bf16* p, Lanes v) {
-    *reinterpret_cast<HalfLanes*>(p) = __builtin_convertvector(rounded<LaneBits>(v) >> 16, HalfLanes);
-}
 [[gnu::always_inline]] inline void put(float* p, float v) { *p = v; }
 [[gnu::always_inline]] inline void put(Bf16* p, float v) { *p = static_cast<Bf16>(rounded<std::uint32_t>(v) >> 16); }
+template <typename Vector>
+[[gnu::always_inline]] inline void put(float* p, Vector v) {
+    store(p, v);
+}
+template <typename Vector>
+[[gnu::always_inline]] inline void put(Bf16* p, Vector v) {
+    typedef std::uint32_t Bits __attribute__((vector_size(sizeof(Vector))));
+    typedef Bf16 Halves __attribute__((vector_size(sizeof(Vector) / 2)));
+    const Halves halves = __builtin_convertvector(rounded<Bits>(v) >> 16, Halves);
+    std::memcpy(p, &halves, sizeof halves);
+}
 
 #ifdef __clang__
 #define LGCN_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -120,23 +126,19 @@ LGCN_EVERY_SIMD inline void interleave(const float* rows, const float* bias, std
         for (std::int64_t i = 0; i < count; ++i) line[x * count + i] = rows[i * kWide + x] + bias[i];
 }
 
-template <typename T>
-[[gnu::always_inline]] inline void put_line_as(const float* values, std::int64_t count, bool relu, T* out) {
-    const float least = relu ? 0.0f : -std::numeric_limits<float>::infinity();
-    std::int64_t x = 0;
-    for (; x + kLaneCount <= count; x += kLaneCount) {
-        const Lanes v = load(values + x);
-        put(out + x, v > least ? v : least - Lanes{});
+struct PutLine {
+    template <typename Vector, typename T>
+    [[gnu::always_inline]] static void run(const float* values, std::int64_t count, bool relu, T* out) {
+        const float least = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+        std::int64_t x = 0;
+        for (; x + kLanesOf<Vector> <= count; x += kLanesOf<Vector>) {
+            const Vector v = load<Vector>(values + x);
+            put(out + x, v > least ? v : least - Vector{});
+        }
+        for (; x < count; ++x) put(out + x, std::max(values[x], least));
     }
-    for (; x < count; ++x) put(out + x, std::max(values[x], least));
-}
+};
 
-LGCN_EVERY_SIMD inline void put_line(const float* values, std::int64_t count, bool relu, float* out) {
-    put_line_as(values, count, relu, out);
-}
-LGCN_EVERY_SIMD inline void put_line(const float* values, std::int64_t count, bool relu, Bf16* out) {
-    put_line_as(values, count, relu, out);
-}
 LGCN_EVERY_SIMD inline void add_line(const float* values, std::int64_t count, float* out) {
     for (std::int64_t x = 0; x < count; ++x) out[x] += values[x];
 }

@@ -1,11 +1,18 @@
-// Vectors of floats, and functions compiled for the widest registers there are.
+// Vectors of floats, and functions compiled for each kind of registers.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
-// One binary for all x86-64 processors: the loader picks the version for the widest registers there are.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define LGCN_X86 1
+#define LGCN_AVX2 __attribute__((target("arch=x86-64-v3")))
+#define LGCN_AVX512 __attribute__((target("arch=x86-64-v4")))
+#endif
+
+// For loops that the compiler vectorises. One binary for all x86-64 processors: the loader picks the version for the
+// widest registers there are.
+#if defined(LGCN_X86) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define LGCN_EVERY_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LGCN_EVERY_SIMD
@@ -13,13 +20,62 @@
 
 namespace lgcn {
 
-// Sixteen floats at any address (GCC's and Clang's vector type); compilers split them where registers are narrower.
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-typedef std::int32_t LaneIndices __attribute__((vector_size(64)));
-typedef double WideLanes __attribute__((vector_size(128)));
+// GCC's and Clang's vector types. GCC keeps vectors that are wider than the registers in memory, which makes sums in them
+// many times slower: what computes with them is a template over their type, for `in_registers`.
+typedef float Lanes4 __attribute__((vector_size(16)));
+typedef float Lanes8 __attribute__((vector_size(32)));
+typedef float Lanes __attribute__((vector_size(64)));
 constexpr std::int64_t kLaneCount = 16;
 
-inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
-inline void store(float* p, Lanes lanes) { *reinterpret_cast<Lanes*>(p) = lanes; }
+template <typename Vector>
+constexpr std::int64_t kLanesOf = sizeof(Vector) / sizeof(float);
+
+// At any address.
+template <typename Vector = Lanes>
+[[gnu::always_inline]] inline Vector load(const float* p) {
+    Vector lanes;
+    std::memcpy(&lanes, p, sizeof lanes);
+    return lanes;
+}
+template <typename Vector>
+[[gnu::always_inline]] inline void store(float* p, Vector lanes) {
+    std::memcpy(p, &lanes, sizeof lanes);
+}
+
+enum class Registers { bits128, bits256, bits512 };
+
+inline Registers widest_registers() {
+#ifdef LGCN_X86
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return Registers::bits512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Registers::bits256;
+#endif
+    return Registers::bits128;
+}
+
+namespace detail {
+
+#ifdef LGCN_X86
+template <typename Function, typename... Arguments>
+LGCN_AVX512 auto in_512_bits(Arguments... arguments) {
+    return Function::template run<Lanes>(arguments...);
+}
+template <typename Function, typename... Arguments>
+LGCN_AVX2 auto in_256_bits(Arguments... arguments) {
+    return Function::template run<Lanes8>(arguments...);
+}
+#endif
+
+}  // namespace detail
+
+// Function::run<Vector>(arguments...), which is always inlined, with the vectors of some registers, compiled for them.
+template <typename Function, typename... Arguments>
+auto in_registers(Registers registers, Arguments... arguments) {
+#ifdef LGCN_X86
+    if (registers == Registers::bits512) return detail::in_512_bits<Function>(arguments...);
+    if (registers == Registers::bits256) return detail::in_256_bits<Function>(arguments...);
+#endif
+    (void)registers;
+    return Function::template run<Lanes4>(arguments...);
+}
 
 }  // namespace lgcn

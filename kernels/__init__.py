@@ -29,7 +29,8 @@ __all__ = [
 ]
 
 INSTRUCTION_SETS = tuple(_native.instruction_sets())
-"""What this processor multiplies matrices with, best first; those with bf16 in their name do it in bf16."""
+"""What this processor runs the network with, best first; those with bf16 in their name multiply matrices in bf16."""
+BEST_FP32 = next(name for name in INSTRUCTION_SETS if not name.endswith("bf16"))
 BF16_TOLERANCE = 2.0**-12
 """Of `kernel_taps` in bf16, whose rounding errors are up to 2**-9."""
 
@@ -39,7 +40,7 @@ def gaussian_sum(
     kernel_size: int = 45,
     sigmas: tuple[float, ...] = (1.0, 3.0, 5.0, 7.0, 9.0),
     num_threads: int = 0,
-    instructions: str = INSTRUCTION_SETS[-1],
+    instructions: str = BEST_FP32,
 ) -> np.ndarray:
     """Convolve every map with the sum of Gaussians K of Eq. 1; the reference is `lgcn_fast.gaussian_sum`.
 

@@ -27,11 +27,16 @@ def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return result
 
 
-def native(x: torch.Tensor, kernel_size: int = 45, sigmas=(1.0, 3.0, 5.0, 7.0, 9.0)) -> torch.Tensor:
-    return torch.from_numpy(lgcn_fast_kernels.gaussian_sum(x.numpy(), kernel_size, sigmas))
+def native(instructions: str):
+    return lambda x, kernel_size, sigmas: torch.from_numpy(
+        lgcn_fast_kernels.gaussian_sum(x.numpy(), kernel_size, sigmas, instructions=instructions)
+    )
 
 
-@pytest.mark.parametrize("operator", [gaussian_sum, gaussian_sum_banded, native])
+NATIVE = [pytest.param(native(name), id=name) for name in INSTRUCTION_SETS if not name.endswith("bf16")]
+
+
+@pytest.mark.parametrize("operator", [gaussian_sum, gaussian_sum_banded, *NATIVE])
 @pytest.mark.parametrize(("size", "sigmas"), KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("poisoned_memory")
