@@ -58,20 +58,20 @@ struct AddPairs {
     }
 };
 
-// Two or eight sums side by side, here and below, keep the arithmetic units busy while each waits for its last addition.
+// Two to eight sums side by side, here and below, keep the arithmetic units busy while each waits for its last addition.
 struct BlurAlongX {
     template <typename Vector>
     [[gnu::always_inline]] static void run(const float* pairs, const float* taps, std::int64_t reach,
                                            std::int64_t width, std::int64_t stride, float* out) {
-        constexpr std::int64_t kLanes = kLanesOf<Vector>;
-        for (std::int64_t x = 0; x < width; x += 2 * kLanes) {
-            Vector left = {}, right = {};
-            for (std::int64_t k = 0; k <= reach; ++k) {
-                left += taps[k] * load<Vector>(pairs + k * stride + x);
-                right += taps[k] * load<Vector>(pairs + k * stride + x + kLanes);
-            }
-            store(out + x, left);
-            store(out + x + kLanes, right);
+        constexpr std::int64_t kLanes = kLanesOf<Vector>, kVectors = kBlock / kLanes;
+        for (std::int64_t x = 0; x < width; x += kBlock) {
+            Vector sums[kVectors] = {};
+            for (std::int64_t k = 0; k <= reach; ++k)
+#pragma GCC unroll 8
+                for (int i = 0; i < kVectors; ++i)
+                    sums[i] += taps[k] * load<Vector>(pairs + k * stride + x + i * kLanes);
+#pragma GCC unroll 8
+            for (int i = 0; i < kVectors; ++i) store(out + x + i * kLanes, sums[i]);
         }
     }
 };
