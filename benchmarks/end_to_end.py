@@ -9,6 +9,7 @@ from heatmaps import real_crops
 from timing import run
 
 from lgcn_fast import LGCN, Engine, LGCNConfig, load_model, predict
+from lgcn_fast.checkpoints import model_names
 from lgcn_fast.native import INSTRUCTIONS
 
 FACES = 64
@@ -30,7 +31,8 @@ def latencies(call, count: int) -> dict[str, float]:
 
 def main() -> dict:
     crops = real_crops(FACES)
-    models = {"nano": load_model("lgcn-nano"), "F = 16": LGCN(LGCNConfig(filters=16)), "F = 128": LGCN()}
+    models = {name: load_model(name) for name in model_names()}
+    models |= {"F = 16": LGCN(LGCNConfig(filters=16)), "F = 128": LGCN()}
     results = {}
     print(f"{'':<32}{'median ms':>11}{'20 %':>9}{'80 %':>9}{'99 %':>9}")
     for name, model in models.items():

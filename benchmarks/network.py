@@ -8,9 +8,9 @@ from runtimes import runtimes
 from timing import compare, matrix_rate, run, show
 
 from lgcn_fast import LGCN, Engine, LGCNConfig, load_model
+from lgcn_fast.checkpoints import model_names
 from lgcn_fast.native import INSTRUCTIONS
 
-CONFIGS = {"nano": None, **{f"F = {f}": LGCNConfig(filters=f) for f in (16, 32, 64, 128)}}
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 
@@ -24,15 +24,16 @@ def giga_multiply_adds(config: LGCNConfig) -> float:
     return pixels * (local + heads + context) / 1e9
 
 
-def network(name: str, config: LGCNConfig | None, rates: dict[str, float]) -> dict[str, dict]:
+def untrained(filters: int) -> LGCN:
+    """The paper's network in a size of which no weights exist yet."""
+    model = LGCN(LGCNConfig(filters=filters)).eval()
+    for head in (model.main, model.refine):  # all zero so far, and times would mean nothing
+        torch.nn.init.normal_(head.weight, std=0.1)
+    return model
+
+
+def network(name: str, model: LGCN, rates: dict[str, float]) -> dict[str, dict]:
     """All of them side by side on one image, correctness first."""
-    if config is None:
-        model = load_model("lgcn-nano")
-    else:
-        model = LGCN(config).eval()
-        # Trained weights of this size do not exist yet: heads that are not all zero, for times that mean something.
-        for head in (model.main, model.refine):
-            torch.nn.init.normal_(head.weight, std=0.1)
     image = torch.randint(0, 256, (1, 1, 96, 96), dtype=torch.uint8)
     engines = {precision: Engine(model, "cpu", precision) for precision in INSTRUCTIONS}
     with torch.inference_mode():
@@ -56,7 +57,9 @@ def main() -> dict:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     rates = {precision: matrix_rate(dtypes[precision]) for precision in INSTRUCTIONS}
     print("matrix products: " + ", ".join(f"{rate:.0f} GFLOP/s in {precision}" for precision, rate in rates.items()))
-    return {"matrix_gflops": rates} | {name: network(name, config, rates) for name, config in CONFIGS.items()}
+    models = {name: load_model(name) for name in model_names()}
+    models |= {f"F = {filters}": untrained(filters) for filters in (16, 32, 64, 128)}
+    return {"matrix_gflops": rates} | {name: network(name, model, rates) for name, model in models.items()}
 
 
 if __name__ == "__main__":
