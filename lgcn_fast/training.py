@@ -38,8 +38,6 @@ from .training_options import TrainingOptions, check_cache, check_faces
 
 PLAN_STEPS = 24
 """Steps that are timed to find how many epochs fit a time budget; the first third does not count."""
-
-
 LARGEST_ERROR = 2 * FAILURE
 """In the validation error: what a few lost faces are off by must not decide which weights are best for all others."""
 
