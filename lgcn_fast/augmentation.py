@@ -20,14 +20,10 @@ class Augmentation:
     """Largest rotation, degrees."""
     shift: float = 0.0
     """Largest shift of the box along x and y, as a share of its side."""
-    stretch: float = 0.0
-    """Largest stretch along an axis of any direction, as a share; what lies across it shrinks by as much."""
     fixed: bool = False
     """The paper's fixed set of `FIXED_VARIANTS`: scale and rotation at their ends or none, mirrored or not."""
     contrast: float = 0.0
     """Largest relative change of contrast; half of it, of the value range, the largest change of brightness."""
-    shading: float = 0.0
-    """Largest change of brightness towards one side of the image, as a share; the other side changes the other way."""
     blur: float = 0.0
     """Largest standard deviation of a Gaussian blur, pixels; one image in four."""
     noise: float = 0.0
@@ -87,8 +83,6 @@ def augment(
         scale, rotation = random.uniform(-1, 1, 2)
     shift = random.uniform(-1, 1, 2) * augmentation.shift
     matrix = transform_matrix(box, size, 1 + scale * augmentation.scale, rotation * augmentation.rotation, shift)
-    if augmentation.stretch:
-        matrix = _stretched(matrix, size, random.uniform(0, augmentation.stretch), random.uniform(0, np.pi))
     image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     points = points @ matrix[:, :2].T + matrix[:, 2]
     if mirror and augmentation.mirror and mirror_order is not None:
@@ -96,14 +90,6 @@ def augment(
         points = points[list(mirror_order)]
         points[:, 0] = size - 1 - points[:, 0]
     return _relight(image, augmentation, random), points.astype(np.float32)
-
-
-def _stretched(matrix: np.ndarray, size: int, amount: float, angle: float) -> np.ndarray:
-    """A map to a `size` x `size` crop, followed by a stretch about the crop's middle."""
-    axis = np.array([np.cos(angle), np.sin(angle)])
-    linear = (1 - amount) * np.eye(2) + 2 * amount * np.outer(axis, axis)
-    middle = (size - 1) / 2
-    return np.column_stack([linear @ matrix[:, :2], linear @ (matrix[:, 2] - middle) + middle])
 
 
 def _relight(image: np.ndarray, augmentation: Augmentation, random: Generator) -> np.ndarray:
@@ -114,11 +100,6 @@ def _relight(image: np.ndarray, augmentation: Augmentation, random: Generator) -
         gain = 1 + random.uniform(-1, 1) * augmentation.contrast
         image = (image - image.mean()) * gain + image.mean()
         image += random.uniform(-1, 1) * augmentation.contrast * 128
-    if augmentation.shading:
-        ramp, angle = np.linspace(-1, 1, image.shape[0], dtype=np.float32), random.uniform(0, 2 * np.pi)
-        slope = np.float32(random.uniform(0, augmentation.shading))
-        gain = 1 + slope * (np.cos(angle) * ramp[None, :] + np.sin(angle) * ramp[:, None]).astype(np.float32)
-        image *= gain if image.ndim == 2 else gain[..., None]
     if augmentation.occlusion and random.random() < 0.5:
         size = image.shape[0]
         width, height = (random.uniform(0.05, augmentation.occlusion, 2) * size).astype(int) + 1

@@ -75,7 +75,7 @@ _POLISH = replace(
     _FAST,
     name="polish",
     epochs=30,
-    augmentation=replace(_FAST.augmentation, stretch=0.12, shading=0.4, blur=0.5, noise=5.0, occlusion=0.2),
+    augmentation=replace(_FAST.augmentation, blur=0.5, noise=5.0, occlusion=0.2),
     peak_rate=1e-3,
 )
 

@@ -25,7 +25,7 @@ from .batches import AugmentedCrops, EpochBatches
 from .checkpoints import load_start, load_teacher, load_tensors, save_model, save_tensors
 from .crops import CropCache
 from .datasets import is_validation
-from .evaluation import FAILURE, landmark_errors
+from .evaluation import landmark_errors
 from .heatmaps import to_heatmap
 from .images import to_crop
 from .losses import distillation_loss, lgcn_loss
@@ -38,8 +38,9 @@ from .training_options import TrainingOptions, check_cache, check_faces
 
 PLAN_STEPS = 24
 """Steps that are timed to find how many epochs fit a time budget; the first third does not count."""
-LARGEST_ERROR = 2 * FAILURE
-"""In the validation error: what a few lost faces are off by must not decide which weights are best for all others."""
+LARGEST_ERROR = 3.0
+"""Times the median, in the validation error: how far a few lost faces are off must not decide which weights are
+best for all others."""
 
 
 class Trainer:
@@ -190,7 +191,7 @@ class Trainer:
     def validate(self) -> float:
         """Mean inter-ocular error of the averaged weights on the validation faces, each set by its share.
 
-        An error counts as at most `LARGEST_ERROR`.
+        An error counts as at most `LARGEST_ERROR` times the median.
         """
         size = self.options.config.input_size
         crops = AugmentedCrops(self.cache, Augmentation(mirror=False, scale=0, rotation=0), size, 0)
@@ -203,7 +204,8 @@ class Trainer:
             found, _ = peak_centroids(heatmaps.float().cpu().numpy())
             labelled = to_heatmap(torch.cat(points), self.options.config.stride).numpy()
             errors.append(landmark_errors(found, labelled))
-        errors = np.concatenate(errors).clip(max=LARGEST_ERROR)
+        errors = np.concatenate(errors)
+        errors = errors.clip(max=LARGEST_ERROR * np.median(errors))
         return float(np.average(errors, weights=self.validation_shares))
 
     def card(self) -> dict:

@@ -20,7 +20,7 @@ def spots(points):
 def test_pixels_and_points_move_together(random):
     points = np.array([[70.0, 80.0], [110.0, 75.0], [95.0, 120.0]], np.float32)
     for _ in range(30):
-        image, moved = augment(spots(points), points, BOX, 96, Augmentation(shift=0.1, stretch=0.2), (1, 0, 2), random)
+        image, moved = augment(spots(points), points, BOX, 96, Augmentation(shift=0.1), (1, 0, 2), random)
         for x, y in moved:
             window = image[int(y) - 3 : int(y) + 5, int(x) - 3 : int(x) + 5].astype(float)
             rows, columns = np.mgrid[int(y) - 3 : int(y) + 5, int(x) - 3 : int(x) + 5]
@@ -57,27 +57,11 @@ def test_the_paper_has_18_fixed_variants(random):
     np.testing.assert_allclose(variants[4], (points - 33.5) * 96 / 112 - 0.5, atol=1e-3)
 
 
-def test_a_stretch_keeps_the_middle_and_lengthens_what_it_shortens_across(random):
-    """A circle becomes an ellipse whose axes are on average as long as before, by no more than asked for."""
-    angles = np.linspace(0, 2 * np.pi, 60, endpoint=False)
-    circle = (89.5 + 30 * np.stack([np.cos(angles), np.sin(angles)], axis=1)).astype(np.float32)
-    amounts = []
-    for _ in range(100):
-        stretch = Augmentation(mirror=False, scale=0, rotation=0, stretch=0.2)
-        _, moved = augment(np.zeros((180, 180), np.uint8), circle, BOX, 96, stretch, None, random)
-        np.testing.assert_allclose(moved.mean(axis=0), 47.5, atol=1e-3)
-        axes = np.linalg.svd(moved - moved.mean(axis=0))[1] / np.sqrt(30) / (30 * 96 / 112)
-        assert axes.mean() == pytest.approx(1, abs=1e-3)
-        amounts.append(axes[0] - 1)
-    assert 0 < min(amounts) < 0.02
-    assert 0.18 < max(amounts) <= 0.2
-
-
 @pytest.mark.parametrize("color", [False, True])
 def test_light_changes_pixels_only(random, color):
     image = random.integers(0, 256, (180, 180, 3) if color else (180, 180), np.uint8)
     points = random.uniform(60, 120, (4, 2)).astype(np.float32)
-    light = Augmentation(mirror=False, scale=0, rotation=0, contrast=0.5, shading=0.5, blur=2, noise=30, occlusion=0.5)
+    light = Augmentation(mirror=False, scale=0, rotation=0, contrast=0.5, blur=2, noise=30, occlusion=0.5)
     for _ in range(20):
         changed, moved = augment(image, points, BOX, 96, light, None, random)
         plain, expected = augment(image, points, BOX, 96, NONE, None, random)
