@@ -110,11 +110,14 @@ def test_speed_is_calls_a_second(monkeypatch):
 @pytest.mark.data
 @pytest.mark.slow
 def test_measured_errors_are_reproduced(data):
-    """The table of the README, by what is here now. Processors differ by less than the last but one digit."""
+    """The table of the README, by what is here now. From bf16 to fp32 the means of the errors hardly change; a median
+    jumps from one face to the next, by up to 0.03 where it was measured on both."""
     measured = json.loads((WEIGHTS / MEASURED).read_text())
     for title, path in TEST_SETS.items():
         faces = read_faces(data / path)
         for name, entry in measured.items():
             for method, evaluation in evaluate(faces, name).items():
                 for points, row in evaluation.summaries().items():
-                    assert row["median"] == pytest.approx(entry["percent"][title][method][points]["median"], abs=0.02)
+                    known = entry["percent"][title][method][points]
+                    assert row["mean"] == pytest.approx(known["mean"], abs=0.01)
+                    assert row["median"] == pytest.approx(known["median"], abs=0.05)
