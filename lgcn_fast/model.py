@@ -148,7 +148,8 @@ def widened(model: LGCN, filters: int) -> LGCN:
     trained = model.state_dict()
     for name, tensor in wide.state_dict().items():
         kept = tuple(map(slice, trained[name].shape))
-        tensor[kept[:1]] = 0 if tensor.ndim > 1 else tensor[kept[:1]]
+        if tensor.ndim > 1:
+            tensor[kept[0]] = 0
         tensor[kept] = trained[name]
     return wide.train(model.training)
 
