@@ -75,7 +75,8 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
     """
     _check_options(options)
     names = options.model or default_model(engine_device(options.device).type), options.model or smallest_model()
-    engine, finder = (Engine(load_model(name), options.device, num_threads=options.threads) for name in names)
+    engines = {name: Engine(load_model(name), options.device, num_threads=options.threads) for name in set(names)}
+    engine, finder = (engines[name] for name in names)
     tracker = Tracker(
         engine,
         options.detect_every,

@@ -95,6 +95,19 @@ def loss_weights(points: Tensor, height: int, width: int) -> Tensor:
     padding = ~has_label.any(-1, keepdim=True)
     labelled = (has_label | padding).all(1).float()
     visible = visibility(points, height, width).any(1).float() * labelled
+    return visibility_weights(visible, labelled)
+
+
+def visibility_weights(visible: Tensor, labelled: Tensor | float = 1.0) -> Tensor:
+    """The formula of `loss_weights`.
+
+    Args:
+        visible: (B, N) float32, V of Eq. 3.
+        labelled: (B, N) float32, L; a number stands for all.
+
+    Returns:
+        (B, N) float32.
+    """
     return visible + labelled * (0.1 + 0.5 * visible.mean(-1, keepdim=True))
 
 

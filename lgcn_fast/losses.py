@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import LGCNConfig
-from .heatmaps import blurred_ground_truth, loss_weights, to_heatmap
+from .heatmaps import blurred_ground_truth, loss_weights, to_heatmap, visibility_weights
 from .model import Heatmaps
 
 SEEN = 0.1
@@ -46,7 +46,7 @@ def distillation_loss(heatmaps: Heatmaps, taught: Tensor) -> Tensor:
         () float32, the mean over the batch.
     """
     visible = (taught.amax((2, 3)) >= SEEN).float()
-    weights = visible + 0.1 + 0.5 * visible.mean(-1, keepdim=True)
+    weights = visibility_weights(visible)
     return (squared_error(heatmaps.local, taught, weights) + squared_error(heatmaps.output, taught, weights)).mean()
 
 
