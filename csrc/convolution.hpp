@@ -43,9 +43,20 @@ struct Filters {
     std::int64_t out, in, kernel;
 };
 
-// Convolution, bias, ReLU.
+// Convolution, bias, ReLU, from plane to plane of a grid.
 template <typename T>
-class Convolution {
+class Layer {
+public:
+    virtual ~Layer() = default;
+    // A member of the team does its share, in `scratch()` floats of its own.
+    virtual void operator()(const Multiplier<T>& multiplier, const Grid& grid, const T* in, T* out, const Team& team,
+                            std::int64_t member, float* scratch) const = 0;
+    virtual std::int64_t scratch() const { return 0; }
+};
+
+// As products of the plane's pixels with the filters' taps.
+template <typename T>
+class Convolution final : public Layer<T> {
 public:
     static constexpr std::int64_t kStep = sizeof(T) == 2 ? 32 : 1;  // of the inner dimension
 
@@ -68,11 +79,11 @@ public:
                     }
     }
 
-    std::int64_t out_channels() const { return panels_ * kPanel; }
-
-    // From plane to plane of a grid; a member of the team does its share of the blocks.
-    void operator()(const Multiplier<T>& multiplier, const Grid& grid, const T* in, T* out, Range blocks) const {
+    void operator()(const Multiplier<T>& multiplier, const Grid& grid, const T* in, T* out, const Team& team,
+                    std::int64_t member, float*) const override {
+        const Range blocks = team.share(grid.span / kTall, member);
         const std::int64_t reach = kernel_ / 2, row = grid.phases * grid.pitch * channels_;
+        const std::int64_t out_channels = panels_ * kPanel;
         std::vector<Segment> rows;
         for (std::int64_t y = 0; y < kernel_; ++y) rows.push_back({(y - reach) * row, y * run_, run_});
         for (std::int64_t panel = 0; panel < panels_;) {
@@ -85,14 +96,12 @@ public:
                                          panel_stride(), rows.data(), kernel_};
                 alignas(64) float c[kTall * kPanel];
                 (wide ? multiplier.wide : multiplier.tall)(product, c);
-                T* pixels = out + (grid.origin + p) * out_channels() + panel * kPanel;
+                T* pixels = out + (grid.origin + p) * out_channels + panel * kPanel;
                 const std::uint8_t* inside = grid.inside.data() + p;
                 if (wide)
-                    in_registers<detail::Finish<2>>(multiplier.registers, c, step, bias, inside, out_channels(),
-                                                    pixels);
+                    in_registers<detail::Finish<2>>(multiplier.registers, c, step, bias, inside, out_channels, pixels);
                 else
-                    in_registers<detail::Finish<1>>(multiplier.registers, c, step, bias, inside, out_channels(),
-                                                    pixels);
+                    in_registers<detail::Finish<1>>(multiplier.registers, c, step, bias, inside, out_channels, pixels);
             }
             panel += wide ? 2 : 1;
         }

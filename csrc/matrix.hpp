@@ -62,9 +62,10 @@ struct Product {
     std::int64_t count;
 };
 
-constexpr std::int64_t kPanel = 16;  // columns
-constexpr std::int64_t kWide = 32;   // rows of a product with two panels
-constexpr std::int64_t kTall = 64;   // rows of a product with one
+constexpr std::int64_t kPanel = 16;    // columns
+constexpr std::int64_t kWide = 32;     // rows of a product with two panels
+constexpr std::int64_t kTall = 64;     // rows of a product with one
+constexpr std::int64_t kRowGroup = 6;  // rows of products with any number are a multiple of it
 
 // The products of one instruction set. C is row-major, fp32.
 template <typename T>
@@ -72,6 +73,8 @@ struct Multiplier {
     using Element = T;
     void (*wide)(const Product<T>&, float* c);  // C (32, 32)
     void (*tall)(const Product<T>&, float* c);  // C (64, 16)
+    void (*panels)(const Product<T>&, std::int64_t rows, std::int64_t count,
+                   float* c);  // C (count, rows, 16); fp32 only
     Registers registers = Registers::bits128;
     // Around all products of a thread.
     void (*begin)() = [] {};
@@ -80,9 +83,10 @@ struct Multiplier {
 
 namespace detail {
 
-// As many sums as there are registers for: kRows rows of kColumns columns.
-template <typename Vector, int kRows, int kColumns>
+// As many sums as there are registers for: kRows rows of kColumns columns. C is (rows, kColumns), or (panels, rows, 16).
+template <typename Vector, int kRows, int kColumns, bool kByPanel = false>
 [[gnu::always_inline]] inline void multiply_fp32(const Product<float>& p, std::int64_t rows, float* c) {
+    const std::int64_t stride = kByPanel ? kPanel : kColumns, next_panel = kByPanel ? rows * kPanel : kPanel;
     constexpr int kVectors = kColumns * sizeof(float) / sizeof(Vector), kLength = sizeof(Vector) / sizeof(float);
     for (std::int64_t row = 0; row < rows; row += kRows) {
         Vector sums[kRows][kVectors] = {};
@@ -91,6 +95,8 @@ template <typename Vector, int kRows, int kColumns>
             const float* b = p.b + p.segments[s].b * kPanel;
             for (std::int64_t k = 0; k < p.segments[s].length; ++k) {
                 Vector columns[kVectors];
+                // What lies behind is the next panel, and not in the cache yet.
+                if constexpr (kByPanel) __builtin_prefetch(b + k * kPanel + p.panel_stride);
 #pragma GCC unroll 8
                 for (int j = 0; j < kVectors; ++j)
                     columns[j] = *reinterpret_cast<const Vector*>(b + j * kLength / kPanel * p.panel_stride +
@@ -105,8 +111,17 @@ template <typename Vector, int kRows, int kColumns>
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j)
-                *reinterpret_cast<Vector*>(c + (row + i) * kColumns + j * kLength) = sums[i][j];
+                *reinterpret_cast<Vector*>(c + (row + i) * stride + j * kLength / kPanel * next_panel +
+                                           j * kLength % kPanel) = sums[i][j];
     }
+}
+
+// kWidth panels at once.
+template <typename Vector, int kRows, int kWidth>
+[[gnu::always_inline]] inline void multiply_panels(Product<float> p, std::int64_t rows, std::int64_t count, float* c) {
+    for (; count >= kWidth; count -= kWidth, p.b += kWidth * p.panel_stride, c += kWidth * rows * kPanel)
+        multiply_fp32<Vector, kRows, kWidth * kPanel, true>(p, rows, c);
+    if (count) multiply_fp32<Vector, kRows, kPanel, true>(p, rows, c);
 }
 
 // Two panels one after the other, for processors with few registers.
@@ -123,6 +138,9 @@ template <typename Vector, int kRows>
 
 inline void wide_baseline(const Product<float>& p, float* c) { multiply_halves<Lanes4, 2>(p, c); }
 inline void tall_baseline(const Product<float>& p, float* c) { multiply_fp32<Lanes4, 2, kPanel>(p, kTall, c); }
+inline void panels_baseline(const Product<float>& p, std::int64_t rows, std::int64_t count, float* c) {
+    multiply_panels<Lanes4, 2, 1>(p, rows, count, c);
+}
 
 #ifdef LGCN_X86
 
@@ -131,10 +149,16 @@ inline void tall_baseline(const Product<float>& p, float* c) { multiply_fp32<Lan
 
 LGCN_AVX2 inline void wide_avx2(const Product<float>& p, float* c) { multiply_halves<Lanes8, 4>(p, c); }
 LGCN_AVX2 inline void tall_avx2(const Product<float>& p, float* c) { multiply_fp32<Lanes8, 4, kPanel>(p, kTall, c); }
+LGCN_AVX2 inline void panels_avx2(const Product<float>& p, std::int64_t rows, std::int64_t count, float* c) {
+    multiply_panels<Lanes8, 6, 1>(p, rows, count, c);
+}
 LGCN_AVX512 inline void wide_avx512(const Product<float>& p, float* c) {
     multiply_fp32<Lanes, 8, 2 * kPanel>(p, kWide, c);
 }
 LGCN_AVX512 inline void tall_avx512(const Product<float>& p, float* c) { multiply_fp32<Lanes, 8, kPanel>(p, kTall, c); }
+LGCN_AVX512 inline void panels_avx512(const Product<float>& p, std::int64_t rows, std::int64_t count, float* c) {
+    multiply_panels<Lanes, 6, 2>(p, rows, count, c);
+}
 
 template <int kPanels>
 LGCN_AVX512_BF16 inline void multiply_avx512_bf16(const Product<Bf16>& p, std::int64_t rows, float* c) {
@@ -268,10 +292,10 @@ inline const std::vector<std::string>& instruction_sets() {
 // The products of an instruction set that is there; nothing where it has none in this precision.
 inline bool find_multiplier(const std::string& name, Multiplier<float>& found) {
     found = {};
-    if (name == "baseline") found = {detail::wide_baseline, detail::tall_baseline};
+    if (name == "baseline") found = {detail::wide_baseline, detail::tall_baseline, detail::panels_baseline};
 #ifdef LGCN_X86
-    if (name == "avx512") found = {detail::wide_avx512, detail::tall_avx512, Registers::bits512};
-    if (name == "avx2") found = {detail::wide_avx2, detail::tall_avx2, Registers::bits256};
+    if (name == "avx512") found = {detail::wide_avx512, detail::tall_avx512, detail::panels_avx512, Registers::bits512};
+    if (name == "avx2") found = {detail::wide_avx2, detail::tall_avx2, detail::panels_avx2, Registers::bits256};
 #endif
     return found.wide != nullptr;
 }
@@ -281,9 +305,10 @@ inline bool find_multiplier(const std::string& name, Multiplier<Bf16>& found) {
     (void)name;
 #ifdef LGCN_X86
     if (name == "amx_bf16")
-        found = {detail::multiply_amx<2>, detail::multiply_amx<1>, Registers::bits512, detail::begin_amx,
-                 detail::end_amx};
-    if (name == "avx512_bf16") found = {detail::wide_avx512_bf16, detail::tall_avx512_bf16, Registers::bits512};
+        found = {detail::multiply_amx<2>, detail::multiply_amx<1>, nullptr,
+                 Registers::bits512,      detail::begin_amx,       detail::end_amx};
+    if (name == "avx512_bf16")
+        found = {detail::wide_avx512_bf16, detail::tall_avx512_bf16, nullptr, Registers::bits512};
 #endif
     return found.wide != nullptr;
 }

@@ -16,6 +16,7 @@
 #include "matrix.hpp"
 #include "planes.hpp"
 #include "threads.hpp"
+#include "winograd.hpp"
 
 namespace lgcn {
 
@@ -47,10 +48,13 @@ public:
           refine_(refine, channels_, step_) {
         if (step_ > kWide) throw std::invalid_argument("shuffle: expected at most 32 times the stride");
         for (const Filters& f : local) {
-            local_.emplace_back(f, local_.empty() ? in_channels_ : channels_);
+            local_.push_back(make_layer<T>(f, local_.empty() ? in_channels_ : channels_));
             reach_ = std::max(reach_, f.kernel / 2);
         }
-        for (const Filters& f : context) context_.emplace_back(f, context_.empty() ? map_channels_ : channels_);
+        for (const Filters& f : context)
+            context_.push_back(make_layer<T>(f, context_.empty() ? map_channels_ : channels_));
+        for (const Layers* layers : {&local_, &context_})
+            for (const auto& layer : *layers) scratch_ = std::max(scratch_, layer->scratch());
     }
 
     std::int64_t landmarks() const { return shape_.landmarks; }
@@ -91,6 +95,8 @@ public:
     }
 
 private:
+    using Layers = std::vector<std::unique_ptr<Layer<T>>>;
+
     // More than these have too few blocks each to be worth their start.
     template <typename Pixel>
     std::int64_t useful_threads(const Image<Pixel>& image) const {
@@ -103,6 +109,7 @@ private:
         Blur<T> blur;
         Buffer<T> maps;      // before the blur
         Buffer<float> side;  // of the side branch, behind it
+        Buffer<float> scratch;
     };
 
     // So many are kept for the next images of their sizes: an image pyramid has several.
@@ -126,7 +133,7 @@ private:
             Blur<T> blur(n.shape_.taps, height, width);
             Buffer<T> maps(std::max(n.shape_.landmarks, n.shape_.side_channels) * blur.map_elements());
             Buffer<float> side_maps(n.shape_.side_channels ? kPanel * height * width : 0);
-            members.push_back({std::move(blur), std::move(maps), std::move(side_maps)});
+            members.push_back({std::move(blur), std::move(maps), std::move(side_maps), Buffer<float>(n.scratch_)});
         }
         static std::int64_t side(std::int64_t pixels, const Network& n) {
             return (pixels + n.shape_.shuffle - 1) / n.shape_.shuffle;
@@ -171,13 +178,14 @@ private:
         float* out = user.place(index, w.heatmaps ? w.heatmaps->data() : nullptr);
         fill_input(image, w, team.share(w.grid.height, member));
         team.wait();
-        const T* plane = convolve(local_, w.grid, w.input.data(), w.local, team, member);
+        float* scratch = w.members[static_cast<std::size_t>(member)].scratch.data();
+        const T* plane = convolve(local_, w.grid, w.input.data(), w.local, team, member, scratch);
         // Each member has maps of its own: they stay in its cache.
         const Range heatmaps = team.share(shape_.landmarks, member), side = team.share(shape_.side_channels, member);
         make_maps(plane, heatmaps, w, member, out);
         make_maps(plane, {shape_.landmarks + side.first, shape_.landmarks + side.last}, w, member, out);
         team.wait();
-        plane = convolve(context_, w.context_grid, w.context.data(), w.global, team, member);
+        plane = convolve(context_, w.context_grid, w.context.data(), w.global, team, member, scratch);
         add_refined(plane, heatmaps, w, out);
         user.use_maps(index, out, heatmaps);
         team.wait();
@@ -185,12 +193,11 @@ private:
     }
 
     // Ends with a plane that all members have finished.
-    const T* convolve(const std::vector<Convolution<T>>& layers, const Grid& grid, const T* in, Buffer<T>* planes,
-                      Team& team, std::int64_t member) const {
-        const Range blocks = team.share(grid.span / kTall, member);
+    const T* convolve(const Layers& layers, const Grid& grid, const T* in, Buffer<T>* planes, Team& team,
+                      std::int64_t member, float* scratch) const {
         for (std::size_t i = 0; i < layers.size(); ++i) {
             T* result = planes[i % 2].data();
-            layers[i](multiplier_, grid, in, result, blocks);
+            (*layers[i])(multiplier_, grid, in, result, team, member, scratch);
             in = result;
             team.wait();
         }
@@ -295,8 +302,8 @@ private:
 
     Shape shape_;
     Multiplier<T> multiplier_;
-    std::int64_t in_channels_, map_channels_, channels_, step_, reach_ = 0;
-    std::vector<Convolution<T>> local_, context_;
+    std::int64_t in_channels_, map_channels_, channels_, step_, reach_ = 0, scratch_ = 0;
+    Layers local_, context_;
     Head<T> heads_, refine_;
     std::mutex mutex_;
     std::deque<std::unique_ptr<Workspace>> idle_;  // the latest last

@@ -16,6 +16,8 @@ namespace lgcn {
 // convolutions the columns are sorted by `phase` (x mod phases), each phase a segment with its border: what a filter
 // row sees is again one run.
 struct Grid {
+    static constexpr std::int64_t kOverhang = 3;  // rows and columns of a tile that may be beyond the image
+
     std::int64_t height = 0, width = 0, phases = 1, border = 0;
     std::int64_t segment = 0, pitch = 0;  // pixels from one phase to the next, from one row to the next
     std::int64_t origin = 0;              // the first pixel
@@ -38,8 +40,10 @@ struct Grid {
         return y * pitch + x % phases * segment + x / phases;
     }
 
-    // Of a plane, with what blocks read beyond the last pixel's filter taps.
-    std::int64_t elements(std::int64_t channels) const { return (2 * origin + span) * channels + 64 * kPanel; }
+    // Of a plane, with what blocks and tiles read beyond the last pixel's filter taps.
+    std::int64_t elements(std::int64_t channels) const {
+        return (2 * origin + span + kOverhang * (phases * pitch + 1)) * channels + 64 * kPanel;
+    }
 };
 
 namespace detail {

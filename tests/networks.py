@@ -7,7 +7,7 @@ import torch
 from lgcn_fast import LGCN, LGCNConfig
 from lgcn_fast.operators import gaussian_sum_banded
 
-SMALL = {"filters": 16, "num_landmarks": 3, "local_kernels": (5, 3), "global_layers": 2}
+SMALL = {"filters": 16, "num_landmarks": 3, "local_kernels": (5, 5, 3), "global_layers": 2}
 CONFIGS = {
     "plain": LGCNConfig(**SMALL, side_channels=2),
     "no side": LGCNConfig(**SMALL, side_channels=0),

@@ -89,15 +89,17 @@ def test_fit_is_the_fit_of_the_heatmaps(name, random):
     np.testing.assert_array_equal(fitted.certainties, expected.certainties)
 
 
-@pytest.mark.skipif("bf16" not in INSTRUCTIONS, reason="this processor has no bf16 instructions")
-@pytest.mark.parametrize("name", ["plain", "nano"])
-def test_bf16_is_no_worse_than_twice_torch_in_bf16(name):
-    model = randomised(CONFIGS[name])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["lgcn-nano", "plain", "nano"])
+def test_rounding_errors_are_at_most_twice_those_of_torch(name, precision):
+    if precision not in INSTRUCTIONS:
+        pytest.skip(f"this processor has no {precision} instructions")
+    model = randomised(CONFIGS[name]) if name in CONFIGS else load_model(name)
     images = torch.randint(0, 256, (2, 1, 96, 96), dtype=torch.uint8)
     exact = eager(model, images)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         torchs = model(images).output.double()
-    ours = Engine(model, precision="bf16").heatmaps(images).double()
+    ours = Engine(model, precision=precision).heatmaps(images).double()
     assert (ours - exact).abs().mean() <= 2 * (torchs - exact).abs().mean()
 
 
