@@ -16,7 +16,7 @@ namespace lgcn {
 // convolutions the columns are sorted by `phase` (x mod phases), each phase a segment with its border: what a filter
 // row sees is again one run.
 struct Grid {
-    static constexpr std::int64_t kOverhang = 3;  // rows and columns of a tile that may be beyond the image
+    static constexpr std::int64_t kOverhang = 4;  // rows (of each phase) and columns that tiles see beyond the border
 
     std::int64_t height = 0, width = 0, phases = 1, border = 0;
     std::int64_t segment = 0, pitch = 0;  // pixels from one phase to the next, from one row to the next

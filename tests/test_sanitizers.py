@@ -49,7 +49,7 @@ for instructions in _native.instruction_sets():
         grid = (shuffle // stride) ** 2
         shape = _native.Shape(landmarks=7, side_channels=side, shuffle=shuffle, stride=stride, dilation=dilation,
                               taps=np.ones((2, 9)))
-        local = layers((filters, shuffle**2, 5, 5), (filters, filters, 3, 3))
+        local = layers((filters, shuffle**2, 5, 5), (filters, filters, 5, 5), (filters, filters, 3, 3))
         context = layers((filters, 7 + side, 3, 3), (filters, filters, 3, 3))
         heads, refine = layers(((7 + side) * grid, filters, 1, 1), (7 * grid, filters, 1, 1))
         network = _native.Network(instructions, shape, local, heads, context, refine)
