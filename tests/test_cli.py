@@ -62,6 +62,7 @@ def test_predicted_csv_can_be_trained_on(tmp_path, demo_picture):
         (["predict", "a.png", "--out", "o", "--box", "1,2,3"], "expected four numbers x,y,width,height, got '1,2,3'"),
         (["predict", "--out", "o"], "the following arguments are required: FILE"),
         (["train", "c.npz", "--out", "o", "--share", "a"], "expected SET=SHARE"),
+        (["prepare", "faces", "--out", "o", "--recentre", "a"], "expected SET=WEIGHTS"),
         (["train", "c.npz", "--out", "o", "--network", "17"], "invalid choice: '17'"),
         (["nothing"], "invalid choice"),
     ],
