@@ -9,6 +9,7 @@ import pytest
 from lgcn_fast import cli, cli_training, predict
 from lgcn_fast.checkpoints import load_card
 from lgcn_fast.cli import main
+from lgcn_fast.crops import read_cache
 from lgcn_fast.datasets import read_csv
 from lgcn_fast.images import read_image
 
@@ -118,6 +119,18 @@ def faces(tmp_path, random):
         lines = "\n".join(f"{x + 1:.3f} {y + 1:.3f}" for x, y in points)
         (folder / f"p{index}.pts").write_text(f"version: 1\nn_points: 68\n{{\n{lines}\n}}\n")
     return folder
+
+
+def test_labels_of_a_set_are_recentred(tmp_path, faces, capsys):
+    prepare = ["prepare", str(faces), "--out"]
+    assert main([*prepare, str(tmp_path / "a.npz")]) == 0
+    assert main([*prepare, str(tmp_path / "b.npz"), "--recentre", f"{faces}=lgcn-nano"]) == 0
+    before, after = read_cache(tmp_path / "a.npz"), read_cache(tmp_path / "b.npz")
+    np.testing.assert_allclose(before.points, after.points, atol=2)  # in crops around them, which see something else
+    assert not any(np.array_equal(*pair) for pair in zip(before.images, after.images, strict=True))
+    assert main([*prepare, str(tmp_path / "c.npz"), "--recentre", "other=lgcn-nano"]) == 2
+    assert f"--recentre: expected one of {faces}, got other" in capsys.readouterr().err
+    assert not (tmp_path / "c.npz").exists()
 
 
 @pytest.mark.slow
