@@ -125,7 +125,9 @@ public:
             for (std::int64_t i = 0; i < f.in; ++i) pack(f.weight + (o * f.in + i) * kernel_ * kernel_, o, i);
     }
 
-    std::int64_t scratch() const override { return detail::kProducts * kBlock * (channels_ + panels_ * kPanel); }
+    std::int64_t scratch() const override {
+        return detail::kProducts * (kBlock * (channels_ + panels_ * kPanel) + 2 * kSkew);
+    }
 
     void operator()(const Multiplier<float>& multiplier, const Grid& grid, const float* in, float* out,
                     const Team& team, std::int64_t member, float* scratch) const override {
@@ -139,6 +141,8 @@ public:
 
 private:
     static constexpr std::int64_t kBlock = 36;  // tiles at a time: what is between the transforms stays in the cache
+    static constexpr std::int64_t kSkew =
+        16;  // floats between products, which else compete for a few lines of the cache
 
     // The tiles of a plane. Of a dilated convolution each phase, of rows and of columns, is an image of its own.
     struct Tiles {
@@ -162,22 +166,20 @@ private:
                    const float* in, float* out, float* scratch) const {
         const std::int64_t rows = round_up(block.last - block.first, kRowGroup), reach = kernel_ / 2;
         const std::int64_t step = grid.phases * grid.pitch;  // from a row of a tile to the next
-        float *inputs = scratch, *products = scratch + detail::kProducts * rows * channels_;
+        const std::int64_t panel_results = rows * kPanel;
+        const std::int64_t next_input = rows * channels_ + kSkew, next_product = panels_ * panel_results + kSkew;
+        float *inputs = scratch, *products = scratch + detail::kProducts * next_input;
         for (std::int64_t t = block.first; t < block.last; ++t) {
             const std::int64_t corner = grid.origin + grid.position(tiles.y(t), tiles.x(t)) - reach * (step + 1);
             in_registers<detail::TileInput>(multiplier.registers, in + corner * channels_, step * channels_, channels_,
-                                            inputs + (t - block.first) * channels_, rows * channels_);
+                                            inputs + (t - block.first) * channels_, next_input);
         }
         const Segment all{0, 0, channels_};
-        const std::int64_t panel_results = rows * kPanel;
         for (std::int64_t i = 0; i < detail::kProducts; ++i) {
-            const Product<float> product{inputs + i * rows * channels_,
-                                         channels_,
-                                         packed_.data() + i * panels_ * panel_stride(),
-                                         panel_stride(),
-                                         &all,
-                                         1};
-            multiplier.panels(product, rows, panels_, products + i * panels_ * panel_results);
+            const Product<float> product{
+                inputs + i * next_input, channels_, packed_.data() + i * panels_ * panel_stride(),
+                panel_stride(),          &all,      1};
+            multiplier.panels(product, rows, panels_, products + i * next_product);
         }
         for (std::int64_t t = block.first; t < block.last; ++t) {
             const std::int64_t y = tiles.y(t), x = tiles.x(t), out_channels = panels_ * kPanel;
@@ -187,7 +189,7 @@ private:
             for (std::int64_t panel = 0; panel < panels_; ++panel) {
                 const float* results = products + panel * panel_results + (t - block.first) * kPanel;
                 const auto finish = [&](auto tile_output) {
-                    in_registers<decltype(tile_output)>(multiplier.registers, results, panels_ * panel_results,
+                    in_registers<decltype(tile_output)>(multiplier.registers, results, next_product,
                                                         bias_.data() + panel * kPanel, pixels + panel * kPanel,
                                                         step * out_channels, out_channels, rows_inside, columns_inside);
                 };
