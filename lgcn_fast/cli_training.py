@@ -10,7 +10,6 @@ from tqdm import tqdm
 from .config import LOSSES, LGCNConfig
 from .crops import read_cache, training_shapes, write_cache
 from .datasets import read_background, read_faces, read_shapes
-from .label_cleaning import recentred
 from .recipes import RECIPES
 from .shape import ShapeModel
 from .training import Trainer
@@ -32,22 +31,10 @@ def add_prepare(commands) -> None:
     parser.add_argument("--background", type=Path, nargs="+", default=[], help="folders of pictures without faces")
     parser.add_argument("--out", type=Path, required=True, help="the .npz file to write")
     parser.add_argument("--color", action="store_true", help="RGB instead of grayscale")
-    parser.add_argument(
-        "--recentre",
-        type=_recentred_set,
-        action="append",
-        default=[],
-        metavar="SET=WEIGHTS",
-        help="take the shift that a face's labels have in common out of a set with noisy ones, as a model sees it",
-    )
 
 
 def _run_prepare(options: argparse.Namespace) -> int:
     sets = {str(path): read_faces(path) for path in options.faces}
-    for name, model in options.recentre:
-        if name not in sets:
-            raise ValueError(f"--recentre: expected one of {', '.join(sets)}, got {name}")
-        sets[name] = recentred(sets[name], model)
     sets |= {str(path): read_background(path) for path in options.background}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     count = write_cache(options.out, sets, options.color, lambda faces: tqdm(faces, "crops", disable=None))
@@ -130,13 +117,6 @@ def _run_fit_shape(options: argparse.Namespace) -> int:
     model.draw(options.out.with_suffix(".png"))
     print(f"{options.out}: {len(model.modes)} modes of {len(shapes)} shapes")
     return 0
-
-
-def _recentred_set(text: str) -> tuple[str, str]:
-    name, _, model = text.rpartition("=")
-    if not name or not model:
-        raise argparse.ArgumentTypeError(f"expected SET=WEIGHTS, got {text!r}")
-    return name, model
 
 
 def _share(text: str) -> tuple[str, float]:

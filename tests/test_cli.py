@@ -9,7 +9,6 @@ import pytest
 from lgcn_fast import cli, cli_training, predict
 from lgcn_fast.checkpoints import load_card
 from lgcn_fast.cli import main
-from lgcn_fast.crops import read_cache
 from lgcn_fast.datasets import read_csv
 from lgcn_fast.images import read_image
 
@@ -63,7 +62,6 @@ def test_predicted_csv_can_be_trained_on(tmp_path, demo_picture):
         (["predict", "a.png", "--out", "o", "--box", "1,2,3"], "expected four numbers x,y,width,height, got '1,2,3'"),
         (["predict", "--out", "o"], "the following arguments are required: FILE"),
         (["train", "c.npz", "--out", "o", "--share", "a"], "expected SET=SHARE"),
-        (["prepare", "faces", "--out", "o", "--recentre", "a"], "expected SET=WEIGHTS"),
         (["train", "c.npz", "--out", "o", "--network", "17"], "invalid choice: '17'"),
         (["nothing"], "invalid choice"),
     ],
@@ -119,18 +117,6 @@ def faces(tmp_path, random):
         lines = "\n".join(f"{x + 1:.3f} {y + 1:.3f}" for x, y in points)
         (folder / f"p{index}.pts").write_text(f"version: 1\nn_points: 68\n{{\n{lines}\n}}\n")
     return folder
-
-
-def test_labels_of_a_set_are_recentred(tmp_path, faces, capsys):
-    prepare = ["prepare", str(faces), "--out"]
-    assert main([*prepare, str(tmp_path / "a.npz")]) == 0
-    assert main([*prepare, str(tmp_path / "b.npz"), "--recentre", f"{faces}=lgcn-nano"]) == 0
-    before, after = read_cache(tmp_path / "a.npz"), read_cache(tmp_path / "b.npz")
-    np.testing.assert_allclose(before.points, after.points, atol=2)  # in crops around them, which see something else
-    assert not any(np.array_equal(*pair) for pair in zip(before.images, after.images, strict=True))
-    assert main([*prepare, str(tmp_path / "c.npz"), "--recentre", "other=lgcn-nano"]) == 2
-    assert f"--recentre: expected one of {faces}, got other" in capsys.readouterr().err
-    assert not (tmp_path / "c.npz").exists()
 
 
 @pytest.mark.slow
