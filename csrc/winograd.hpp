@@ -200,21 +200,29 @@ private:
 
     // The transform of a filter: its polynomial's values at the points, over what the other transforms leave out.
     void pack(const float* weight, std::int64_t out, std::int64_t in) {
-        const double a = std::sqrt(0.5), b = 2 * a;
-        const double points[] = {0, a, -a, b, -b}, scales[] = {1, -2 / 3.0, -2 / 3.0, 1 / 6.0, 1 / 6.0};
-        const auto factor = [&](int i, std::int64_t tap) {
-            return i == 5 ? static_cast<double>(tap == kernel_ - 1)
-                          : scales[i] * std::pow(points[i], static_cast<double>(tap));
-        };
-        for (int i = 0; i < detail::kTile; ++i)
-            for (int j = 0; j < detail::kTile; ++j) {
+        static const double a = std::sqrt(0.5), b = 2 * a, points[] = {0, a, -a, b, -b};
+        static const double scales[] = {1, -2 / 3.0, -2 / 3.0, 1 / 6.0, 1 / 6.0};
+        const auto evaluate = [&](const double* taps, double* values) {
+            for (int i = 0; i < 5; ++i) {
                 double sum = 0;
-                for (std::int64_t y = 0; y < kernel_; ++y)
-                    for (std::int64_t x = 0; x < kernel_; ++x)
-                        sum += factor(i, y) * factor(j, x) * static_cast<double>(weight[y * kernel_ + x]);
-                const std::int64_t panel = (i * detail::kTile + j) * panels_ + out / kPanel;
-                packed_.data()[panel * panel_stride() + in * kPanel + out % kPanel] = static_cast<float>(sum);
+                for (std::int64_t tap = kernel_; tap-- > 0;) sum = sum * points[i] + taps[tap];
+                values[i] = scales[i] * sum;
             }
+            values[5] = taps[kernel_ - 1];
+        };
+        double rows[5][detail::kTile], column[5], values[detail::kTile];
+        for (std::int64_t y = 0; y < kernel_; ++y) {
+            std::copy(weight + y * kernel_, weight + (y + 1) * kernel_, column);
+            evaluate(column, rows[y]);
+        }
+        for (int x = 0; x < detail::kTile; ++x) {
+            for (std::int64_t y = 0; y < kernel_; ++y) column[y] = rows[y][x];
+            evaluate(column, values);
+            for (int y = 0; y < detail::kTile; ++y) {
+                const std::int64_t panel = (y * detail::kTile + x) * panels_ + out / kPanel;
+                packed_.data()[panel * panel_stride() + in * kPanel + out % kPanel] = static_cast<float>(values[y]);
+            }
+        }
     }
 
     std::int64_t panel_stride() const { return channels_ * kPanel; }
