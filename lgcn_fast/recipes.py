@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn, optim
 
 from .augmentation import FIXED_VARIANTS, Augmentation
+from .optimiser import Muon
 
 PAPER_RATES = ((11, 1e-3), (21, 5e-4), (31, 2e-4), (41, 1e-4), (51, 5e-5), (math.inf, 2e-5))
 """Learning rate per sample before each epoch (authors' published configuration)."""
@@ -27,17 +28,15 @@ class Recipe:
     """Gradient elements are truncated at this."""
     clip_norm: float | None = None
     """The gradient's norm is truncated at this."""
-    peak_rate: float = 0.0
-    """Largest learning rate of AdamW; 0: the paper's SGD."""
+    muon_rate: float = 0.0
+    """Largest learning rate of Muon; 0: the paper's SGD."""
 
     def optimiser(self, model: nn.Module) -> optim.Optimizer:
-        """SGD with momentum as in the paper, or AdamW."""
-        if not self.peak_rate:
-            # The authors' toolkit scales the gradient by 1 - momentum before adding it: "unit gain".
-            return optim.SGD(model.parameters(), lr=1.0, momentum=0.9, dampening=0.9)
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
-        return optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=1.0, weight_decay=0.01)
+        """SGD with momentum as in the paper, or Muon."""
+        if self.muon_rate:
+            return Muon(model)
+        # The authors' toolkit scales the gradient by 1 - momentum before adding it: "unit gain".
+        return optim.SGD(model.parameters(), lr=1.0, momentum=0.9, dampening=0.9)
 
     def learning_rate(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """Learning rate of a step, counted from 0.
@@ -45,12 +44,12 @@ class Recipe:
         Paper: constant by epoch, per sample; the loss is a mean over the batch, so the rate is times the batch.
         Otherwise: up over 3 % of the steps, then down along a cosine to a thousandth.
         """
-        if not self.peak_rate:
+        if not self.muon_rate:
             epoch = step // steps_per_epoch + 1
             return self.batch_size * next(rate for end, rate in PAPER_RATES if epoch < end)
         progress = step / (steps_per_epoch * epochs)
         warm_up = min(1.0, progress / 0.03 + 1e-2)
-        return self.peak_rate * warm_up * max(0.5 * (1 + math.cos(math.pi * progress)), 1e-3)
+        return self.muon_rate * warm_up * max(0.5 * (1 + math.cos(math.pi * progress)), 1e-3)
 
 
 _PAPER = Recipe(
@@ -68,15 +67,15 @@ _FAST = Recipe(
     augmentation=Augmentation(shift=0.05, contrast=0.3, blur=1.0, noise=10.0, occlusion=0.4),
     ema_decay=0.998,
     clip_norm=20.0,
-    peak_rate=2e-3,
+    muon_rate=2e-3,
 )
-# A trained network goes on with half the rate and half of what spoils the pictures.
+# A trained network goes on with half of what spoils the pictures.
 _POLISH = replace(
     _FAST,
     name="polish",
     epochs=30,
     augmentation=replace(_FAST.augmentation, blur=0.5, noise=5.0, occlusion=0.2),
-    peak_rate=1e-3,
+    muon_rate=2e-3,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (_PAPER, _FAST, _POLISH)}

@@ -18,7 +18,7 @@ from lgcn_fast.training import Trainer
 from lgcn_fast.training_options import TrainingOptions
 
 CONFIG = LGCNConfig.nano(filters=8, num_landmarks=15, local_kernels=(3, 3), global_layers=1, input_size=48, dropout=0.1)
-FAST = replace(RECIPES["fast"], batch_size=8, augmentation=Augmentation(), peak_rate=5e-3)
+FAST = replace(RECIPES["fast"], batch_size=8, augmentation=Augmentation(), muon_rate=5e-3)
 OPTIONS = TrainingOptions(CONFIG, FAST, epochs=3, amp=False)
 
 

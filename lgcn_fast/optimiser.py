@@ -1,0 +1,73 @@
+"""Muon: the optimiser of the recipes `fast` and `polish`."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn, optim
+
+MOMENTUM = 0.95
+ITERATIONS = 5
+"""Newton-Schulz iterations: afterwards the singular values lie between about 0.7 and 1.2."""
+STEP_OF_ADAMW = 0.2
+"""Root mean square of AdamW's steps for a rate of 1 (Liu et al., "Muon is scalable for LLM training", 2025)."""
+
+
+class Muon(optim.AdamW):
+    """Muon (Jordan et al., 2024) for the filters of the hidden convolutions, AdamW for all other parameters.
+
+    The momentum of a convolution, as a matrix with a line a filter, is made orthogonal before it is taken as a step, so
+    that all directions are learned at the same pace. `torch.optim.Muon` takes matrices only, one at a time.
+    """
+
+    def __init__(self, model: nn.Module, rate: float = 1.0, weight_decay: float = 0.01) -> None:
+        """Sort the parameters of a model: filters of more than one pixel are the hidden convolutions'."""
+        parameters = list(model.parameters())
+        hidden = [p for p in parameters if p.ndim > 1 and p.shape[-1] > 1]
+        heads = [p for p in parameters if p.ndim > 1 and p.shape[-1] == 1]
+        others = [p for p in parameters if p.ndim <= 1]
+        groups = [{"params": hidden}, {"params": heads}, {"params": others, "weight_decay": 0.0}]
+        super().__init__(groups, lr=rate, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step from the gradients, which are gone afterwards where Muon has used them."""
+        hidden = self.param_groups[0]
+        rate, decay = hidden["lr"], hidden["weight_decay"]
+        same_shape = defaultdict(list)
+        for parameter in hidden["params"]:
+            if parameter.grad is not None:
+                same_shape[parameter.shape].append(parameter)
+        for parameters in same_shape.values():
+            nesterov = torch.stack([self._momentum(p).flatten(1) for p in parameters])
+            steps = orthogonalised(nesterov)
+            size = STEP_OF_ADAMW * max(steps.shape[1:]) ** 0.5
+            for parameter, step in zip(parameters, steps, strict=True):
+                parameter.mul_(1 - rate * decay).sub_(step.view(parameter.shape), alpha=rate * size)
+                parameter.grad = None  # AdamW leaves out what has none
+        super().step()
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+            state["step"] = torch.zeros(())  # unused, but AdamW expects one when a state is loaded
+        momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
+        return parameter.grad.lerp(momentum, MOMENTUM)
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """The orthogonal matrices nearest to some, nearly: U S V^T becomes about U V^T.
+
+    Args:
+        matrices: (B, M, N) floating point.
+
+    Returns:
+        (B, M, N) with singular values between about 0.7 and 1.2 (from those above a thousandth of the norm).
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-30)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
