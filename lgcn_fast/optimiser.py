@@ -29,7 +29,7 @@ class Muon(optim.AdamW):
         super().__init__(groups, lr=rate, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """One step from the gradients, which are gone afterwards where Muon has used them."""
         hidden = self.param_groups[0]
         rate, decay = hidden["lr"], hidden["weight_decay"]

@@ -6,8 +6,8 @@ from lgcn_fast.model import LGCN
 from lgcn_fast.optimiser import MOMENTUM, STEP_OF_ADAMW, Muon, orthogonalised
 
 
-def model_with_gradients(**changes) -> LGCN:
-    model = LGCN(LGCNConfig.nano(filters=8, **changes))
+def model_with_gradients() -> LGCN:
+    model = LGCN(LGCNConfig.nano(filters=8))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     return model
@@ -58,10 +58,10 @@ def test_steps_are_as_long_as_those_of_adamw():
     Muon(model, rate=1e-3, weight_decay=0.0).step()
     for name, parameter in model.named_parameters():
         step = (parameter.detach() - before[name]).square().mean().sqrt() / 1e-3
-        # After one step, AdamW's is 1 for every element; later it is about 0.2.
-        assert (
-            (0.1 < step < 0.3) if parameter.ndim == 4 and parameter.shape[2] > 1 else step == pytest.approx(1, rel=0.01)
-        )
+        if parameter.ndim == 4 and parameter.shape[2] > 1:
+            assert 0.1 < step < 0.3
+        else:  # AdamW's first step is 1 for every element; later ones are about 0.2
+            assert step == pytest.approx(1, rel=0.01)
 
 
 def test_other_parameters_are_adamws():
@@ -95,7 +95,6 @@ def test_parameters_without_a_gradient_are_left_alone():
     assert any(name.startswith("local_subnet") for name in changed)
 
 
-@pytest.mark.filterwarnings("error")
 def test_state_can_be_saved_and_loaded():
     model = model_with_gradients()
     first = Muon(model, rate=0.01)
