@@ -52,6 +52,23 @@ def check(found: Fit, expected: Fit, atol: float) -> None:
         np.testing.assert_allclose(array, getattr(expected, name), rtol=atol, atol=atol, err_msg=name)
 
 
+def check_noise(found: Fit, model: ShapeModel, heatmaps: np.ndarray, stride: float = 1) -> None:
+    """Noise makes a small shape, over whose size the residual jumps, and a window's edge may lie on a pixel: there the
+    last bit decides. So each face must be what `fit` gives for one of several roundings of its heatmaps."""
+    roundings = 1 + 1e-6 * np.random.default_rng(0).normal(size=(16, *heatmaps.shape))
+    roundings[0] = 1
+    expected = fit(model, (heatmaps * roundings).reshape(-1, *heatmaps.shape[1:]), stride)
+    same = np.ones((16, len(heatmaps)), dtype=bool)
+    for name in NAMES:
+        one, many = np.asarray(getattr(found, name)), getattr(expected, name)
+        assert one.dtype == np.float32
+        if name == "residuals":
+            one, many = np.arctan(one), np.arctan(many)
+        close = np.isclose(one, many.reshape(16, *one.shape), rtol=1e-4, atol=1e-4)
+        same &= close.reshape(*same.shape, one[:1].size).all(axis=2)
+    assert same.any(axis=0).all(), f"faces {np.flatnonzero(~same.any(axis=0))} of {found}"
+
+
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """`fit_face.hpp` on several CPU threads, as a function like `NativeFitter.__call__`."""
@@ -92,7 +109,7 @@ def emulated(tmp_path_factory):
 def test_emulated_block_is_the_fit(emulated, random, count, height, width, stride, block):
     model = small_model(random, count)
     heatmaps = random_heatmaps(random, count, height, width)
-    check(emulated(model, heatmaps, stride, block), fit(model, heatmaps, stride), 1e-4)
+    check_noise(emulated(model, heatmaps, stride, block), model, heatmaps, stride)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -178,7 +195,7 @@ def test_on_a_gpu_is_the_fit(random, batch, count, height, width, stride):
     device_heatmaps, peaks = torch.from_numpy(heatmaps).cuda(), torch.from_numpy(reduction(heatmaps)).cuda()
     out = poisoned(fitter, batch)
     assert fitter(device_heatmaps, peaks, stride, out).points is out.points
-    check(on_host(out), fit(model, heatmaps, stride), 1e-4)
+    check_noise(on_host(out), model, heatmaps, stride)
     check(on_host(fitter(device_heatmaps, peaks, stride)), on_host(out), 0)
 
 
@@ -187,7 +204,7 @@ def test_more_faces_than_processors(random):
     model = small_model(random, 5)
     heatmaps = random_heatmaps(random, 5, 20, 20, 1000)
     inputs = [torch.from_numpy(x).cuda() for x in (heatmaps, reduction(heatmaps))]
-    check(on_host(CudaFitter(model)(*inputs)), fit(model, heatmaps), 1e-4)
+    check_noise(on_host(CudaFitter(model)(*inputs)), model, heatmaps)
 
 
 @pytest.mark.gpu
@@ -233,7 +250,7 @@ def test_many_landmarks_on_a_gpu(random):
     model = small_model(random, 1500)
     heatmaps = random_heatmaps(random, 1500, 12, 12, 1)
     inputs = [torch.from_numpy(x).cuda() for x in (heatmaps, reduction(heatmaps))]
-    check(on_host(CudaFitter(model)(*inputs)), fit(model, heatmaps), 1e-4)
+    check_noise(on_host(CudaFitter(model)(*inputs)), model, heatmaps)
 
 
 @pytest.mark.gpu
