@@ -58,13 +58,11 @@ public:
 template <typename T>
 class Convolution final : public Layer<T> {
 public:
-    static constexpr std::int64_t kStep = sizeof(T) == 2 ? 32 : 1;  // of the inner dimension
-
-    // `channels` >= f.in is what the input's plane has; the output's has whole panels.
-    Convolution(const Filters& f, std::int64_t channels)
+    // `channels` >= f.in is what the input's plane has; the output's has whole panels. `inner_step` is the multiplier's.
+    Convolution(const Filters& f, std::int64_t channels, std::int64_t inner_step)
         : kernel_(f.kernel),
           channels_(channels),
-          run_(round_up(f.kernel * channels, kStep)),
+          run_(round_up(f.kernel * channels, inner_step)),
           panels_(round_up(f.out, kPanel) / kPanel),
           packed_(panels_ * f.kernel * run_ * kPanel),
           bias_(panels_ * kPanel) {
@@ -124,10 +122,10 @@ private:
 template <typename T>
 class Head {
 public:
-    Head(const Filters& f, std::int64_t channels, std::int64_t step)
+    Head(const Filters& f, std::int64_t channels, std::int64_t step, std::int64_t inner_step)
         : step_(step),
           channels_(channels),
-          depth_(round_up(channels, Convolution<T>::kStep)),
+          depth_(round_up(channels, inner_step)),
           weight_((f.out + kWide) * depth_),
           bias_(f.bias, f.bias + f.out) {
         for (std::int64_t o = 0; o < f.out; ++o)

@@ -26,13 +26,13 @@ LGCN_EVERY_SIMD inline void pair_rows(const float* c, std::int64_t row_stride, s
     }
 }
 
-// Part of a result (kWide, kWide) to its place.
-LGCN_EVERY_SIMD inline void put_block(const float* c, std::int64_t rows, std::int64_t columns, float* out,
-                                      std::int64_t row_stride) {
+// Part of a result, in rows of `stride`, to its place.
+LGCN_EVERY_SIMD inline void put_block(const float* c, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                                      float* out, std::int64_t row_stride) {
     for (std::int64_t y = 0; y < rows; ++y) {
         std::int64_t x = 0;
-        for (; x + kLaneCount <= columns; x += kLaneCount) store(out + y * row_stride + x, load(c + y * kWide + x));
-        for (; x < columns; ++x) out[y * row_stride + x] = c[y * kWide + x];
+        for (; x + kLaneCount <= columns; x += kLaneCount) store(out + y * row_stride + x, load(c + y * stride + x));
+        for (; x < columns; ++x) out[y * row_stride + x] = c[y * stride + x];
     }
 }
 
@@ -46,8 +46,8 @@ public:
         : count_(static_cast<std::int64_t>(taps.reach.size())),
           height_(height),
           width_(width),
-          depth_x_(round_up(width, kStep)),
-          depth_y_(round_up(height, kStep)),
+          depth_x_(round_up(width, kWide)),
+          depth_y_(round_up(round_up(height, kRowGroup), kWide)),
           columns_(count_ * depth_x_ * depth_x_),
           rows_(depth_y_ * count_ * depth_y_),
           scratch_(count_ * depth_x_ * depth_y_) {
@@ -73,12 +73,18 @@ public:
 
     // out: (height, width).
     void operator()(const Multiplier<Bf16>& multiplier, const Bf16* map, float* out) {
+        multiplier.panels ? in_panels(multiplier, map, out) : in_blocks(multiplier, map, out);
+    }
+
+private:
+    // With the large products of a matrix unit.
+    void in_blocks(const Multiplier<Bf16>& multiplier, const Bf16* map, float* out) {
         Bf16* scratch = scratch_.data();
         alignas(64) float c[kWide * kWide];
-        for (std::int64_t x = 0; x < depth_x_; x += kWide)
+        for (std::int64_t x = 0; x < width_; x += kWide)
             for (std::int64_t s = 0; s < count_; ++s) {
-                const Segment band = near(x, s, depth_x_);
-                for (std::int64_t y = 0; y < depth_y_; y += kWide) {
+                const Segment band = near(x, kWide, s, width_, multiplier.inner_step);
+                for (std::int64_t y = 0; y < height_; y += kWide) {
                     const Product<Bf16> product{
                         map + y * depth_x_, depth_x_, columns_.data() + (s * depth_x_ + x) * depth_x_,
                         kPanel * depth_x_,  &band,    1};
@@ -93,7 +99,7 @@ public:
         for (std::int64_t y = 0; y < height_; y += kWide) {
             bands.clear();
             for (std::int64_t s = 0; s < count_; ++s) {
-                const Segment band = near(y, s, depth_y_);
+                const Segment band = near(y, kWide, s, height_, multiplier.inner_step);
                 bands.push_back({s * depth_y_ + band.a, s * depth_y_ + band.b, band.length});
             }
             for (std::int64_t x = 0; x < width_; x += kWide) {
@@ -101,20 +107,53 @@ public:
                     rows_.data() + y * count_ * depth_y_, count_ * depth_y_, scratch + x * count_ * depth_y_,
                     kPanel * count_ * depth_y_,           bands.data(),      count_};
                 multiplier.wide(product, c);
-                detail::put_block(c, std::min(kWide, height_ - y), std::min(kWide, width_ - x), out + y * width_ + x,
-                                  width_);
+                detail::put_block(c, kWide, std::min(kWide, height_ - y), std::min(kWide, width_ - x),
+                                  out + y * width_ + x, width_);
             }
         }
     }
 
-private:
-    static constexpr std::int64_t kStep = Convolution<Bf16>::kStep;
+    // With products of one panel and a few rows: the narrower, the fewer pixels they see.
+    void in_panels(const Multiplier<Bf16>& multiplier, const Bf16* map, float* out) {
+        constexpr std::int64_t kRows = 24, kPanels = 4;
+        Bf16* scratch = scratch_.data();
+        alignas(64) float c[kPanels * kRows * kPanel];
+        for (std::int64_t x = 0; x < width_; x += kPanel)
+            for (std::int64_t s = 0; s < count_; ++s) {
+                const Segment band = near(x, kPanel, s, width_, multiplier.inner_step);
+                Bf16* panel = scratch + (x * count_ + s * kPanel) * depth_y_;
+                for (std::int64_t y = 0; y < height_; y += kPanels * kRows) {
+                    const std::int64_t rows = round_up(std::min(kPanels * kRows, height_ - y), kRowGroup);
+                    const Bf16* columns = columns_.data() + (s * depth_x_ + x) * depth_x_;
+                    multiplier.panels({map + y * depth_x_, depth_x_, columns, 0, &band, 1}, rows, 1, c);
+                    detail::pair_rows(c, kPanel, rows, panel + y * kPanel);
+                }
+            }
+        std::vector<Segment> bands(static_cast<std::size_t>(count_));
+        for (std::int64_t y = 0; y < height_; y += kRows) {
+            const std::int64_t rows = round_up(std::min(kRows, height_ - y), kRowGroup);
+            for (std::int64_t s = 0; s < count_; ++s) {
+                const Segment band = near(y, kRows, s, height_, multiplier.inner_step);
+                bands[static_cast<std::size_t>(s)] = {s * depth_y_ + band.a, s * depth_y_ + band.b, band.length};
+            }
+            for (std::int64_t x = 0; x < width_; x += kPanels * kPanel) {
+                const std::int64_t columns = std::min(kPanels * kPanel, width_ - x);
+                const Product<Bf16> product{
+                    rows_.data() + y * count_ * depth_y_, count_ * depth_y_, scratch + x * count_ * depth_y_,
+                    kPanel * count_ * depth_y_,           bands.data(),      count_};
+                multiplier.panels(product, rows, round_up(columns, kPanel) / kPanel, c);
+                for (std::int64_t i = 0; i < columns; i += kPanel)
+                    detail::put_block(c + i * rows, kPanel, std::min(rows, height_ - y), std::min(kPanel, columns - i),
+                                      out + y * width_ + x + i, width_);
+            }
+        }
+    }
 
-    // What of a line the pixels [i, i + kWide) see of it.
-    Segment near(std::int64_t i, std::int64_t s, std::int64_t depth) const {
+    // What the pixels [i, i + count) of a line of `length` see of it.
+    Segment near(std::int64_t i, std::int64_t count, std::int64_t s, std::int64_t length, std::int64_t step) const {
         const std::int64_t reach = reach_[static_cast<std::size_t>(s)];
-        const std::int64_t first = std::max<std::int64_t>(i - reach, 0) / kStep * kStep;
-        return {first, first, round_up(std::min(i + kWide + reach, depth), kStep) - first};
+        const std::int64_t first = std::max<std::int64_t>(i - reach, 0) / step * step;
+        return {first, first, round_up(std::min(i + count + reach, length), step) - first};
     }
 
     std::int64_t count_, height_, width_, depth_x_, depth_y_;

@@ -51,7 +51,8 @@ struct Segment {
 
 // C = sum over segments of A[:, a : a + length] B[b : b + length, :].
 // A: rows of `row_stride` elements. B: panels of 16 columns, `panel_stride` elements apart, in fp32 (K, 16), in bf16
-// (K / 2, 16, 2), so that element b of the inner dimension starts at 16 b in both. In bf16 lengths are multiples of 32.
+// (K / 2, 16, 2), so that element b of the inner dimension starts at 16 b in both. Lengths are multiples of the
+// multiplier's inner step.
 template <typename T>
 struct Product {
     const T* a;
@@ -73,9 +74,10 @@ struct Multiplier {
     using Element = T;
     void (*wide)(const Product<T>&, float* c);  // C (32, 32)
     void (*tall)(const Product<T>&, float* c);  // C (64, 16)
-    void (*panels)(const Product<T>&, std::int64_t rows, std::int64_t count,
-                   float* c);  // C (count, rows, 16); fp32 only
+    // C (count, rows, 16); AMX has none.
+    void (*panels)(const Product<T>&, std::int64_t rows, std::int64_t count, float* c);
     Registers registers = Registers::bits128;
+    std::int64_t inner_step = 1;  // what of the inner dimension is multiplied at once
     // Around all products of a thread.
     void (*begin)() = [] {};
     void (*end)() = [] {};
@@ -160,12 +162,13 @@ LGCN_AVX512 inline void panels_avx512(const Product<float>& p, std::int64_t rows
     multiply_panels<Lanes, 6, 2>(p, rows, count, c);
 }
 
-template <int kPanels>
+// C is (rows, kPanels, 16), or (kPanels, rows, 16).
+template <int kRows, int kPanels, bool kByPanel = false>
 LGCN_AVX512_BF16 inline void multiply_avx512_bf16(const Product<Bf16>& p, std::int64_t rows, float* c) {
-    constexpr int kRows = 8;
+    const std::int64_t stride = (kByPanel ? 1 : kPanels) * kPanel, next_panel = (kByPanel ? rows : 1) * kPanel;
     for (std::int64_t row = 0; row < rows; row += kRows) {
         __m512 sums[kRows][kPanels];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
             for (int j = 0; j < kPanels; ++j) sums[i][j] = _mm512_setzero_ps();
@@ -177,7 +180,7 @@ LGCN_AVX512_BF16 inline void multiply_avx512_bf16(const Product<Bf16>& p, std::i
 #pragma GCC unroll 2
                 for (int j = 0; j < kPanels; ++j)
                     columns[j] = (__m512bh)_mm512_loadu_si512(b + j * p.panel_stride + k * kPanel);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
                 for (int i = 0; i < kRows; ++i) {
                     std::int32_t pair;
                     std::memcpy(&pair, a + i * p.row_stride + k, sizeof pair);
@@ -187,15 +190,26 @@ LGCN_AVX512_BF16 inline void multiply_avx512_bf16(const Product<Bf16>& p, std::i
                 }
             }
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-            for (int j = 0; j < kPanels; ++j) _mm512_storeu_ps(c + ((row + i) * kPanels + j) * kPanel, sums[i][j]);
+            for (int j = 0; j < kPanels; ++j) _mm512_storeu_ps(c + (row + i) * stride + j * next_panel, sums[i][j]);
     }
 }
 
-inline void wide_avx512_bf16(const Product<Bf16>& p, float* c) { multiply_avx512_bf16<2>(p, kWide, c); }
-inline void tall_avx512_bf16(const Product<Bf16>& p, float* c) { multiply_avx512_bf16<1>(p, kTall, c); }
+inline void wide_avx512_bf16(const Product<Bf16>& p, float* c) { multiply_avx512_bf16<8, 2>(p, kWide, c); }
+inline void tall_avx512_bf16(const Product<Bf16>& p, float* c) { multiply_avx512_bf16<8, 1>(p, kTall, c); }
+inline void panels_avx512_bf16(const Product<Bf16>& p, std::int64_t rows, std::int64_t count, float* c) {
+    Product<Bf16> part = p;
+    for (; count >= 2; count -= 2, part.b += 2 * p.panel_stride, c += 2 * rows * kPanel)
+        multiply_avx512_bf16<kRowGroup, 2, true>(part, rows, c);
+    if (!count) return;
+    // With one panel it takes more rows to hide the latency.
+    const std::int64_t paired = rows / (2 * kRowGroup) * 2 * kRowGroup;
+    multiply_avx512_bf16<2 * kRowGroup, 1, true>(part, paired, c);
+    part.a += paired * p.row_stride;
+    multiply_avx512_bf16<kRowGroup, 1, true>(part, rows - paired, c + paired * kPanel);
+}
 
 // Four tiles of 16 x 16 sums at once hide the latency of the matrix unit: two by two with two panels, else one below
 // the other.
@@ -305,10 +319,10 @@ inline bool find_multiplier(const std::string& name, Multiplier<Bf16>& found) {
     (void)name;
 #ifdef LGCN_X86
     if (name == "amx_bf16")
-        found = {detail::multiply_amx<2>, detail::multiply_amx<1>, nullptr,
-                 Registers::bits512,      detail::begin_amx,       detail::end_amx};
+        found = {detail::multiply_amx<2>, detail::multiply_amx<1>, nullptr, Registers::bits512, 32,
+                 detail::begin_amx,       detail::end_amx};
     if (name == "avx512_bf16")
-        found = {detail::wide_avx512_bf16, detail::tall_avx512_bf16, nullptr, Registers::bits512};
+        found = {detail::wide_avx512_bf16, detail::tall_avx512_bf16, detail::panels_avx512_bf16, Registers::bits512, 2};
 #endif
     return found.wide != nullptr;
 }

@@ -44,15 +44,15 @@ public:
           map_channels_(round_up(shape.landmarks + shape.side_channels, kPanel)),
           channels_(round_up(local.front().out, kPanel)),
           step_(shape.shuffle / shape.stride),
-          heads_(heads, channels_, step_),
-          refine_(refine, channels_, step_) {
+          heads_(heads, channels_, step_, multiplier.inner_step),
+          refine_(refine, channels_, step_, multiplier.inner_step) {
         if (step_ > kWide) throw std::invalid_argument("shuffle: expected at most 32 times the stride");
         for (const Filters& f : local) {
-            local_.push_back(make_layer<T>(f, local_.empty() ? in_channels_ : channels_));
+            local_.push_back(make_layer(multiplier_, f, local_.empty() ? in_channels_ : channels_));
             reach_ = std::max(reach_, f.kernel / 2);
         }
         for (const Filters& f : context)
-            context_.push_back(make_layer<T>(f, context_.empty() ? map_channels_ : channels_));
+            context_.push_back(make_layer(multiplier_, f, context_.empty() ? map_channels_ : channels_));
         for (const Layers* layers : {&local_, &context_})
             for (const auto& layer : *layers) scratch_ = std::max(scratch_, layer->scratch());
     }

@@ -60,17 +60,47 @@ template <typename Bits, typename Floats>
     return bits + 0x7fff + (bits >> 16 & 1);
 }
 
+// Vectors of as many integers. (GCC forgets the size of a vector type that is made of a template's argument.)
+template <typename Vector>
+struct Integers;
+template <>
+struct Integers<Lanes4> {
+    typedef std::uint32_t Words __attribute__((vector_size(16)));
+    typedef Bf16 Halves __attribute__((vector_size(8)));
+};
+template <>
+struct Integers<Lanes8> {
+    typedef std::uint32_t Words __attribute__((vector_size(32)));
+    typedef Bf16 Halves __attribute__((vector_size(16)));
+};
+template <>
+struct Integers<Lanes> {
+    typedef std::uint32_t Words __attribute__((vector_size(64)));
+    typedef Bf16 Halves __attribute__((vector_size(32)));
+};
+
 [[gnu::always_inline]] inline void put(float* p, float v) { *p = v; }
 [[gnu::always_inline]] inline void put(Bf16* p, float v) { *p = static_cast<Bf16>(rounded<std::uint32_t>(v) >> 16); }
+template <typename Vector>
+[[gnu::always_inline]] inline Vector get(const float* p) {
+    return load<Vector>(p);
+}
+template <typename Vector>
+[[gnu::always_inline]] inline Vector get(const Bf16* p) {
+    using Words = typename Integers<Vector>::Words;
+    const Words bits = __builtin_convertvector(load<typename Integers<Vector>::Halves>(p), Words) << 16;
+    Vector v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+}
 template <typename Vector>
 [[gnu::always_inline]] inline void put(float* p, Vector v) {
     store(p, v);
 }
 template <typename Vector>
 [[gnu::always_inline]] inline void put(Bf16* p, Vector v) {
-    typedef std::uint32_t Bits __attribute__((vector_size(sizeof(Vector))));
-    typedef Bf16 Halves __attribute__((vector_size(sizeof(Vector) / 2)));
-    const Halves halves = __builtin_convertvector(rounded<Bits>(v) >> 16, Halves);
+    using Halves = typename Integers<Vector>::Halves;
+    const Halves halves = __builtin_convertvector(rounded<typename Integers<Vector>::Words>(v) >> 16, Halves);
     std::memcpy(p, &halves, sizeof halves);
 }
 

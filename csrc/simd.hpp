@@ -31,8 +31,8 @@ template <typename Vector>
 constexpr std::int64_t kLanesOf = sizeof(Vector) / sizeof(float);
 
 // At any address.
-template <typename Vector = Lanes>
-[[gnu::always_inline]] inline Vector load(const float* p) {
+template <typename Vector = Lanes, typename T>
+[[gnu::always_inline]] inline Vector load(const T* p) {
     Vector lanes;
     std::memcpy(&lanes, p, sizeof lanes);
     return lanes;

@@ -1,4 +1,4 @@
-// Convolutions of 3 x 3 and 5 x 5 in fp32 with fewer multiplications (Winograd; Lavin and Gray, "Fast algorithms for
+// Convolutions of 3 x 3 and 5 x 5 with fewer multiplications (Winograd; Lavin and Gray, "Fast algorithms for
 // convolutional neural networks", 2015). Tiles of 6 x 6 pixels give 4 x 4 or 2 x 2 results for 36 products each, where
 // the sum over the filter's taps takes 144 or 100.
 #pragma once
@@ -21,7 +21,8 @@ namespace detail {
 constexpr int kTile = 6, kProducts = kTile * kTile;
 
 // The transforms evaluate polynomials at 0, a, -a, b, -b and infinity. With a = 1 / sqrt(2) and b = 1 / a, rounding errors
-// are less than twice those of the sum over the taps; with the usual 1 and 2 five times.
+// are less than twice those of the sum over the taps; with the usual 1 and 2 five times. In bf16, where the tiles are
+// rounded once more, they are four times as large.
 constexpr float kA = 0.70710678f, kB = 1.41421356f;
 
 // Six values of a line to the values that are multiplied.
@@ -52,10 +53,10 @@ template <int kOut, typename Vector>
     y[kOut - 1] += m[5 * step];
 }
 
-// A tile of some channels: pixels of a plane, `row` and `channels` floats apart, to products, `stride` floats apart.
+// A tile of some channels: pixels of a plane, `row` and `channels` elements apart, to factors, `stride` elements apart.
 struct TileInput {
-    template <typename Vector>
-    [[gnu::always_inline]] static void run(const float* in, std::int64_t row, std::int64_t channels, float* out,
+    template <typename Vector, typename T>
+    [[gnu::always_inline]] static void run(const T* in, std::int64_t row, std::int64_t channels, T* out,
                                            std::int64_t stride) {
         for (std::int64_t c = 0; c < channels; c += kLanesOf<Vector>) {
             Vector columns[kProducts], products[kTile];
@@ -63,14 +64,14 @@ struct TileInput {
             for (int x = 0; x < kTile; ++x) {
                 Vector pixels[kTile];
 #pragma GCC unroll 6
-                for (int y = 0; y < kTile; ++y) pixels[y] = load<Vector>(in + y * row + x * channels + c);
+                for (int y = 0; y < kTile; ++y) pixels[y] = get<Vector>(in + y * row + x * channels + c);
                 transform_input(pixels, 1, columns + x * kTile);
             }
 #pragma GCC unroll 6
             for (int y = 0; y < kTile; ++y) {
                 transform_input(columns + y, kTile, products);
 #pragma GCC unroll 6
-                for (int x = 0; x < kTile; ++x) store(out + (y * kTile + x) * stride + c, products[x]);
+                for (int x = 0; x < kTile; ++x) put(out + (y * kTile + x) * stride + c, products[x]);
             }
         }
     }
@@ -80,8 +81,8 @@ struct TileInput {
 // in the image; bias and ReLU.
 template <int kOut>
 struct TileOutput {
-    template <typename Vector>
-    [[gnu::always_inline]] static void run(const float* products, std::int64_t stride, const float* bias, float* out,
+    template <typename Vector, typename T>
+    [[gnu::always_inline]] static void run(const float* products, std::int64_t stride, const float* bias, T* out,
                                            std::int64_t row, std::int64_t channels, std::int64_t rows,
                                            std::int64_t columns) {
         for (std::int64_t c = 0; c < kPanel; c += kLanesOf<Vector>) {
@@ -98,7 +99,7 @@ struct TileOutput {
                 transform_output<kOut>(lines + y, kOut, pixels);
                 for (std::int64_t x = 0; x < columns; ++x) {
                     const Vector sum = pixels[x] + offset;
-                    store(out + y * row + x * channels + c, sum > 0 ? sum : Vector{});
+                    put(out + y * row + x * channels + c, sum > 0 ? sum : Vector{});
                 }
             }
         }
@@ -107,7 +108,8 @@ struct TileOutput {
 
 }  // namespace detail
 
-class Winograd final : public Layer<float> {
+template <typename T>
+class Winograd final : public Layer<T> {
 public:
     // Whether it can take the place of a `Convolution`, and is worth it.
     static bool fits(const Filters& f, std::int64_t channels) {
@@ -126,11 +128,11 @@ public:
     }
 
     std::int64_t scratch() const override {
-        return detail::kProducts * (kBlock * (channels_ + panels_ * kPanel) + 2 * kSkew);
+        return detail::kProducts * (kBlock * (channels_ + panels_ * kPanel) + 2 * kSkew);  // enough for bf16, too
     }
 
-    void operator()(const Multiplier<float>& multiplier, const Grid& grid, const float* in, float* out,
-                    const Team& team, std::int64_t member, float* scratch) const override {
+    void operator()(const Multiplier<T>& multiplier, const Grid& grid, const T* in, T* out, const Team& team,
+                    std::int64_t member, float* scratch) const override {
         const std::int64_t side = detail::kTile - kernel_ + 1;
         const Tiles tiles(grid, side);
         const Range groups = team.share(round_up(tiles.count, kRowGroup) / kRowGroup, member);
@@ -162,13 +164,14 @@ private:
         std::int64_t side, phases, across, down, count;
     };
 
-    void run_block(const Multiplier<float>& multiplier, const Grid& grid, const Tiles& tiles, Range block,
-                   const float* in, float* out, float* scratch) const {
+    void run_block(const Multiplier<T>& multiplier, const Grid& grid, const Tiles& tiles, Range block, const T* in,
+                   T* out, float* scratch) const {
         const std::int64_t rows = round_up(block.last - block.first, kRowGroup), reach = kernel_ / 2;
         const std::int64_t step = grid.phases * grid.pitch;  // from a row of a tile to the next
         const std::int64_t panel_results = rows * kPanel;
         const std::int64_t next_input = rows * channels_ + kSkew, next_product = panels_ * panel_results + kSkew;
-        float *inputs = scratch, *products = scratch + detail::kProducts * next_input;
+        T* inputs = reinterpret_cast<T*>(scratch);
+        float* products = scratch + detail::kProducts * next_input * static_cast<std::int64_t>(sizeof(T)) / 4;
         for (std::int64_t t = block.first; t < block.last; ++t) {
             const std::int64_t corner = grid.origin + grid.position(tiles.y(t), tiles.x(t)) - reach * (step + 1);
             in_registers<detail::TileInput>(multiplier.registers, in + corner * channels_, step * channels_, channels_,
@@ -176,16 +179,15 @@ private:
         }
         const Segment all{0, 0, channels_};
         for (std::int64_t i = 0; i < detail::kProducts; ++i) {
-            const Product<float> product{
-                inputs + i * next_input, channels_, packed_.data() + i * panels_ * panel_stride(),
-                panel_stride(),          &all,      1};
+            const Product<T> product{inputs + i * next_input, channels_, packed_.data() + i * panels_ * panel_stride(),
+                                     panel_stride(),          &all,      1};
             multiplier.panels(product, rows, panels_, products + i * next_product);
         }
         for (std::int64_t t = block.first; t < block.last; ++t) {
             const std::int64_t y = tiles.y(t), x = tiles.x(t), out_channels = panels_ * kPanel;
             const std::int64_t rows_inside = std::min(tiles.side, (grid.height - y + grid.phases - 1) / grid.phases);
             const std::int64_t columns_inside = std::min(tiles.side, (grid.width - x + grid.phases - 1) / grid.phases);
-            float* pixels = out + (grid.origin + grid.position(y, x)) * out_channels;
+            T* pixels = out + (grid.origin + grid.position(y, x)) * out_channels;
             for (std::int64_t panel = 0; panel < panels_; ++panel) {
                 const float* results = products + panel * panel_results + (t - block.first) * kPanel;
                 const auto finish = [&](auto tile_output) {
@@ -220,7 +222,8 @@ private:
             evaluate(column, values);
             for (int y = 0; y < detail::kTile; ++y) {
                 const std::int64_t panel = (y * detail::kTile + x) * panels_ + out / kPanel;
-                packed_.data()[panel * panel_stride() + in * kPanel + out % kPanel] = static_cast<float>(values[y]);
+                detail::put(packed_.data() + panel * panel_stride() + Convolution<T>::packed_index(in, out % kPanel),
+                            static_cast<float>(values[y]));
             }
         }
     }
@@ -228,15 +231,15 @@ private:
     std::int64_t panel_stride() const { return channels_ * kPanel; }
 
     std::int64_t kernel_, channels_, panels_;
-    Buffer<float> packed_, bias_;
+    Buffer<T> packed_;
+    Buffer<float> bias_;
 };
 
 // The fastest way to run a layer.
 template <typename T>
-std::unique_ptr<Layer<T>> make_layer(const Filters& f, std::int64_t channels) {
-    if constexpr (sizeof(T) == sizeof(float))
-        if (Winograd::fits(f, channels)) return std::make_unique<Winograd>(f, channels);
-    return std::make_unique<Convolution<T>>(f, channels);
+std::unique_ptr<Layer<T>> make_layer(const Multiplier<T>& multiplier, const Filters& f, std::int64_t channels) {
+    if (multiplier.panels && Winograd<T>::fits(f, channels)) return std::make_unique<Winograd<T>>(f, channels);
+    return std::make_unique<Convolution<T>>(f, channels, multiplier.inner_step);
 }
 
 }  // namespace lgcn
