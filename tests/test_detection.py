@@ -114,6 +114,7 @@ def test_tiles_find_the_same_faces(face, monkeypatch):
     whole = detect(photo)
     heatmap = combined_heatmap(photo)
     monkeypatch.setattr(detection, "WHOLE", 0)
+    monkeypatch.setattr(detection, "TILE", 256)
     monkeypatch.setattr(detection, "TILES", 3)
     parts = detect(photo)
     # What a tile does not see makes a difference, where its part ends.
