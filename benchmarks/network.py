@@ -1,7 +1,7 @@
 """The network: `Engine` beside the eager model and other runtimes, image to heatmaps.
 
-Eager is the model in eval mode under inference_mode, fp32. The matrix-product rate is that of torch.mm; in fp32 the
-engine does a third of the filters' multiplications (csrc/winograd.hpp): its share of that rate may be above 1.
+Eager is the model in eval mode under inference_mode, fp32. The matrix-product rate is that of torch.mm; without
+AMX the engine does a third of the filters' multiplications (csrc/winograd.hpp): its share of that rate may be above 1.
 """
 
 import torch
