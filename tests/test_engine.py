@@ -95,7 +95,7 @@ def test_rounding_errors_are_at_most_four_times_those_of_torch(name, precision):
     if precision not in INSTRUCTIONS:
         pytest.skip(f"this processor has no {precision} instructions")
     model = randomised(CONFIGS[name]) if name in CONFIGS else load_model(name)
-    images = torch.randint(0, 256, (2, 1, 96, 96), dtype=torch.uint8)
+    images = torch.randint(0, 256, (8, 1, 96, 96), dtype=torch.uint8)
     exact = eager(model, images)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         torchs = model(images).output.double()
