@@ -51,8 +51,8 @@ OVERLAP = 0.4
 WHOLE = 2**20
 """Pixels of a level that goes through the network as a whole; larger ones go in tiles, so that memory is bounded."""
 TILE, TILE_BORDER = 640, 48
-"""Largest side of what a tile is to answer for, and what it sees around it. (Without AMX 640 takes 0.6 to 0.8 of the time
-of 256, which overlap more, and less than 512 or 720.)"""
+"""Largest side of what a tile is to answer for, and what it sees around it. (Without AMX 640 takes 0.6 to 0.8 of the
+time of 256, which overlap more, and less than 512 or 720.)"""
 TILES = 8
 """Tiles that go through the network at once, each with up to 100 MB."""
 
