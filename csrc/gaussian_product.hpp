@@ -18,10 +18,11 @@ namespace detail {
 
 // Rows of sums, two and two, to rows of pairs in bf16: the format of a panel.
 LGCN_EVERY_SIMD inline void pair_rows(const float* c, std::int64_t row_stride, std::int64_t rows, Bf16* panel) {
+    using Words = Integers<Lanes>::Words;
     for (std::int64_t y = 0; y < rows; y += 2) {
-        const LaneBits first = rounded<LaneBits>(load(c + y * row_stride)) >> 16;
-        const LaneBits second = rounded<LaneBits>(load(c + (y + 1) * row_stride)) & 0xffff0000u;
-        const LaneBits both = first | second;
+        const Words first = rounded<Words>(load(c + y * row_stride)) >> 16;
+        const Words second = rounded<Words>(load(c + (y + 1) * row_stride)) & 0xffff0000u;
+        const Words both = first | second;
         std::memcpy(panel + y * kPanel, &both, sizeof both);
     }
 }
@@ -73,80 +74,71 @@ public:
 
     // out: (height, width).
     void operator()(const Multiplier<Bf16>& multiplier, const Bf16* map, float* out) {
-        multiplier.panels ? in_panels(multiplier, map, out) : in_blocks(multiplier, map, out);
-    }
-
-private:
-    // With the large products of a matrix unit.
-    void in_blocks(const Multiplier<Bf16>& multiplier, const Bf16* map, float* out) {
+        // The narrower a block, the fewer pixels it sees; a matrix unit has blocks of one size.
+        const Block along_x = multiplier.panels ? kAlongX : kMatrixUnit;
+        const Block along_y = multiplier.panels ? kAlongY : kMatrixUnit;
         Bf16* scratch = scratch_.data();
-        alignas(64) float c[kWide * kWide];
-        for (std::int64_t x = 0; x < width_; x += kWide)
+        alignas(64) float c[kLargest];
+        for (std::int64_t x = 0; x < width_; x += along_x.columns())
             for (std::int64_t s = 0; s < count_; ++s) {
-                const Segment band = near(x, kWide, s, width_, multiplier.inner_step);
-                for (std::int64_t y = 0; y < height_; y += kWide) {
+                const Segment band = near(x, along_x.columns(), s, width_, multiplier.inner_step);
+                for (std::int64_t y = 0; y < height_; y += along_x.rows) {
                     const Product<Bf16> product{
                         map + y * depth_x_, depth_x_, columns_.data() + (s * depth_x_ + x) * depth_x_,
                         kPanel * depth_x_,  &band,    1};
-                    multiplier.wide(product, c);
-                    for (std::int64_t panel = 0; panel < 2; ++panel)
+                    const Result sums =
+                        multiply(multiplier, product, std::min(along_x.rows, height_ - y), along_x.panels, c);
+                    for (std::int64_t panel = 0; panel < along_x.panels; ++panel)
                         detail::pair_rows(
-                            c + panel * kPanel, kWide, kWide,
+                            c + panel * sums.next_panel, sums.stride, sums.rows,
                             scratch + ((x + panel * kPanel) * count_ + s * kPanel) * depth_y_ + y * kPanel);
                 }
             }
-        std::vector<Segment> bands;
-        for (std::int64_t y = 0; y < height_; y += kWide) {
-            bands.clear();
+        std::vector<Segment> bands(static_cast<std::size_t>(count_));
+        for (std::int64_t y = 0; y < height_; y += along_y.rows) {
+            const std::int64_t rows = std::min(along_y.rows, height_ - y);
             for (std::int64_t s = 0; s < count_; ++s) {
-                const Segment band = near(y, kWide, s, height_, multiplier.inner_step);
-                bands.push_back({s * depth_y_ + band.a, s * depth_y_ + band.b, band.length});
+                const Segment band = near(y, along_y.rows, s, height_, multiplier.inner_step);
+                bands[static_cast<std::size_t>(s)] = {s * depth_y_ + band.a, s * depth_y_ + band.b, band.length};
             }
-            for (std::int64_t x = 0; x < width_; x += kWide) {
+            for (std::int64_t x = 0; x < width_; x += along_y.columns()) {
+                const std::int64_t columns = std::min(along_y.columns(), width_ - x);
                 const Product<Bf16> product{
                     rows_.data() + y * count_ * depth_y_, count_ * depth_y_, scratch + x * count_ * depth_y_,
                     kPanel * count_ * depth_y_,           bands.data(),      count_};
-                multiplier.wide(product, c);
-                detail::put_block(c, kWide, std::min(kWide, height_ - y), std::min(kWide, width_ - x),
-                                  out + y * width_ + x, width_);
+                const Result sums = multiply(multiplier, product, rows, round_up(columns, kPanel) / kPanel, c);
+                for (std::int64_t i = 0; i < columns; i += kPanel)
+                    detail::put_block(c + i / kPanel * sums.next_panel, sums.stride, rows,
+                                      std::min(kPanel, columns - i), out + y * width_ + x + i, width_);
             }
         }
     }
 
-    // With products of one panel and a few rows: the narrower, the fewer pixels they see.
-    void in_panels(const Multiplier<Bf16>& multiplier, const Bf16* map, float* out) {
-        constexpr std::int64_t kRows = 24, kPanels = 4;
-        Bf16* scratch = scratch_.data();
-        alignas(64) float c[kPanels * kRows * kPanel];
-        for (std::int64_t x = 0; x < width_; x += kPanel)
-            for (std::int64_t s = 0; s < count_; ++s) {
-                const Segment band = near(x, kPanel, s, width_, multiplier.inner_step);
-                Bf16* panel = scratch + (x * count_ + s * kPanel) * depth_y_;
-                for (std::int64_t y = 0; y < height_; y += kPanels * kRows) {
-                    const std::int64_t rows = round_up(std::min(kPanels * kRows, height_ - y), kRowGroup);
-                    const Bf16* columns = columns_.data() + (s * depth_x_ + x) * depth_x_;
-                    multiplier.panels({map + y * depth_x_, depth_x_, columns, 0, &band, 1}, rows, 1, c);
-                    detail::pair_rows(c, kPanel, rows, panel + y * kPanel);
-                }
-            }
-        std::vector<Segment> bands(static_cast<std::size_t>(count_));
-        for (std::int64_t y = 0; y < height_; y += kRows) {
-            const std::int64_t rows = round_up(std::min(kRows, height_ - y), kRowGroup);
-            for (std::int64_t s = 0; s < count_; ++s) {
-                const Segment band = near(y, kRows, s, height_, multiplier.inner_step);
-                bands[static_cast<std::size_t>(s)] = {s * depth_y_ + band.a, s * depth_y_ + band.b, band.length};
-            }
-            for (std::int64_t x = 0; x < width_; x += kPanels * kPanel) {
-                const std::int64_t columns = std::min(kPanels * kPanel, width_ - x);
-                const Product<Bf16> product{
-                    rows_.data() + y * count_ * depth_y_, count_ * depth_y_, scratch + x * count_ * depth_y_,
-                    kPanel * count_ * depth_y_,           bands.data(),      count_};
-                multiplier.panels(product, rows, round_up(columns, kPanel) / kPanel, c);
-                for (std::int64_t i = 0; i < columns; i += kPanel)
-                    detail::put_block(c + i * rows, kPanel, std::min(rows, height_ - y), std::min(kPanel, columns - i),
-                                      out + y * width_ + x + i, width_);
-            }
+private:
+    struct Block {
+        std::int64_t rows, panels;
+        std::int64_t columns() const { return panels * kPanel; }
+    };
+    static constexpr Block kMatrixUnit{kWide, kWide / kPanel}, kAlongX{96, 1}, kAlongY{24, 4};
+    static constexpr std::int64_t kLargest = std::max({kMatrixUnit.rows * kMatrixUnit.panels,
+                                                       kAlongX.rows * kAlongX.panels, kAlongY.rows * kAlongY.panels}) *
+                                             kPanel;
+
+    // Where the sums of a product are: rows are `stride` apart, panels `next_panel`.
+    struct Result {
+        std::int64_t rows, stride, next_panel;
+    };
+
+    // At least `rows` and `panels`.
+    static Result multiply(const Multiplier<Bf16>& multiplier, const Product<Bf16>& product, std::int64_t rows,
+                           std::int64_t panels, float* c) {
+        if (multiplier.panels) {
+            rows = round_up(rows, kRowGroup);
+            multiplier.panels(product, rows, panels, c);
+            return {rows, kPanel, rows * kPanel};
         }
+        multiplier.wide(product, c);
+        return {kWide, kWide, kPanel};
     }
 
     // What the pixels [i, i + count) of a line of `length` see of it.

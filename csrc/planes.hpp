@@ -48,7 +48,6 @@ struct Grid {
 
 namespace detail {
 
-typedef std::uint32_t LaneBits __attribute__((vector_size(64)));
 typedef std::uint32_t Eight __attribute__((vector_size(32), aligned(4)));
 
 // Bits of floats, their upper half rounded to nearest, ties to even.
