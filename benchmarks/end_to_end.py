@@ -10,7 +10,7 @@ from timing import run
 
 from lgcn_fast import LGCN, Engine, LGCNConfig, load_model, predict
 from lgcn_fast.checkpoints import model_names
-from lgcn_fast.native import INSTRUCTIONS
+from lgcn_fast_kernels import INSTRUCTIONS
 
 FACES = 64
 

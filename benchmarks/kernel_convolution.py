@@ -6,7 +6,7 @@ from timing import compare, run, show
 
 from lgcn_fast import gaussian_sum
 from lgcn_fast.operators import gaussian_sum_banded
-from lgcn_fast_kernels import FP32, INSTRUCTION_SETS
+from lgcn_fast_kernels import INSTRUCTION_SETS, INSTRUCTIONS
 from lgcn_fast_kernels import gaussian_sum as native
 
 
@@ -20,7 +20,7 @@ def main() -> dict:
         "matrix products, bf16": lambda: gaussian_sum_banded(half),
     }
     for name in [name for name in INSTRUCTION_SETS if name.endswith("bf16")] + ["fp32"]:
-        instructions = FP32 if name == "fp32" else name
+        instructions = INSTRUCTIONS.get(name, name)
         options = {"num_threads": threads, "instructions": instructions}
         np.testing.assert_allclose(native(arrays, **options), exact, atol=1e-4 if name == "fp32" else 0.5)
         functions[f"native, {name}"] = lambda options=options: native(arrays, **options)

@@ -10,7 +10,7 @@ from timing import compare, matrix_rate, run, show
 
 from lgcn_fast import LGCN, Engine, LGCNConfig, load_model
 from lgcn_fast.checkpoints import model_names
-from lgcn_fast.native import INSTRUCTIONS
+from lgcn_fast_kernels import INSTRUCTIONS
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lgcn_fast import LGCN
 from lgcn_fast.export import SIZES, traced, write_onnx
-from lgcn_fast.native import INSTRUCTIONS
 from lgcn_fast.operators import banded_product
+from lgcn_fast_kernels import INSTRUCTIONS
 
 
 class _Output(nn.Module):

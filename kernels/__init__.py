@@ -16,7 +16,7 @@ from . import _native
 from ._native import Fitter, Network, Shape
 
 __all__ = [
-    "FP32",
+    "INSTRUCTIONS",
     "INSTRUCTION_SETS",
     "Fitter",
     "Network",
@@ -31,8 +31,8 @@ __all__ = [
 
 INSTRUCTION_SETS = tuple(_native.instruction_sets())
 """What this processor runs the network with, best first; those with bf16 in their name multiply matrices in bf16."""
-FP32 = next(name for name in INSTRUCTION_SETS if not name.endswith("bf16"))
-"""The best of them in fp32."""
+INSTRUCTIONS = {("bf16" if name.endswith("bf16") else "fp32"): name for name in reversed(INSTRUCTION_SETS)}
+"""The best of them for each precision that this processor has."""
 BF16_TOLERANCE = 2.0**-12
 """Of `kernel_taps` in bf16, whose rounding errors are up to 2**-9."""
 
@@ -42,7 +42,7 @@ def gaussian_sum(
     kernel_size: int = 45,
     sigmas: tuple[float, ...] = (1.0, 3.0, 5.0, 7.0, 9.0),
     num_threads: int = 0,
-    instructions: str = FP32,
+    instructions: str = INSTRUCTIONS["fp32"],
 ) -> np.ndarray:
     """Convolve every map with the sum of Gaussians K of Eq. 1; the reference is `lgcn_fast.gaussian_sum`.
 
@@ -50,7 +50,7 @@ def gaussian_sum(
     matrix products.
 
     Args:
-        instructions: one of `INSTRUCTION_SETS`; the best in fp32 where nothing is said.
+        instructions: one of `INSTRUCTION_SETS`.
 
     Returns:
         (B, C, H, W) float32.

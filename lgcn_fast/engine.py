@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lgcn_fast_kernels import INSTRUCTIONS
+
 from .fitting import Array, Fit
 from .folding import fold
 from .model import LGCN, check_images, checked_device
-from .native import INSTRUCTIONS, NativeEngine
+from .native import NativeEngine
 from .shape import ShapeModel
 
 GPU_PACKAGES = ("triton", "cupy")

@@ -43,7 +43,7 @@ class KernelConvolution(nn.Module):
         self.sigmas = config.sigmas
         self.scale = config.blur_scale
         self.operator = gaussian_sum
-        """`gaussian_sum`, or `gaussian_sum_banded`, which training and the engine put in its place."""
+        """`gaussian_sum`, or what training puts in its place: `gaussian_sum_banded` or `gaussian_sum_native`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.operator(x, self.kernel_size, self.sigmas) * self.scale
@@ -121,11 +121,11 @@ class LGCN(nn.Module):
         if self.side is not None:
             maps = torch.cat([maps, self.side(features)], dim=1)
         # Cropped before the blur: beyond the image there is nothing (zero padding), whatever the grid.
-        blurred = self.kernel_convolution(F.pixel_shuffle(maps, step)[..., :height, :width])
+        blurred = self.kernel_convolution(shuffled(maps, step)[..., :height, :width])
         local = blurred[:, : self.config.num_landmarks]
         # Means of step x step pixels lose little: K is a low-pass.
         context = F.avg_pool2d(pad_to_grid(blurred, step), step) if step > 1 else blurred
-        refined = F.pixel_shuffle(self.refine(self.global_subnet(context)), step)[..., :height, :width]
+        refined = shuffled(self.refine(self.global_subnet(context)), step)[..., :height, :width]
         return Heatmaps(local, local + refined)
 
 
@@ -158,6 +158,11 @@ def check_images(images: Tensor, channels: int) -> None:
     """Raise ValueError where a batch is not what a network takes."""
     if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape:
         raise ValueError(f"images: expected (B, {channels}, H, W) without empty sides, got {tuple(images.shape)}")
+
+
+def shuffled(x: Tensor, step: int) -> Tensor:
+    """`pixel_shuffle`, which copies where there is nothing to shuffle."""
+    return F.pixel_shuffle(x, step) if step > 1 else x
 
 
 def pad_to_grid(x: Tensor, step: int) -> Tensor:

@@ -7,16 +7,12 @@ import torch
 from torch import Tensor
 
 import lgcn_fast_kernels
+from lgcn_fast_kernels import INSTRUCTIONS
 
 from .fitting import Array, Fit, NativeFitter
 from .folding import FoldedNetwork
 from .losses import probabilities
 from .shape import ShapeModel
-
-INSTRUCTIONS = {
-    ("bf16" if name.endswith("bf16") else "fp32"): name for name in reversed(lgcn_fast_kernels.INSTRUCTION_SETS)
-}
-"""The best instruction set of this processor for each precision that it has."""
 
 
 def native_network(network: FoldedNetwork, instructions: str) -> lgcn_fast_kernels.Network:

@@ -1,10 +1,14 @@
-"""The kernel convolution of section 3.2.2: `gaussian_sum` to be read, `gaussian_sum_banded` to be fast."""
+"""The kernel convolution of section 3.2.2: `gaussian_sum` to be read, the others to be fast."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import lgcn_fast_kernels
+from lgcn_fast_kernels import INSTRUCTIONS
 
 KERNEL_SIZE = 45
 SIGMAS = (1.0, 3.0, 5.0, 7.0, 9.0)
@@ -64,9 +68,23 @@ def gaussian_sum_banded(x: Tensor, kernel_size: int = KERNEL_SIZE, sigmas: tuple
     Returns:
         (B, C, H, W), dtype of `x` (under autocast: the autocast dtype).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _BandedGaussianSum.apply(x, kernel_size, tuple(sigmas))
+    return _GaussianSum.apply(_autocast(x), banded_product, kernel_size, tuple(sigmas))
+
+
+def gaussian_sum_native(x: Tensor, kernel_size: int = KERNEL_SIZE, sigmas: tuple[float, ...] = SIGMAS) -> Tensor:
+    """Convolve every channel with the sum of Gaussians K of Eq. 1 (section 3.2.2), zero padded, on a CPU.
+
+    With `lgcn_fast_kernels.gaussian_sum`, forward and backward: two to three times as fast as `gaussian_sum_banded`.
+
+    Args:
+        x: (B, C, H, W) fp32 or bf16, on a CPU.
+        kernel_size: side of the truncated kernel in pixels, odd.
+        sigmas: standard deviations of the Gaussians, in pixels.
+
+    Returns:
+        (B, C, H, W), dtype of `x` (under autocast: the autocast dtype).
+    """
+    return _GaussianSum.apply(_autocast(x), _native_product, kernel_size, tuple(sigmas))
 
 
 @lru_cache(maxsize=64)
@@ -126,14 +144,27 @@ def two_products(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return along_y.view(batch, channels, new_height, new_width)
 
 
-class _BandedGaussianSum(torch.autograd.Function):
-    """`gaussian_sum_banded` for autograd: nothing is saved, the backward pass is the forward pass."""
+def _native_product(x: Tensor, kernel_size: int, sigmas: tuple[float, ...]) -> Tensor:
+    maps = x.detach().float().contiguous().numpy()
+    precision = "bf16" if x.dtype == torch.bfloat16 and "bf16" in INSTRUCTIONS else "fp32"
+    instructions = INSTRUCTIONS[precision]
+    blurred = lgcn_fast_kernels.gaussian_sum(maps, kernel_size, sigmas, torch.get_num_threads(), instructions)
+    return torch.from_numpy(blurred).to(x.dtype)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    enabled = torch.is_autocast_enabled(x.device.type)
+    return x.to(torch.get_autocast_dtype(x.device.type)) if enabled else x
+
+
+class _GaussianSum(torch.autograd.Function):
+    """A product with the symmetric kernel for autograd: nothing is saved, the backward pass is the forward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, kernel_size: int, sigmas: tuple[float, ...]) -> Tensor:
-        ctx.kernel = kernel_size, sigmas
-        return banded_product(x, kernel_size, sigmas)
+    def forward(ctx, x: Tensor, product: Callable[..., Tensor], kernel_size: int, sigmas: tuple[float, ...]) -> Tensor:
+        ctx.product, ctx.kernel = product, (kernel_size, sigmas)
+        return product(x, kernel_size, sigmas)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return banded_product(gradient, *ctx.kernel), None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.product(gradient, *ctx.kernel), None, None, None

@@ -9,8 +9,8 @@ from lgcn_fast import Engine, ShapeModel, load_model
 from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.folding import fold
 from lgcn_fast.images import read_image
-from lgcn_fast.native import INSTRUCTIONS, native_network
-from lgcn_fast_kernels import INSTRUCTION_SETS, Network, Shape
+from lgcn_fast.native import native_network
+from lgcn_fast_kernels import INSTRUCTION_SETS, INSTRUCTIONS, Network, Shape
 
 
 @pytest.mark.parametrize("name", CONFIGS)

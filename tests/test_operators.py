@@ -3,7 +3,13 @@ import pytest
 import torch
 
 import lgcn_fast_kernels
-from lgcn_fast.operators import band_matrices, gaussian_sum, gaussian_sum_banded, gaussian_taps
+from lgcn_fast.operators import (
+    band_matrices,
+    gaussian_sum,
+    gaussian_sum_banded,
+    gaussian_sum_native,
+    gaussian_taps,
+)
 from lgcn_fast_kernels import INSTRUCTION_SETS
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 96, 96), (1, 2, 7, 113), (1, 1, 44, 46), (2, 1, 45, 1), (1, 5, 23, 97)]
@@ -36,7 +42,7 @@ def native(instructions: str):
 NATIVE = [pytest.param(native(name), id=name) for name in INSTRUCTION_SETS if not name.endswith("bf16")]
 
 
-@pytest.mark.parametrize("operator", [gaussian_sum, gaussian_sum_banded, *NATIVE])
+@pytest.mark.parametrize("operator", [gaussian_sum, gaussian_sum_banded, gaussian_sum_native, *NATIVE])
 @pytest.mark.parametrize(("size", "sigmas"), KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("poisoned_memory")
@@ -59,19 +65,33 @@ def test_banded_gradient_is_right(random):
     assert torch.autograd.gradcheck(lambda x: gaussian_sum_banded(x, 5, (1.0, 2.0)), x)
 
 
-def test_banded_bf16_is_no_worse_than_twice_the_grouped_convolution(random):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_native_gradient_is_right(channels_last, random):
+    x = torch.from_numpy(random.normal(size=(2, 3, 13, 30))).float()
+    gradient = torch.from_numpy(random.normal(size=x.shape)).float()
+    if channels_last:
+        x, gradient = (t.to(memory_format=torch.channels_last) for t in (x, gradient))
+    x.requires_grad_()
+    (result,) = torch.autograd.grad(gaussian_sum_native(x), x, gradient)
+    torch.testing.assert_close(result, gaussian_sum(gradient), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("operator", [gaussian_sum_banded, gaussian_sum_native])
+def test_bf16_is_no_worse_than_twice_the_grouped_convolution(operator, random):
     x = torch.from_numpy(random.normal(size=(1, 4, 96, 96))).float()
     exact = gaussian_sum(x.double())
-    errors = [
-        (operator(x.bfloat16()).double() - exact).abs().mean() for operator in (gaussian_sum_banded, gaussian_sum)
-    ]
+    errors = [(blur(x.bfloat16()).double() - exact).abs().mean() for blur in (operator, gaussian_sum)]
     assert errors[0] <= 2 * errors[1]
 
 
-def test_banded_follows_autocast(random):
-    x = torch.from_numpy(random.normal(size=(1, 1, 8, 8))).float()
+@pytest.mark.parametrize("operator", [gaussian_sum_banded, gaussian_sum_native])
+def test_follows_autocast(operator, random):
+    x = torch.from_numpy(random.normal(size=(1, 1, 8, 8))).float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        assert gaussian_sum_banded(x).dtype == torch.bfloat16
+        blurred = operator(x)
+    assert blurred.dtype == torch.bfloat16
+    blurred.sum().backward()
+    assert x.grad.dtype == torch.float32
 
 
 def test_band_matrices_made_in_inference_mode_serve_training():

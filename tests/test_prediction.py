@@ -14,10 +14,10 @@ from lgcn_fast.datasets import read_300w
 from lgcn_fast.evaluation import evaluate, landmark_errors, summary
 from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.images import crop, face_box, read_image, square_box, to_crop
-from lgcn_fast.native import INSTRUCTIONS
 from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import WEIGHTS
 from lgcn_fast.shipped import default_model
+from lgcn_fast_kernels import INSTRUCTIONS
 
 FACE = [82, 70, 124, 124]
 

@@ -18,6 +18,7 @@ from lgcn_fast.training import Trainer
 from lgcn_fast.training_options import TrainingOptions
 
 CONFIG = LGCNConfig.nano(filters=8, num_landmarks=15, local_kernels=(3, 3), global_layers=1, input_size=48, dropout=0.1)
+PAPER = LGCNConfig(num_landmarks=15, filters=64, side_channels=15, local_kernels=(5, 3), global_layers=2, dropout=0)
 FAST = replace(RECIPES["fast"], batch_size=8, augmentation=Augmentation(), muon_rate=5e-3)
 OPTIONS = TrainingOptions(CONFIG, FAST, epochs=3, amp=False)
 
@@ -214,6 +215,23 @@ def test_bf16_is_used_where_it_is_fast(cache, tmp_path, monkeypatch):
     ):
         monkeypatch.setattr("lgcn_fast.training.INSTRUCTIONS", known)
         assert Trainer(cache, tmp_path, replace(OPTIONS, **{"amp": None} | options)).amp is expected
+
+
+@pytest.mark.parametrize("config", [CONFIG, PAPER], ids=["nano", "paper"])
+def test_gradients_in_bf16_are_nearly_those_in_fp32(cache, tmp_path, config):
+    images = torch.from_numpy(np.stack([image[:48, :48] for image in cache.images[:4]]))[:, None]
+    points = torch.from_numpy(cache.points[:4, None])
+    start, gradients = randomised(config).state_dict(), []
+    for amp in (False, True):
+        model = Trainer(cache, tmp_path / str(amp), replace(OPTIONS, config=config, amp=amp)).model
+        model.load_state_dict(start)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            heatmaps = model(images)
+        lgcn_loss(heatmaps, points, config).backward()
+        # Biases in front of a norm have none.
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.ndim > 1])
+    for exact, rounded in zip(*gradients, strict=True):
+        assert torch.dist(exact, rounded) < 0.3 * exact.norm()
 
 
 def test_a_folder_with_another_run_is_refused(cache, tmp_path):
