@@ -15,7 +15,7 @@ from .shape import ShapeModel
 from .training import Trainer
 from .training_options import TrainingOptions
 
-NETWORKS = ("nano", "nano-96", "16", "32", "64", "128")
+NETWORKS = ("nano", "nano-96", "nano-128", "16", "32", "64", "128")
 
 
 def add_command(commands, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -48,7 +48,10 @@ def add_train(commands) -> None:
     parser.add_argument("cache", type=Path, help="file from `lgcn-fast prepare`")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument(
-        "--network", choices=NETWORKS, default="nano", help="the light network (64 filters, or 96), or a number"
+        "--network",
+        choices=NETWORKS,
+        default="nano",
+        help="the light network (64 filters, or more), or the paper's with so many filters",
     )
     parser.add_argument("--recipe", choices=RECIPES, default="fast")
     parser.add_argument("--init", type=Path, help="weights to start from instead of random ones, of fewer filters too")
@@ -93,8 +96,8 @@ def _network(name: str, num_landmarks: int, in_channels: int, loss: str) -> LGCN
     common = {"num_landmarks": num_landmarks, "in_channels": in_channels, "loss": loss}
     if name == "nano":
         return LGCNConfig.nano(**common)
-    if name == "nano-96":
-        return LGCNConfig.nano(filters=96, **common)
+    if name.startswith("nano-"):
+        return LGCNConfig.nano(filters=int(name.removeprefix("nano-")), **common)
     return LGCNConfig(filters=int(name), side_channels=num_landmarks, **common)
 
 

@@ -19,14 +19,21 @@ class Muon(optim.AdamW):
     that all directions are learned at the same pace. `torch.optim.Muon` takes matrices only, one at a time.
     """
 
-    def __init__(self, model: nn.Module, rate: float = 1.0, weight_decay: float = 0.01) -> None:
-        """Sort the parameters of a model: filters of more than one pixel are the hidden convolutions'."""
+    def __init__(
+        self, model: nn.Module, rate: float = 1.0, weight_decay: float = 0.01, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Sort the parameters of a model: filters of more than one pixel are the hidden convolutions'.
+
+        Args:
+            dtype: of the products that make a step orthogonal, of which bf16 is exact enough.
+        """
         parameters = list(model.parameters())
         hidden = [p for p in parameters if p.ndim > 1 and p.shape[-1] > 1]
         heads = [p for p in parameters if p.ndim > 1 and p.shape[-1] == 1]
         others = [p for p in parameters if p.ndim <= 1]
         groups = [{"params": hidden}, {"params": heads}, {"params": others, "weight_decay": 0.0}]
         super().__init__(groups, lr=rate, weight_decay=weight_decay)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -39,7 +46,7 @@ class Muon(optim.AdamW):
                 same_shape[parameter.shape].append(parameter)
         for parameters in same_shape.values():
             nesterov = torch.stack([self._momentum(p).flatten(1) for p in parameters])
-            steps = orthogonalised(nesterov)
+            steps = orthogonalised(nesterov.to(self.dtype)).float()
             size = STEP_OF_ADAMW * max(steps.shape[1:]) ** 0.5
             for parameter, step in zip(parameters, steps, strict=True):
                 parameter.mul_(1 - rate * decay).sub_(step.view(parameter.shape), alpha=rate * size)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn, optim
 
 from .augmentation import FIXED_VARIANTS, Augmentation
@@ -31,10 +32,10 @@ class Recipe:
     muon_rate: float = 0.0
     """Largest learning rate of Muon; 0: the paper's SGD."""
 
-    def optimiser(self, model: nn.Module) -> optim.Optimizer:
-        """SGD with momentum as in the paper, or Muon."""
+    def optimiser(self, model: nn.Module, dtype: torch.dtype) -> optim.Optimizer:
+        """SGD with momentum as in the paper, or Muon with products in `dtype`."""
         if self.muon_rate:
-            return Muon(model)
+            return Muon(model, dtype=dtype)
         # The authors' toolkit scales the gradient by 1 - momentum before adding it: "unit gain".
         return optim.SGD(model.parameters(), lr=1.0, momentum=0.9, dampening=0.9)
 

@@ -72,7 +72,7 @@ class Trainer:
             self.teacher = load_teacher(options.teacher, options.config).to(self.device)
             self.teacher.kernel_convolution.operator = operator
         self.averaged = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True)
-        self.optimiser = options.recipe.optimiser(self.model)
+        self.optimiser = options.recipe.optimiser(self.model, torch.bfloat16 if self.amp else torch.float32)
         validation = np.array([is_validation(group) for group in cache.groups])
         shares = np.array([options.shares.get(name, 1.0) for name in cache.sets])
         labelled = ~np.isnan(cache.points).all((1, 2))
