@@ -61,6 +61,7 @@ def augment(
     mirror_order: tuple[int, ...] | None,
     random: Generator,
     draw: int = 0,
+    label_shift: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one augmented crop.
 
@@ -71,6 +72,7 @@ def augment(
         size: side of the result in pixels.
         mirror_order: the scheme's mirror permutation; None where it is not known: never mirrored.
         draw: which variant of a fixed set, modulo their number.
+        label_shift: how far the labels lie to the right, see `label_shifts`; those of a mirror image will, too.
 
     Returns:
         (size, size) or (size, size, 3) uint8, and (N, 2) float32 in its pixels.
@@ -89,6 +91,8 @@ def augment(
         image = np.ascontiguousarray(image[:, ::-1])
         points = points[list(mirror_order)]
         points[:, 0] = size - 1 - points[:, 0]
+        # The mirror has turned the shift round; it must point where it does in a photo of a face turned like this.
+        points += 2 * label_shift * box[2] * matrix[:, 0] * (1, -1)
     return _relight(image, augmentation, random), points.astype(np.float32)
 
 

@@ -15,8 +15,19 @@ from .landmarks import SCHEMES
 class AugmentedCrops(Dataset):
     """Crops of a cache by (draw, index): the same key always gives the same augmented crop."""
 
-    def __init__(self, cache: CropCache, augmentation: Augmentation, size: int, seed: int) -> None:
+    def __init__(
+        self,
+        cache: CropCache,
+        augmentation: Augmentation,
+        size: int,
+        seed: int,
+        label_shifts: dict[str, float] | None = None,
+    ) -> None:
+        """Args:
+        label_shifts: by set, see `label_shifts.measured_shifts`; 0 where there is none.
+        """
         self.cache, self.augmentation, self.size, self.seed = cache, augmentation, size, seed
+        self.label_shifts = label_shifts or {}
         scheme = SCHEMES.get(cache.num_landmarks)
         self.mirror_order = scheme.mirror if scheme else None
 
@@ -28,6 +39,7 @@ class AugmentedCrops(Dataset):
         image, points = augment(
             cache.images[index], cache.points[index], cache.boxes[index],
             self.size, self.augmentation, self.mirror_order, random,
+            label_shift=self.label_shifts.get(str(cache.sets[index]), 0.0),
         )  # fmt: skip
         channels_first = image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
         return torch.from_numpy(channels_first), torch.from_numpy(points[None])

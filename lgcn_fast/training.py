@@ -32,6 +32,7 @@ from .datasets import is_validation
 from .evaluation import landmark_errors
 from .heatmaps import to_heatmap
 from .images import to_crop
+from .label_shifts import measured_shifts
 from .losses import distillation_loss, lgcn_loss
 from .model import LGCN, checked_device
 from .operators import gaussian_sum_banded, gaussian_sum_native
@@ -82,7 +83,8 @@ class Trainer:
         check_faces(int(labelled[self.chosen].sum()), len(self.validation))
         recipe = options.recipe
         self.batches = EpochBatches(self.chosen, shares[self.chosen], recipe.batch_size, options.seed, recipe.repeats)
-        crops = AugmentedCrops(cache, recipe.augmentation, options.config.input_size, options.seed)
+        self.label_shifts = self._label_shifts()
+        crops = AugmentedCrops(cache, recipe.augmentation, options.config.input_size, options.seed, self.label_shifts)
         workers = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
         pinned = self.device.type == "cuda"
         self.loader = DataLoader(crops, batch_sampler=self.batches, pin_memory=pinned, **workers)
@@ -223,6 +225,7 @@ class Trainer:
             "seed": self.options.seed,
             "data": counts,
             "shares": self.options.shares,
+            "label_shifts": self.label_shifts,
             "validation_faces": len(self.validation),
             "validation_error_percent": self.best,
             "commit": self.commit,
@@ -276,12 +279,25 @@ class Trainer:
         self.optimiser.load_state_dict({"state": slots, "param_groups": groups})
 
     def _save(self) -> None:
-        progress = {"epoch": self.epoch, "epochs": self.epochs, "best": self.best, "log": self.log}
+        progress = {
+            "epoch": self.epoch,
+            "epochs": self.epochs,
+            "best": self.best,
+            "log": self.log,
+            "label_shifts": self.label_shifts,
+        }
         metadata = {"run": self._identity(), "progress": json.dumps(progress)}
         save_tensors(self.folder / "checkpoint.safetensors", self._state(), metadata)
         write_log(self.folder / "log.csv", self.log)
         if self.log:
             draw_log(self.folder / "curve.png", self.log)
+
+    def _label_shifts(self) -> dict[str, float]:
+        """Of the sets, as the model that the run starts from sees them; random weights see nothing."""
+        path = self.folder / "checkpoint.safetensors"
+        if path.exists():
+            return json.loads(load_tensors(path)[1]["progress"]).get("label_shifts", {})
+        return measured_shifts(self.cache, self.model) if self.options.init else {}
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.safetensors"
