@@ -48,6 +48,9 @@ def merged(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The views of each face made one: mirrored ones turned back, then the mean.
 
+    Mirrored ones are moved along x to where the others see the face: a network that has learned that labels lie to the
+    right (see `label_shifts`) puts its points to the right in a mirror image, too.
+
     Args:
         points: (..., count * B, N, 2), pixels of the images, as if no crop had been flipped.
         scores: (..., count * B, N).
@@ -67,6 +70,12 @@ def merged(
         scores[..., flipped, :] = scores[..., flipped, :][..., landmarks]
     count = len(boxes) // faces
     points = points.reshape(*points.shape[:-3], count, faces, *points.shape[-2:])
+    if mirrored.any():
+        flipped, straight = np.flatnonzero(mirrored[::faces]), np.flatnonzero(~mirrored[::faces])
+        x = points[..., 0]
+        middles = x.mean(axis=-1)
+        shifts = middles[..., straight, :].mean(axis=-2) - middles[..., flipped, :].mean(axis=-2)
+        x[..., flipped, :, :] += shifts[..., None, :, None]
     scores = scores.reshape(*scores.shape[:-2], count, faces, scores.shape[-1])
     return points.mean(axis=-4), scores.mean(axis=-3)
 

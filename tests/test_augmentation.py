@@ -57,6 +57,20 @@ def test_the_paper_has_18_fixed_variants(random):
     np.testing.assert_allclose(variants[4], (points - 33.5) * 96 / 112 - 0.5, atol=1e-3)
 
 
+def test_mirror_images_keep_the_shift_of_the_labels(random):
+    """What is drawn mirrored and turned is what a mirrored photo, labelled by the same people, would be unmirrored."""
+    points = random.uniform(60, 120, (68, 2)).astype(np.float32)
+    image = np.zeros((180, 180), np.uint8)
+    mirror, shift, fixed = SCHEMES[68].mirror, 0.03, Augmentation(fixed=True)
+    photo = (points * (-1, 1) + (179 + 2 * shift * BOX[2], 0))[list(mirror)].astype(np.float32)
+    box = np.array([180 - BOX[0] - BOX[2], *BOX[1:]], np.float32)
+    for scale in range(3):
+        for turn in range(3):
+            _, straight = augment(image, photo, box, 96, fixed, mirror, random, 3 * scale + 2 - turn, shift)
+            _, mirrored = augment(image, points, BOX, 96, fixed, mirror, random, 9 + 3 * scale + turn, shift)
+            np.testing.assert_allclose(mirrored, straight, atol=1e-4)
+
+
 @pytest.mark.parametrize("color", [False, True])
 def test_light_changes_pixels_only(random, color):
     image = random.integers(0, 256, (180, 180, 3) if color else (180, 180), np.uint8)

@@ -125,11 +125,14 @@ def test_learns_and_keeps_the_best(cache, tmp_path):
 
 def test_starts_from_given_weights(cache, tmp_path):
     first = Trainer(cache, tmp_path / "first", replace(OPTIONS, epochs=20))
+    assert first.label_shifts == {}
     first.run()
     weights = tmp_path / "first" / "best.safetensors"
     second = Trainer(cache, tmp_path / "second", replace(OPTIONS, init=weights))
     assert 100 * second.validate() == pytest.approx(first.best, abs=0.1)
     assert second.card()["init"] == str(weights)
+    assert second.label_shifts.keys() == {"clean", "noisy"}
+    assert max(map(abs, second.label_shifts.values())) < 0.06
     wide = Trainer(cache, tmp_path / "wide", replace(OPTIONS, init=weights, config=replace(CONFIG, filters=12)))
     assert 100 * wide.validate() == pytest.approx(first.best, abs=0.1)
     for changes in ({"filters": 4}, {"filters": 12, "global_layers": 2}):

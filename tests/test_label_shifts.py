@@ -1,0 +1,29 @@
+import numpy as np
+import pytest
+
+from lgcn_fast import load_model, predict
+from lgcn_fast.crops import CropCache
+from lgcn_fast.images import crop, read_image
+from lgcn_fast.label_shifts import measured_shifts
+
+FACE = np.array([82, 70, 124, 124])
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_shifts_of_labels_are_found_in_a_picture_and_its_mirror_image(demo_picture, mirrored):
+    """Labels where the network sees the points, moved: the shift between two sets is what they were moved by."""
+    image = read_image(demo_picture)
+    image = crop(image, FACE, 96)
+    image = np.ascontiguousarray(image[:, ::-1]) if mirrored else image
+    points = predict(image, model="lgcn-nano", fit=False).points[0]
+    shifts = np.array([[0, 0], [0.02, 0], [-0.03, 0.01], [np.nan, np.nan]]) * 96
+    labels = points + shifts[:, None]
+    labels[:2, :5] = np.nan
+    boxes = np.tile(np.array([0, 0, 96, 96], np.float32), (4, 1))
+    sets = np.array(["none", "right", "left", "background"])
+    cache = CropCache([image] * 4, labels.astype(np.float32), boxes, sets, sets)
+    shifts = measured_shifts(cache, load_model("lgcn-nano"))
+    assert shifts.keys() == {"none", "right", "left"}
+    assert shifts["none"] == pytest.approx(0, abs=0.015)
+    assert shifts["right"] - shifts["none"] == pytest.approx(0.02, abs=0.002)
+    assert shifts["left"] - shifts["none"] == pytest.approx(-0.03, abs=0.005)
