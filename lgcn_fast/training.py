@@ -293,11 +293,12 @@ class Trainer:
             draw_log(self.folder / "curve.png", self.log)
 
     def _label_shifts(self) -> dict[str, float]:
-        """Of the sets, as the model that the run starts from sees them; random weights see nothing."""
+        """Of the sets, as the model that the run starts from sees them, or the teacher; random weights see nothing."""
         path = self.folder / "checkpoint.safetensors"
         if path.exists():
             return json.loads(load_tensors(path)[1]["progress"]).get("label_shifts", {})
-        return measured_shifts(self.cache, self.model) if self.options.init else {}
+        trained = self.model if self.options.init else self.teacher
+        return measured_shifts(self.cache, trained) if trained else {}
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.safetensors"

@@ -157,6 +157,7 @@ def test_half_of_the_loss_is_against_the_teachers_heatmaps(cache, tmp_path, stri
     expected = (lgcn_loss(heatmaps, points, config) + distillation_loss(heatmaps, taught)) / 2
     assert losses[0] == pytest.approx(expected.item(), rel=1e-4)
     assert trainer.card()["teacher"] == str(tmp_path / "teacher.safetensors")
+    assert trainer.label_shifts.keys() == {"clean", "noisy"}
 
 
 def test_teachers_that_do_not_fit_are_named(cache, tmp_path):
