@@ -170,13 +170,14 @@ def combined_heatmap(image: Any, min_face: float = 40, model: Engine | LGCN | Pa
     """The largest value of all landmarks' heatmaps in all levels, scaled back to the photo (Figure 6).
 
     Args:
-        image, min_face, model: as for `detect`.
+        image, min_face: as for `detect`.
+        model: default: the one that `detect` finds faces with, the smallest in the package.
 
     Returns:
         (H, W) float32 in 0..1.
     """
     photo = one_image(image, "image")
-    engine = engine_for(model, "cpu", "auto")
+    engine = finder_for(None, model, "cpu", "auto")
     combined = np.zeros(photo.shape[:2], np.float32)
     for scale, level in _levels(photo, engine, min_face, 2.0):
         heat = np.zeros(level.shape[1:], np.float32)
