@@ -83,15 +83,18 @@ class Trainer:
         check_faces(int(labelled[self.chosen].sum()), len(self.validation))
         recipe = options.recipe
         self.batches = EpochBatches(self.chosen, shares[self.chosen], recipe.batch_size, options.seed, recipe.repeats)
-        self.label_shifts = self._label_shifts()
+        self.epochs, self.commit = options.epochs, commit()
+        self.epoch, self.best, self.log = 0, float("inf"), []
+        # By set, as the model that the run starts from sees them, or the teacher; random weights see nothing.
+        self.label_shifts: dict[str, float] = {}
+        if (self.folder / "checkpoint.safetensors").exists():
+            self._restore()
+        elif trained := self.model if options.init else self.teacher:
+            self.label_shifts = measured_shifts(cache, trained)
         crops = AugmentedCrops(cache, recipe.augmentation, options.config.input_size, options.seed, self.label_shifts)
         workers = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
         pinned = self.device.type == "cuda"
         self.loader = DataLoader(crops, batch_sampler=self.batches, pin_memory=pinned, **workers)
-        self.epochs, self.commit = options.epochs, commit()
-        self.epoch, self.best, self.log = 0, float("inf"), []
-        if (self.folder / "checkpoint.safetensors").exists():
-            self._restore()
 
     def run(self, time_budget: float | None = None) -> bool:
         """Train to the end of the schedule, or until the time is up.
@@ -292,14 +295,6 @@ class Trainer:
         if self.log:
             draw_log(self.folder / "curve.png", self.log)
 
-    def _label_shifts(self) -> dict[str, float]:
-        """Of the sets, as the model that the run starts from sees them, or the teacher; random weights see nothing."""
-        path = self.folder / "checkpoint.safetensors"
-        if path.exists():
-            return json.loads(load_tensors(path)[1]["progress"]).get("label_shifts", {})
-        trained = self.model if self.options.init else self.teacher
-        return measured_shifts(self.cache, trained) if trained else {}
-
     def _restore(self) -> None:
         path = self.folder / "checkpoint.safetensors"
         state, metadata = load_tensors(path)
@@ -312,6 +307,7 @@ class Trainer:
         if self.options.epochs not in (None, progress["epochs"]):
             raise ValueError(f"{path}: expected a run of {self.options.epochs} epochs, got {progress['epochs']}")
         self.epoch, self.epochs, self.best, self.log = (progress[k] for k in ("epoch", "epochs", "best", "log"))
+        self.label_shifts = progress.get("label_shifts", {})
 
     def _identity(self) -> str:
         options = self.options
