@@ -119,7 +119,10 @@ def load_start(model: Path | str, config: LGCNConfig) -> LGCN:
         ValueError: as `load_model`; or weights of another kind of network, or of one with more filters.
     """
     start = load_model(model)
-    if replace(start.config, filters=config.filters) != config or start.config.filters > config.filters:
+    if (
+        replace(start.config, filters=config.filters, dropout=config.dropout) != config
+        or start.config.filters > config.filters
+    ):
         raise ValueError(f"{model}: expected weights of {config}, or of fewer filters, got {start.config}")
     return widened(start, config.filters)
 

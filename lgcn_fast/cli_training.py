@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -66,6 +67,7 @@ def add_train(commands) -> None:
         metavar="SET=SHARE",
         help="share of a set, named as in `prepare`, that each epoch draws",
     )
+    parser.add_argument("--dropout", type=float, metavar="SHARE", help="of activations; default: the network's own")
     parser.add_argument("--loss", choices=[name.replace("_", "-") for name in LOSSES], default="squared-error")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
@@ -75,8 +77,12 @@ def add_train(commands) -> None:
 
 def _run_train(options: argparse.Namespace) -> int:
     cache = read_cache(options.cache)
+    changes = {} if options.dropout is None else {"dropout": options.dropout}
+    loss = options.loss.replace("-", "_")
     training = TrainingOptions(
-        config=_network(options.network, cache.num_landmarks, cache.channels, options.loss.replace("-", "_")),
+        config=_network(
+            options.network, num_landmarks=cache.num_landmarks, in_channels=cache.channels, loss=loss, **changes
+        ),
         recipe=RECIPES[options.recipe],
         epochs=options.epochs,
         init=options.init,
@@ -92,13 +98,13 @@ def _run_train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _network(name: str, num_landmarks: int, in_channels: int, loss: str) -> LGCNConfig:
-    common = {"num_landmarks": num_landmarks, "in_channels": in_channels, "loss": loss}
+def _network(name: str, num_landmarks: int, **changes: Any) -> LGCNConfig:
+    kind, _, filters = name.rpartition("-")
     if name == "nano":
-        return LGCNConfig.nano(**common)
-    if name.startswith("nano-"):
-        return LGCNConfig.nano(filters=int(name.removeprefix("nano-")), **common)
-    return LGCNConfig(filters=int(name), side_channels=num_landmarks, **common)
+        return LGCNConfig.nano(num_landmarks=num_landmarks, **changes)
+    if kind == "nano":
+        return LGCNConfig.nano(num_landmarks=num_landmarks, filters=int(filters), **changes)
+    return LGCNConfig(num_landmarks=num_landmarks, filters=int(filters), side_channels=num_landmarks, **changes)
 
 
 def add_fit_shape(commands) -> None:
