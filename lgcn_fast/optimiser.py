@@ -3,7 +3,9 @@
 from collections import defaultdict
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
+
+from .model import LGCN
 
 MOMENTUM = 0.95
 ITERATIONS = 5
@@ -20,7 +22,7 @@ class Muon(optim.AdamW):
     """
 
     def __init__(
-        self, model: nn.Module, rate: float = 1.0, weight_decay: float = 0.01, dtype: torch.dtype = torch.float32
+        self, model: LGCN, rate: float = 1.0, weight_decay: float = 0.01, dtype: torch.dtype = torch.float32
     ) -> None:
         """Sort the parameters of a model: filters of more than one pixel are the hidden convolutions'.
 
@@ -29,9 +31,16 @@ class Muon(optim.AdamW):
         """
         parameters = list(model.parameters())
         hidden = [p for p in parameters if p.ndim > 1 and p.shape[-1] > 1]
-        heads = [p for p in parameters if p.ndim > 1 and p.shape[-1] == 1]
+        heads = [model.main.weight, model.refine.weight]
+        side = [model.side[0].weight] if model.side else []
         others = [p for p in parameters if p.ndim <= 1]
-        groups = [{"params": hidden}, {"params": heads}, {"params": others, "weight_decay": 0.0}]
+        scale = 1 / model.config.activation_scale
+        groups = [
+            {"params": hidden},
+            {"params": heads, "lr": rate * scale, "weight_decay": weight_decay / scale, "rate_scale": scale},
+            {"params": side},
+            {"params": others, "weight_decay": 0.0},
+        ]
         super().__init__(groups, lr=rate, weight_decay=weight_decay)
         self.dtype = dtype
 

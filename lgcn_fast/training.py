@@ -157,7 +157,7 @@ class Trainer:
         recipe = self.options.recipe
         rate = recipe.learning_rate(step, len(self.batches), self.epochs or recipe.epochs)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_scale", 1.0)
         images = images.to(self.device, non_blocking=True)
         points = points.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):

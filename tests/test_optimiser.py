@@ -6,8 +6,8 @@ from lgcn_fast.model import LGCN
 from lgcn_fast.optimiser import MOMENTUM, STEP_OF_ADAMW, Muon, orthogonalised
 
 
-def model_with_gradients() -> LGCN:
-    model = LGCN(LGCNConfig.nano(filters=8))
+def model_with_gradients(**changes) -> LGCN:
+    model = LGCN(LGCNConfig.nano(filters=8, **changes))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     return model
@@ -82,6 +82,16 @@ def test_other_parameters_are_adamws():
         adamw.step()
     for name, expected in others.items():
         torch.testing.assert_close(model.get_parameter(name), expected, msg=name)
+
+
+def test_heads_take_longer_steps_where_activations_are_small():
+    model = model_with_gradients(activation_scale=0.1, side_channels=3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Muon(model, rate=1e-3, weight_decay=0.5).step()
+    for name, rate in {"main": 1e-2, "refine": 1e-2, "side.0": 1e-3}.items():
+        weight, gradient = model.get_parameter(f"{name}.weight"), model.get_parameter(f"{name}.weight").grad
+        expected = before[f"{name}.weight"] * (1 - 1e-3 * 0.5) - rate * gradient.sign()
+        torch.testing.assert_close(weight.detach(), expected, atol=1e-4, rtol=0)
 
 
 def test_parameters_without_a_gradient_are_left_alone():
