@@ -32,6 +32,10 @@ class Augmentation:
     """Largest side of a rectangle that hides a part, as a share of the image; every second image."""
 
 
+NONE = Augmentation(mirror=False, scale=0, rotation=0)
+"""Crops as they are."""
+
+
 def transform_matrix(box: np.ndarray, size: int, scale: float, degrees: float, shift: np.ndarray) -> np.ndarray:
     """Affine map of a box's pixels to a `size` x `size` crop.
 

@@ -10,7 +10,7 @@ import torch
 
 import lgcn_fast_kernels
 
-from .augmentation import Augmentation
+from .augmentation import NONE
 from .batches import AugmentedCrops
 from .crops import CropCache
 from .engine import Engine
@@ -32,7 +32,7 @@ def measured_shifts(cache: CropCache, model: LGCN) -> dict[str, float]:
         By set, as a share of the face box's side; sets without labels are not in it.
     """
     size, stride = model.config.input_size, model.config.stride
-    crops = AugmentedCrops(cache, Augmentation(mirror=False, scale=0, rotation=0), size, 0)
+    crops = AugmentedCrops(cache, NONE, size, 0)
     engine, mirror = Engine(model, device="cpu", precision="fp32"), list(SCHEMES[cache.num_landmarks].mirror)
     labelled = ~np.isnan(cache.points).all((1, 2))
     shifts = {}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lgcn_fast_kernels import INSTRUCTIONS
 
-from .augmentation import Augmentation
+from .augmentation import NONE
 from .batches import AugmentedCrops, EpochBatches
 from .checkpoints import load_start, load_teacher, load_tensors, save_model, save_tensors
 from .config import LGCNConfig
@@ -202,7 +202,7 @@ class Trainer:
         An error counts as at most `LARGEST_ERROR` times the median.
         """
         size = self.options.config.input_size
-        crops = AugmentedCrops(self.cache, Augmentation(mirror=False, scale=0, rotation=0), size, 0)
+        crops = AugmentedCrops(self.cache, NONE, size, 0)
         self.averaged.module.eval()
         errors = []
         for indices in np.array_split(self.validation, -(-len(self.validation) // 32)):

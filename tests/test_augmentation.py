@@ -1,11 +1,10 @@
 import numpy as np
 import pytest
 
-from lgcn_fast.augmentation import Augmentation, augment
+from lgcn_fast.augmentation import NONE, Augmentation, augment
 from lgcn_fast.landmarks import SCHEMES
 
 BOX = np.array([34, 34, 112, 112], np.float32)
-NONE = Augmentation(mirror=False, scale=0, rotation=0)
 
 
 def spots(points):

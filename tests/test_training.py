@@ -140,6 +140,19 @@ def test_starts_from_given_weights(cache, tmp_path):
             Trainer(cache, tmp_path / "other", replace(OPTIONS, init=weights, config=replace(CONFIG, **changes)))
 
 
+def test_label_shifts_are_those_of_the_start_when_a_run_goes_on(cache, tmp_path):
+    save_model(tmp_path / "start.safetensors", randomised(CONFIG), {})
+    options = replace(OPTIONS, init=tmp_path / "start.safetensors")
+    first = Trainer(cache, tmp_path / "whole", options)
+    first.run()
+    assert all(first.label_shifts.values())
+    while not (part := Trainer(cache, tmp_path / "parts", options)).run(time_budget=1e-6):
+        pass
+    assert part.epoch == 3
+    assert part.label_shifts == first.label_shifts
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_half_of_the_loss_is_against_the_teachers_heatmaps(cache, tmp_path, stride):
     teacher = randomised(replace(CONFIG, filters=12, stride=stride))
