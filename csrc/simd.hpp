@@ -13,7 +13,11 @@
 // For loops that the compiler vectorises. One binary for all x86-64 processors: the loader picks the version for the
 // widest registers there are.
 #if defined(LGCN_X86) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#if __GNUC__ >= 12
 #define LGCN_EVERY_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else  // that does not choose by levels
+#define LGCN_EVERY_SIMD __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define LGCN_EVERY_SIMD
 #endif
