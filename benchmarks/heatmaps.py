@@ -23,6 +23,6 @@ def real_crops(count: int) -> np.ndarray:
 
 def real_heatmaps(count: int) -> np.ndarray:
     """Heatmaps (count, 68, 96, 96) float32: the shipped network's 48 x 48, enlarged to those of F = 16 to 128."""
-    engine = lgcn_fast.Engine(lgcn_fast.load_model("lgcn-nano"), "cpu", "fp32")
+    engine = lgcn_fast.Engine("lgcn-nano", "cpu", "fp32")
     heatmaps = engine.heatmaps(torch.from_numpy(real_crops(count))[:, None]).numpy()
     return np.stack([[cv2.resize(heatmap, (96, 96)) for heatmap in face] for face in heatmaps])

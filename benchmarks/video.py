@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from timing import run
 
-from lgcn_fast import Engine, Tracker, draw, load_model
+from lgcn_fast import Engine, Tracker, draw
 from lgcn_fast.drawing import contact_sheet
 from lgcn_fast.video import Frame, VideoReader, VideoWriter
 
@@ -30,7 +30,7 @@ WARM_UP = 20
 
 
 def main() -> dict:
-    engines = {f"threads={threads}": Engine(load_model("lgcn-nano"), num_threads=threads) for threads in (2, 1)}
+    engines = {f"threads={threads}": Engine("lgcn-nano", num_threads=threads) for threads in (2, 1)}
     results: dict = {"clips": {}}
     # (Not beside the results: faces of the workplace do not go into the repository.)
     sheets = Path(tempfile.mkdtemp(prefix="lgcn-fast-sheets-"))

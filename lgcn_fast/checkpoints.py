@@ -34,6 +34,8 @@ def weights_path(model: Path | str) -> Path:
     Raises:
         ValueError: neither; lists the names.
     """
+    if not isinstance(model, Path | str):
+        raise ValueError(f"model: expected a name, a path, a network or an engine, got {type(model).__name__}")
     text = str(model)
     shipped = WEIGHTS / f"{text}.safetensors"
     if text.startswith("lgcn-") and shipped.parent == WEIGHTS and shipped.is_file():
@@ -86,6 +88,9 @@ def load_model(model: Path | str) -> LGCN:
 
     Args:
         model: the name of a model in the package, or a path.
+
+    Returns:
+        The network, on the CPU.
 
     Raises:
         ValueError: an unknown name, another kind of file, or tensors that do not fit the configuration in its metadata.

@@ -13,7 +13,16 @@ import numpy as np
 
 from . import checkpoints
 from .checkpoints import load_card
-from .cli_photos import add_detect, add_detection_options, add_model_options, free_name, report_failure, run_multiface
+from .cli_photos import (
+    add_detect,
+    add_detection_options,
+    add_device_option,
+    add_model_options,
+    free_name,
+    report_failure,
+    rounded,
+    run_multiface,
+)
 from .cli_training import add_command, add_fit_shape, add_prepare, add_train
 from .cli_video import add_video, add_webcam
 from .datasets import read_faces
@@ -59,7 +68,10 @@ def _add_predict(commands) -> None:
     parser = add_command(commands, _run_predict, "Landmarks of the face in each picture, drawn and as numbers.")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument(
-        "--box", type=_box, metavar="X,Y,W,H", help="the face in pixels, in every file; default: the whole picture"
+        "--box",
+        type=_box,
+        metavar="X,Y,W,H",
+        help="the face in pixels, in every file; default: the whole picture is one face (for photos: detect)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and numbers")
     parser.add_argument("--format", choices=["json", "csv"], default="json", help="of the numbers")
@@ -70,7 +82,7 @@ def _add_predict(commands) -> None:
 def _add_prediction_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--ensemble", type=int, default=1, metavar="N", help="see each face N times and average")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    add_device_option(parser)
 
 
 def _run_predict(options: argparse.Namespace) -> int:
@@ -88,8 +100,7 @@ def _run_predict(options: argparse.Namespace) -> int:
             continue
         picture = free_name(path.stem, "landmarks", {entry["picture"] for entry in found.values()})
         _write_picture(options.out / picture, image, result.points)
-        points, scores = result.points[0].round(3).tolist(), result.scores[0].round(4).tolist()
-        found[str(path)] = {"picture": picture, "points": points, "scores": scores}
+        found[str(path)] = {"picture": picture, **rounded(result.points[0], result.scores[0])}
     if found:
         numbers = options.out / f"landmarks.{options.format}"
         (_write_csv if options.format == "csv" else _write_json)(numbers, found)
@@ -196,7 +207,7 @@ def _add_report(commands) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--readme", type=Path, help="put the table between its lines <!-- accuracy -->, too")
     parser.add_argument("--ship", action="store_true", help="put the figures beside the weights, where models() looks")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    add_device_option(parser)
 
 
 def _run_report(options: argparse.Namespace) -> int:

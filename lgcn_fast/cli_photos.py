@@ -22,7 +22,7 @@ def add_detect(commands) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and faces.json")
     parser.add_argument("--heatmap", action="store_true", help="draw the combined heatmap beside each photo, too")
     add_model_options(parser)
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    add_device_option(parser)
     add_detection_options(parser)
 
 
@@ -34,9 +34,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: the CPU for now")
+
+
 def add_detection_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--min-face", type=float, default=40, metavar="PIXELS", help="smallest face box to look for")
-    parser.add_argument("--min-confidence", type=float, default=0.5, metavar="SHARE", help="faces below it are dropped")
+    parser.add_argument(
+        "--min-face", type=float, default=40, metavar="PIXELS", help="smallest face box to look for (default: 40)"
+    )
+    parser.add_argument(
+        "--min-confidence", type=float, default=0.5, metavar="SHARE", help="faces below it are dropped (default: 0.5)"
+    )
 
 
 def _run_detect(options: argparse.Namespace) -> int:
@@ -78,11 +86,15 @@ def as_json(faces: Faces) -> list[dict]:
         {
             "confidence": round(float(confidence), 4),
             "box": box.astype(float).round(2).tolist(),
-            "points": points.astype(float).round(3).tolist(),
-            "scores": scores.astype(float).round(4).tolist(),
+            **rounded(points, scores),
         }
         for confidence, box, points, scores in columns
     ]
+
+
+def rounded(points: np.ndarray, scores: np.ndarray) -> dict[str, list]:
+    """Numbers of the landmarks of a face."""
+    return {"points": points.astype(float).round(3).tolist(), "scores": scores.astype(float).round(4).tolist()}
 
 
 def free_name(stem: str, kind: str, taken: set[str]) -> str:

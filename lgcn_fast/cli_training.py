@@ -70,7 +70,7 @@ def add_train(commands) -> None:
     parser.add_argument("--dropout", type=float, metavar="SHARE", help="of activations; default: the network's own")
     parser.add_argument("--loss", choices=[name.replace("_", "-") for name in LOSSES], default="squared-error")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU where there is one")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast; default: where it is fast")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches")
 
@@ -110,7 +110,9 @@ def _network(name: str, num_landmarks: int, **changes: Any) -> LGCNConfig:
 def add_fit_shape(commands) -> None:
     parser = add_command(commands, _run_fit_shape, "Learn the shape model that predictions are fitted with.")
     parser.add_argument("cache", type=Path, help="file from `lgcn-fast prepare`; its validation faces are left out")
-    parser.add_argument("--sets", nargs="+", metavar="SET", help="sets of the cache to learn from; default: all")
+    parser.add_argument(
+        "--sets", nargs="+", type=_set_name, metavar="SET", help="sets of the cache to learn from; default: all"
+    )
     parser.add_argument("--shapes", type=Path, nargs="+", default=[], metavar="NPZ",
                         help="more shapes: .npz files with `landmarks` (M, N, 2)")  # fmt: skip
     parser.add_argument("--modes", type=int, default=20, help="number of principal components")
@@ -128,9 +130,14 @@ def _run_fit_shape(options: argparse.Namespace) -> int:
     return 0
 
 
+def _set_name(text: str) -> str:
+    """A set as `prepare` names it, where a shell may have put a slash behind a folder."""
+    return text.rstrip("/")
+
+
 def _share(text: str) -> tuple[str, float]:
     name, _, share = text.rpartition("=")
     try:
-        return name, float(share)
+        return _set_name(name), float(share)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected SET=SHARE with a number, got {text!r}") from None

@@ -13,8 +13,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .checkpoints import load_model
-from .cli_photos import add_model_options, as_json
+from .cli_photos import add_device_option, add_model_options, as_json
 from .cli_training import add_command
 from .drawing import STYLES, draw, write_text
 from .engine import Engine, engine_device
@@ -44,13 +43,18 @@ def add_webcam(commands) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="write the pictures: .mp4, .mov, .webm, .mkv or .avi")
     parser.add_argument("--json", type=Path, help="write the numbers, a line of JSON for each frame")
-    parser.add_argument("--style", nargs="+", choices=STYLES, default=["lines", "points"], help="what to draw")
+    parser.add_argument(
+        "--style", nargs="+", choices=STYLES, default=["lines", "points"], help="what to draw (default: lines points)"
+    )
     add_model_options(parser)
-    parser.add_argument("--detect-every", type=int, default=60, metavar="FRAMES", help="to look for new faces")
-    parser.add_argument("--min-face", type=float, metavar="PIXELS", help="default: 15 %% of the frame's shorter side")
-    parser.add_argument("--smoothing", type=float, default=1.0, help="0: off")
-    parser.add_argument("--threads", type=int, default=1, help="of the network; OpenCV has others to decode and encode")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    text = "all of the frame is searched for new faces once in so many frames (default: 60)"
+    parser.add_argument("--detect-every", type=int, default=60, metavar="FRAMES", help=text)
+    text = "smallest face box to look for; default: 15 %% of the frame's shorter side, at least 40"
+    parser.add_argument("--min-face", type=float, metavar="PIXELS", help=text)
+    parser.add_argument("--smoothing", type=float, default=1.0, help="strength of the filter, 0: off (default: 1)")
+    text = "of the network (default: 1); OpenCV has others to decode and encode"
+    parser.add_argument("--threads", type=int, default=1, help=text)
+    add_device_option(parser)
 
 
 def _run_video(options: argparse.Namespace) -> int:
@@ -75,7 +79,7 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
     """
     _check_options(options)
     names = options.model or default_model(engine_device(options.device).type), options.model or smallest_model()
-    engines = {name: Engine(load_model(name), options.device, num_threads=options.threads) for name in set(names)}
+    engines = {name: Engine(name, options.device, num_threads=options.threads) for name in set(names)}
     engine, finder = (engines[name] for name in names)
     tracker = Tracker(
         engine,

@@ -67,7 +67,8 @@ def read_300w(folder: Path) -> list[Face]:
         raise ValueError(f"{folder}: expected .pts files in it or below, got none")
     faces = []
     for path in labels:
-        pictures = [path.with_suffix(suffix) for suffix in IMAGE_SUFFIXES if path.with_suffix(suffix).is_file()]
+        suffixes = [case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper())]
+        pictures = [path.with_suffix(suffix) for suffix in suffixes if path.with_suffix(suffix).is_file()]
         if not pictures:
             raise ValueError(f"{path}: expected a picture of the same name beside it, got none")
         faces.append(Face(pictures[0], read_pts(path), group_of(path.stem), str(path.relative_to(folder))))
@@ -104,6 +105,8 @@ def read_pts(path: Path) -> np.ndarray:
 def read_csv(path: Path, images: Path) -> list[Face]:
     """Read a CSV with the columns `image, x0, y0, x1, y1, ...`, 0-based pixels; an empty cell is no label.
 
+    Faces without any label are left out.
+
     Args:
         path: the file.
         images: folder that the column `image` is relative to.
@@ -124,7 +127,8 @@ def read_csv(path: Path, images: Path) -> list[Face]:
         if not picture.is_file():
             raise ValueError(f"{where}: expected a picture {picture}, got none")
         points = _cells_to_points(row[1:], len(header) - 1, where)
-        faces.append(Face(picture, points, group_of(picture.stem), row[0]))
+        if not np.isnan(points).all():
+            faces.append(Face(picture, points, group_of(picture.stem), row[0]))
     return faces
 
 

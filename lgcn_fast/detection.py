@@ -1,8 +1,8 @@
 """Faces anywhere in a photo, found by the network alone (section 4.3): no face detector in front of it.
 
 The network runs on an image pyramid. In each level every landmark's heatmap, shifted by where that landmark sits in the
-mean face, votes for the middle of a face; the peaks of the votes are hypotheses. Each is cut out and fitted twice, as
-`predict` would, and judged by how well heatmaps and shape model agree.
+mean face, votes for the middle of a face; the peaks of the votes are hypotheses. Each is cut out and fitted, as
+`predict` would, again in the box of its points until that settles, and judged by how well heatmaps and shape agree.
 """
 
 from collections.abc import Iterator
@@ -95,7 +95,7 @@ def detect(
     Args:
         image: one photo of any size, as for `predict`.
         min_face: side of the smallest face box to look for, pixels; the work grows with the photo's pixels over its
-            square.
+            square. Photos are enlarged twice at most: less than 0.3 input sizes (29 pixels) changes nothing.
         min_confidence: faces below it are dropped.
         model: finds the landmarks of each face, see `predict`.
         finder: finds the faces; default: `model`, and where that is not given either, the smallest in the package.

@@ -1,6 +1,7 @@
 """A trained network made fast for inference: a transformation of the model, not a second model."""
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lgcn_fast_kernels import INSTRUCTIONS
 
+from .checkpoints import load_model
 from .fitting import Array, Fit
 from .folding import fold
 from .model import LGCN, check_images, checked_device
@@ -35,23 +37,27 @@ class Engine:
 
     `engine.backend` says what runs: "cpu", native code; "cuda", Triton kernels in CUDA graphs and a fit on the GPU.
 
-    >>> engine = Engine(lgcn_fast.load_model("weights.safetensors"))
-    >>> engine.heatmaps(images)  # (B, 1, 96, 96) uint8 -> (B, 68, 96, 96) float32
+    >>> engine = Engine("lgcn-nano")
+    >>> engine.heatmaps(images)  # (B, 1, 96, 96) uint8 -> (B, 68, 48, 48) float32
     """
 
-    def __init__(self, model: LGCN, device: str = "auto", precision: str = "auto", num_threads: int = 0) -> None:
+    def __init__(
+        self, model: LGCN | Path | str, device: str = "auto", precision: str = "auto", num_threads: int = 0
+    ) -> None:
         """Build an engine; the model is not changed.
 
         Args:
+            model: a network, the name of one in the package (`lgcn_fast.models()`), or the path of weights.
             device: "cpu" or "cuda" (or "cuda:1"). "auto" is the CPU, until that for a GPU has been seen on one.
             precision: of filters and activations: "fp32", "bf16", or "auto": bf16 on a GPU, and on a processor that has
                 instructions for it. Sums and heatmaps are fp32 in any case.
             num_threads: on a CPU; 0: as many as PyTorch uses (`torch.get_num_threads()`).
 
         Raises:
-            ValueError: a device that is not there or lacks packages, a negative number of threads, an unknown
-                precision, or one that the processor does not have.
+            ValueError: an unknown model, a device that is not there or lacks packages, a negative number of threads, an
+                unknown precision, or one that the processor does not have.
         """
+        model = model if isinstance(model, LGCN) else load_model(model)
         self.config = model.config
         self.device = engine_device(device)
         self.precision = _checked_precision(precision, self.device)
@@ -77,24 +83,25 @@ class Engine:
         return f"Engine({network}, backend={self.backend!r}, precision={self.precision!r})"
 
     @torch.inference_mode()
-    def heatmaps(self, images: Tensor) -> Tensor:
+    def heatmaps(self, images: Tensor | np.ndarray) -> Tensor:
         """Heatmaps of a batch of images, as `LGCN.forward(images).output`; probabilities for cross-entropy networks.
 
         Args:
-            images: (B, in_channels, H, W) pixel values 0..255, any dtype, on any device. On a GPU uint8 images of
-                `config.input_size` are fastest: they go through a CUDA graph.
+            images: (B, in_channels, H, W) pixel values 0..255, any dtype, NumPy or torch, on any device. On a GPU uint8
+                images of `config.input_size` are fastest: they go through a CUDA graph.
 
         Returns:
-            (B, N, H, W) float32, contiguous, on the engine's device; H and W of `config.heatmap_size`.
+            torch (B, N, H, W) float32, contiguous, on the engine's device; H and W of `config.heatmap_size`. Column x
+            of a heatmap lies at `(x + 0.5) * config.stride - 0.5` in the image, and rows likewise.
 
         Raises:
             ValueError: another shape.
         """
-        check_images(images, self.config.in_channels)
+        images = self._checked(images)
         return self._backend.heatmaps(images)
 
     @torch.inference_mode()
-    def maxima(self, images: Tensor, to_host: bool = True) -> tuple[Array, Array]:
+    def maxima(self, images: Tensor | np.ndarray, to_host: bool = True) -> tuple[Array, Array]:
         """The maxima of the heatmaps of images, see `peaks.peak_centroids`.
 
         Args:
@@ -107,11 +114,11 @@ class Engine:
         Raises:
             ValueError: another shape.
         """
-        check_images(images, self.config.in_channels)
+        images = self._checked(images)
         return self._backend.maxima(images, to_host)
 
     @torch.inference_mode()
-    def votes(self, images: Tensor, offsets: np.ndarray, voters: list[int], step: int) -> np.ndarray:
+    def votes(self, images: Tensor | np.ndarray, offsets: np.ndarray, voters: list[int], step: int) -> np.ndarray:
         """Votes of the heatmaps of images for the middles of faces, see `peaks.face_votes`.
 
         Args:
@@ -124,11 +131,11 @@ class Engine:
         Raises:
             ValueError: another shape.
         """
-        check_images(images, self.config.in_channels)
+        images = self._checked(images)
         return self._backend.votes(images, offsets, voters, step)
 
     @torch.inference_mode()
-    def fit(self, images: Tensor, shape: ShapeModel, to_host: bool = True) -> Fit:
+    def fit(self, images: Tensor | np.ndarray, shape: ShapeModel, to_host: bool = True) -> Fit:
         """Fit a shape model to the heatmaps of images (section 3.3), see `fitting.fit`.
 
         Args:
@@ -142,11 +149,16 @@ class Engine:
         Raises:
             ValueError: another shape, or a shape model of another number of landmarks.
         """
-        check_images(images, self.config.in_channels)
+        images = self._checked(images)
         if shape.num_landmarks != self.config.num_landmarks:
             expected, got = self.config.num_landmarks, shape.num_landmarks
             raise ValueError(f"shape: expected a shape model of {expected} landmarks, got one of {got}")
         return self._backend.fit(images, shape, to_host)
+
+    def _checked(self, images: Tensor | np.ndarray) -> Tensor:
+        images = torch.as_tensor(images)
+        check_images(images, self.config.in_channels)
+        return images
 
 
 def engine_device(name: str) -> torch.device:

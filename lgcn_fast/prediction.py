@@ -13,7 +13,7 @@ from array_api_compat import array_namespace
 from torch import Tensor
 
 from . import ensembles
-from .checkpoints import WEIGHTS, load_model, weights_path
+from .checkpoints import WEIGHTS, weights_path
 from .engine import Engine, engine_device
 from .fitting import Array
 from .images import crop, from_crop, square_box
@@ -52,15 +52,17 @@ def predict(
     to_host: bool = True,
     ensemble: int = 1,
 ) -> Landmarks:
-    """Find the landmarks of one face in each image.
+    """Find the landmarks of one face in each image, or of several in one.
 
     Args:
         batch: array (B, H, W), (B, H, W, 3) or (B, 1 or 3, H, W); one image (H, W) or (H, W, 3); or a list of such
-            single images of any sizes. NumPy, torch, or anything that speaks DLPack. Colours are RGB. uint8, or
-            floating point in 0..1 or 0..255 (where the largest value is above 1). An array of uint8 on a GPU stays
-            there, where the engine runs there too; everything else takes the way over the host.
+            single images of any sizes. NumPy, torch, or anything that speaks DLPack. Colours are RGB, without alpha.
+            (3, H, W) are three gray images. uint8, or floating point in 0..1 or 0..255 (where the largest value is
+            above 1). An array of uint8 on a GPU stays there, where the engine runs there too; everything else takes
+            the way over the host.
         boxes: (B, 4) x, y, width, height of the faces in pixels, about 1.17 times the tight square around the
-            landmarks. Default: the whole image. Boxes that are not square become the square around their centre.
+            landmarks: one for each image, or any number for a single image. Default: the whole image. Boxes that are
+            not square become the square around their centre.
         model: an engine, a network, the name of one in the package (`lgcn_fast.models()`), or the path of weights.
             Default: the best in the package; on a CPU the best above 30 faces/s. Engines are kept and used again.
         fit: fit a shape model to the heatmaps, which filters outliers and reconstructs hidden points (section 3.3);
@@ -73,18 +75,22 @@ def predict(
             long and have 2 to 5 % less error, see `ensembles`.
 
     Returns:
-        `Landmarks` of all images, in the order given.
+        `Landmarks` of all faces, in the order given.
 
     Raises:
-        ValueError: an empty batch, an image without pixels, a wrong number of channels, NaN, a box outside its image,
-            an unknown model, no shape model for the number of landmarks, an ensemble below 1; the message names the
-            argument, what was expected and what came.
+        ValueError: an empty batch, an image without pixels, a wrong number of channels, integers that are not uint8,
+            NaN or values outside 0..255, a box outside its image, an unknown model, a device that is not there, a
+            precision that the processor lacks, no shape model for the number of landmarks or one of another number,
+            an ensemble below 1; the message names the argument, what was expected and what came.
     """
     engine = engine_for(model, device, precision)
     shape = shape_for(shape, engine.config.num_landmarks) if fit else None
     batch = _from_dlpack(batch)
     frames = _channels_last(batch, "batch") if _stays_on(engine, batch) else None
     images = as_images(batch) if frames is None else list(frames)
+    if len(images) == 1 and boxes is not None and (count := len(np.atleast_2d(boxes))) > 1:
+        images *= count
+        frames = frames if frames is None else frames.expand(count, *frames.shape[1:])
     boxes = _square_boxes(boxes, images)
     _check_sides(boxes)
     read = partial(engine.maxima, to_host=to_host) if shape is None else partial(_fitted, engine, shape, to_host)
@@ -198,7 +204,7 @@ def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
         images = [as_images(_from_dlpack(image), f"{name}[{index}]") for index, image in enumerate(batch)]
         for index, parts in enumerate(images):
             if len(parts) != 1:
-                raise ValueError(f"{name}[{index}]: expected one image, got {len(parts)}")
+                raise ValueError(f"{name}[{index}]: {_one_expected(len(parts), batch[index])}")
         return [image for (image,) in images]
     if not isinstance(batch, np.ndarray):
         raise ValueError(f"{name}: expected a NumPy array, torch tensor or list of them, got {type(batch).__name__}")
@@ -211,14 +217,21 @@ def one_image(image: Any, name: str) -> np.ndarray:
     """Check that there is one image: (H, W) or (H, W, 3), see `as_images`."""
     images = as_images(image, name)
     if len(images) != 1:
-        raise ValueError(f"{name}: expected one image, got {len(images)}")
+        raise ValueError(f"{name}: {_one_expected(len(images), image)}")
     return images[0]
+
+
+def _one_expected(count: int, batch: Any) -> str:
+    shape = f" in an array of {tuple(batch.shape)}" if hasattr(batch, "shape") else ""
+    return f"expected one image (H, W) or (H, W, 3), got {count}{shape}"
 
 
 def _channels_last(batch: Array, name: str) -> Array:
     """(B, H, W) or (B, H, W, 3) of any accepted shape, a view."""
     if batch.ndim == 2 or (batch.ndim == 3 and batch.shape[2] in (1, 3)):
         batch = batch[None]
+    if 3 <= batch.ndim <= 4 and batch.shape[-1] == 4:
+        raise ValueError(f"{name}: expected gray or RGB, got {tuple(batch.shape)}, as of RGBA (take image[..., :3])")
     if batch.ndim == 3:
         return batch
     if batch.ndim == 4 and batch.shape[1] != 1 and batch.shape[3] in (1, 3):
@@ -306,7 +319,7 @@ def finder_for(
 
 @lru_cache(maxsize=8)
 def _loaded(path: Path, device: str, precision: str) -> Engine:
-    return Engine(load_model(path), device, precision)
+    return Engine(path, device, precision)
 
 
 _engines: WeakKeyDictionary[LGCN, tuple[list, Engine]] = WeakKeyDictionary()

@@ -215,6 +215,14 @@ def test_gpu_takes_arrays_of_other_libraries(frames):
 
 
 @pytest.mark.gpu
+def test_gpu_finds_several_faces_in_one_frame(frames):
+    image, boxes = frames[0][0], frames[1]
+    expected = predict(image, boxes, device="cuda").points
+    found = predict(torch.from_numpy(image).cuda(), boxes, device="cuda").points
+    np.testing.assert_allclose(found, expected, atol=0.05)
+
+
+@pytest.mark.gpu
 def test_gpu_streams_and_threads_at_once(frames):
     """The caller's stream is the one that works: a batch that is still being written there is waited for."""
     images, boxes = torch.from_numpy(frames[0]).cuda(), frames[1]

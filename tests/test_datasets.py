@@ -80,9 +80,17 @@ def test_label_without_picture_is_named(tmp_path):
         read_300w(tmp_path)
 
 
+def test_suffixes_may_be_upper_case(tmp_path):
+    (tmp_path / "a.pts").write_text(POINTS)
+    picture(tmp_path / "a.PNG")
+    (face,) = read_300w(tmp_path)
+    assert face.image().ndim == 2
+
+
 def test_csv_of_points_with_missing_labels(tmp_path):
     picture(tmp_path / "faces" / "Some_One_07.png")
-    (tmp_path / "faces.csv").write_text("image,x0,y0,x1,y1\nSome_One_07.png,1,2.5,,4\n")
+    rows = "Some_One_07.png,1,2.5,,4\nSome_One_07.png,,,,\nSome_One_07.png,,2,3,\n"
+    (tmp_path / "faces.csv").write_text("image,x0,y0,x1,y1\n" + rows)
     (face,) = read_faces(tmp_path / "faces.csv")
     np.testing.assert_array_equal(face.points, [[1, 2.5], [np.nan, np.nan]])
     assert face.group == "Some_One"

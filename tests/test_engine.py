@@ -6,6 +6,7 @@ import torch
 from networks import CONFIGS, eager, eager_output, randomised
 
 from lgcn_fast import Engine, ShapeModel, load_model
+from lgcn_fast.checkpoints import save_model
 from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.folding import fold
 from lgcn_fast.images import read_image
@@ -129,6 +130,16 @@ def test_says_what_runs():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         Engine(randomised(CONFIGS["plain"]), **options)
+
+
+def test_is_built_from_a_name_or_a_file_and_takes_numpy(tmp_path, random):
+    save_model(tmp_path / "own.safetensors", randomised(CONFIGS["plain"]), {})
+    images = random.integers(0, 256, (2, 1, 33, 20), np.uint8)
+    for model in (str(tmp_path / "own.safetensors"), tmp_path / "own.safetensors", "lgcn-nano"):
+        expected = Engine(load_model(model), precision="fp32").heatmaps(torch.from_numpy(images))
+        assert torch.equal(Engine(model, precision="fp32").heatmaps(images), expected)
+    with pytest.raises(ValueError, match=r"model: expected one of lgcn-nano, .*got 'lgcn-none'"):
+        Engine("lgcn-none")
 
 
 def test_wrong_images_are_named():

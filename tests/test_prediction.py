@@ -16,7 +16,7 @@ from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.images import crop, face_box, read_image, square_box, to_crop
 from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import WEIGHTS
-from lgcn_fast.shipped import default_model
+from lgcn_fast.shipped import default_model, models
 from lgcn_fast_kernels import INSTRUCTIONS
 
 FACE = [82, 70, 124, 124]
@@ -136,14 +136,15 @@ NAN_IMAGE = np.full((9, 9), np.nan, np.float32)
         (np.zeros((0, 96, 96), np.uint8), "at least one pixel, got shape"),
         (np.zeros((2, 0, 96), np.uint8), "at least one pixel, got shape"),
         (np.zeros((2, 2, 9, 9), np.uint8), r"batch: expected \(B, H, W\).* got \(2, 2, 9, 9\)"),
-        (np.zeros((2, 9, 9, 4), np.uint8), r"got \(2, 9, 9, 4\)"),
+        (np.zeros((2, 9, 9, 4), np.uint8), r"batch: expected gray or RGB, got \(2, 9, 9, 4\), as of RGBA"),
+        (np.zeros((9, 8, 4), np.uint8), r"batch: expected gray or RGB, got \(9, 8, 4\), as of RGBA"),
         (np.zeros(9, np.uint8), r"got \(9,\)"),
         (np.zeros((9, 9), np.int64), "expected uint8 or floating point, got int64"),
         (NAN_IMAGE, "expected finite pixel values"),
         (np.full((9, 9), -1.0), "expected pixel values in 0..1 or 0..255, got -1 to -1"),
         (np.full((9, 9), 300.0), "got 300 to 300"),
         ("face.jpg", "expected a NumPy array, torch tensor or list of them, got str"),
-        ([np.zeros((2, 9, 9), np.uint8)], r"batch\[0\]: expected one image, got 2"),
+        ([np.zeros((2, 9, 9), np.uint8)], r"batch\[0\]: expected one image .*, got 2 in an array of \(2, 9, 9\)"),
         (np.zeros((1, 1, 17000), np.uint8), r"boxes\[0\]: expected a face of at most 16384"),
         ([np.zeros((9, 9), np.uint8), NAN_IMAGE], r"batch\[1\]: expected finite"),
     ],
@@ -163,12 +164,32 @@ def test_bad_batches_are_named(batch, message):
         ([[0, 0, np.inf, 10]], r"boxes\[0\]"),
         ([[0, 0, 1e9, 1e9]], r"boxes\[0\]: expected a face of at most 16384 pixels a side, got 1000000000"),
         ([[0, 0, 10]], r"boxes: expected x, y, width, height for 1 images, got shape \(1, 3\)"),
-        ([[0, 0, 10, 10]] * 2, r"got shape \(2, 4\)"),
+        ([[0, 0, 10, 10], [96, 0, 10, 10]], r"boxes\[1\]"),
     ],
 )
 def test_bad_boxes_are_named(gray, boxes, message):
     with pytest.raises(ValueError, match=message):
         predict(gray, boxes)
+
+
+def test_several_images_want_as_many_boxes(gray):
+    with pytest.raises(ValueError, match=r"boxes: expected .* for 2 images, got shape \(3, 4\)"):
+        predict([gray, gray], [[0, 0, 10, 10]] * 3)
+
+
+@pytest.mark.parametrize("ensemble", [1, 2])
+def test_one_image_may_have_several_faces(image, ensemble):
+    boxes = [[82, 70, 124, 124], [70, 60, 140, 140], [90, 80, 110, 110]]
+    together = predict(image, boxes, ensemble=ensemble)
+    for index, box in enumerate(boxes):
+        alone = predict(image, box, ensemble=ensemble)
+        np.testing.assert_allclose(together.points[index], alone.points[0], atol=1e-3)
+    np.testing.assert_array_equal(together.points, predict([image] * 3, boxes, ensemble=ensemble).points)
+
+
+def test_what_is_no_model_is_named(gray):
+    with pytest.raises(ValueError, match="model: expected a name, a path, a network or an engine, got ShippedModel"):
+        predict(gray, model=models()[0])
 
 
 def test_kinds_of_images_may_mix(gray):

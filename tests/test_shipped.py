@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lgcn_fast import load_model, models, predict
-from lgcn_fast.checkpoints import WEIGHTS, model_names, weights_path
+from lgcn_fast import LGCN, LGCNConfig, load_model, models, predict
+from lgcn_fast.checkpoints import WEIGHTS, model_names, save_model, weights_path
 from lgcn_fast.prediction import engine_for, finder_for
 from lgcn_fast.shipped import MEASURED, best_model, smallest_model
 
@@ -64,6 +64,11 @@ def test_the_smallest_looks_for_faces(package):
     assert finder_for(None, "lgcn-big", "cpu", "fp32") is big
     assert finder_for("lgcn-small", "lgcn-big", "cpu", "fp32") is small
     assert finder_for(None, big, "cpu", "fp32") is big
+
+
+def test_a_model_of_other_landmarks_does_not_look_for_faces(package):
+    save_model(package / "lgcn-other.safetensors", LGCN(LGCNConfig.nano(filters=2, num_landmarks=15)), {})
+    assert smallest_model() == "lgcn-small"
 
 
 def test_figures_are_those_of_the_weights():

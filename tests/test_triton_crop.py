@@ -103,6 +103,7 @@ def test_any_strides(crop, random):
     for images in (channels_first.permute(0, 2, 3, 1), channels_first.permute(0, 3, 2, 1), channels_first[:, 1]):
         check(crop, images, boxes, 12, True)
         check(crop, images[:, 1:, ::2], boxes, 12, False)
+        check(crop, images[:1].expand(2, *images.shape[1:]), boxes, 12, True)  # several faces of one frame
 
 
 def test_no_boxes(crop):
