@@ -48,11 +48,20 @@ def show(title: str, rows: dict[str, dict]) -> None:
 
 
 def run(benchmark: Callable[[], dict]) -> None:
-    """Run a benchmark as a script; with `--out FOLDER` write its results there, with machine, versions and commit."""
+    """Run a benchmark as a script; with `--out FOLDER` write its results there, see `write`."""
+    out = output_folder()
+    write(out, benchmark())
+
+
+def output_folder() -> Path | None:
+    """What `--out` names on the command line of a benchmark."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the results as JSON")
-    out = parser.parse_args().out
-    results = benchmark()
+    return parser.parse_args().out
+
+
+def write(out: Path | None, results: dict) -> None:
+    """Write the results of the script that runs, with machine, versions and commit, if there is a folder for them."""
     if out:
         machine = {
             "cpu": cpu_name(),

@@ -6,7 +6,7 @@ The shape model's fit follows on the device, so that of a face only its 96 x 96 
 import math
 import threading
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from .shape import ShapeModel
 
 LADDER = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes that are recorded. A batch goes through in parts of the largest, its rest in the next that holds it."""
+_RECORDING = threading.Lock()
+"""One graph is recorded at a time: nobody may wait for the whole device meanwhile, which is how each record begins."""
 
 
 class CudaNetwork:
@@ -96,11 +98,13 @@ class CudaEngine:
             dtype: of filters and activations.
             fitter: what makes fits of a shape model, heatmaps and their reductions; tests put one for a CPU here.
         """
-        self._config, self._device, self._make_fitter = network.config, device, fitter
-        self._network = CudaNetwork(network, device, dtype)
-        self._heatmaps = self._recorded(self._network)
-        self._reductions = self._recorded(lambda images: heatmap_reduction(self._network(images)))
-        self._fits = lru_cache(maxsize=4)(self._fit_of)
+        # (Nothing here refers back to the engine: its graphs are freed with it, not by the garbage collector, which
+        # might do so while another graph is recorded.)
+        heatmaps_of, size = CudaNetwork(network, device, dtype), network.config.input_size
+        recorded = partial(RecordedBatches, image=(network.config.in_channels, size, size), device=device)
+        self._heatmaps = recorded(heatmaps_of)
+        self._reductions = recorded(lambda images: heatmap_reduction(heatmaps_of(images)))
+        self._fits = lru_cache(maxsize=4)(lambda shape: recorded(packed_fit(heatmaps_of, fitter(shape, device))))
 
     def heatmaps(self, images: Tensor) -> Tensor:
         return self._heatmaps(images)
@@ -126,28 +130,25 @@ class CudaEngine:
             parts[name], start = packed[:, start:end].reshape(-1, *size), end
         return Fit(**parts, residuals=packed[:, -1])
 
-    def _recorded(self, function: Callable[[Tensor], Tensor]) -> "RecordedBatches":
-        size = self._config.input_size
-        return RecordedBatches(function, (self._config.in_channels, size, size), self._device)
 
-    def _fit_of(self, shape: ShapeModel) -> "RecordedBatches":
-        fitter = self._make_fitter(shape, self._device)
+def packed_fit(network: CudaNetwork, fitter: Callable[..., Fit]) -> Callable[[Tensor], Tensor]:
+    """Images to all parts of a fit side by side, (B, ...): one copy brings them to the host."""
 
-        def packed(images: Tensor) -> Tensor:
-            """All parts of a fit side by side: one copy brings them to the host."""
-            heatmaps = self._network(images)
-            fit = fitter(heatmaps, heatmap_reduction(heatmaps, THRESHOLD), self._config.stride)
-            parts = fit.points, fit.shapes, fit.coefficients, fit.certainties, fit.residuals
-            return torch.cat([part.reshape(len(images), -1) for part in parts], dim=1)
+    def packed(images: Tensor) -> Tensor:
+        heatmaps = network(images)
+        fit = fitter(heatmaps, heatmap_reduction(heatmaps, THRESHOLD), network.config.stride)
+        parts = fit.points, fit.shapes, fit.coefficients, fit.certainties, fit.residuals
+        return torch.cat([part.reshape(len(images), -1) for part in parts], dim=1)
 
-        return self._recorded(packed)
+    return packed
 
 
 class RecordedBatches:
     """A function of batches of images of one size, recorded for the sizes of a ladder and replayed.
 
     Its buffers stay where they are, as a CUDA graph demands. Threads and streams may call it at once: it runs in the
-    caller's stream, behind what others have it do. (On a CPU, for tests, nothing is recorded.)
+    caller's stream, behind what others have it do. While a size is recorded, in the first call that needs it, nobody
+    may wait for the whole device (`torch.cuda.synchronize()`): CUDA forbids it. (On a CPU nothing is recorded.)
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], image: tuple[int, int, int], device: torch.device) -> None:
@@ -161,6 +162,8 @@ class RecordedBatches:
         self._recorded: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
         self._lock = threading.Lock()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # One for all sizes: they share the memory of their intermediate results.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._done: torch.cuda.Event | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -178,7 +181,8 @@ class RecordedBatches:
         with self._lock:
             size = next(size for size in LADDER if size >= count)
             if size not in self._recorded:
-                self._recorded[size] = self._record(size)
+                with _RECORDING:
+                    self._recorded[size] = self._record(size)
             buffer, replay = self._recorded[size]
             stream = torch.cuda.current_stream() if self._pool else None
             if stream and self._done:
@@ -191,17 +195,17 @@ class RecordedBatches:
 
     def _record(self, size: int) -> tuple[Tensor, Callable[[], Tensor]]:
         buffer = torch.zeros((size, *self._image), dtype=torch.uint8, device=self._device)
-        if self._pool is None:
-            return buffer, lambda: self._function(buffer)
+        function, stream = self._function, self._stream
+        if stream is None:
+            return buffer, lambda: function(buffer)
         torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            self._function(buffer)  # compiles what is not compiled yet
+            function(buffer)  # compiles what is not compiled yet
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on allocating meanwhile.
         with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
-            result = self._function(buffer)
+            result = function(buffer)
 
         def replay() -> Tensor:
             graph.replay()

@@ -1,10 +1,13 @@
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from lgcn_fast import cli, cli_training, predict
 from lgcn_fast.checkpoints import load_card
@@ -161,6 +164,15 @@ def test_bench_runs_and_writes_json(tmp_path, monkeypatch):
     written = json.loads((tmp_path / "kernel_convolution.json").read_text())
     assert written["machine"]["cpu"]
     assert written["results"]["136 maps"]["native, fp32"]["ratio"] > 1
+
+
+def test_benchmark_for_a_gpu_says_that_there_is_none():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "benchmarks/gpu.py: expected an NVIDIA GPU, torch finds none\n"
 
 
 def test_bench_needs_a_checkout_and_says_what_failed(tmp_path, monkeypatch, capsys):

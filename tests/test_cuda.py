@@ -1,7 +1,9 @@
 """The engine on a GPU. Where there is none, its kernels are interpreted and its batches run without a record."""
 
+import gc
 import importlib.util
 import threading
+import weakref
 from dataclasses import fields
 
 import numpy as np
@@ -147,6 +149,24 @@ def test_engine_finds_what_the_native_one_finds(cuda, random, to_host):
             np.testing.assert_allclose(torch.as_tensor(found).cpu(), known, rtol=1e-3, atol=1e-3)
 
 
+@torch.inference_mode()
+def test_engines_are_freed_without_the_garbage_collector(cuda, random):
+    config = LGCNConfig.nano(filters=16, num_landmarks=3, local_kernels=(3,), global_layers=1, input_size=24)
+    ours = cuda.CudaEngine(fold(randomised(config)), DEVICE, torch.float32, HostFitter)
+    images = torch.from_numpy(random.integers(0, 256, (2, 1, 24, 24), np.uint8))
+    ours.heatmaps(images)
+    ours.maxima(images, True)
+    if DEVICE.type == "cpu":
+        ours.fit(images, ShapeModel.fit(random.normal(size=(20, 3, 2)), 2), True)
+    parts = [weakref.ref(part) for part in (ours, ours._heatmaps, ours._reductions)]
+    gc.disable()
+    try:
+        del ours
+        assert [part() for part in parts] == [None] * 3
+    finally:
+        gc.enable()
+
+
 def test_what_is_missing_is_named(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: expected one that is there, got 'cuda', but"):
@@ -197,7 +217,8 @@ def test_gpu_points_are_those_of_a_cpu(frames, precision, pixels, fit):
     for name, form in forms.items():
         found = predict(form, boxes, device="cuda", precision=precision, fit=fit)
         distance = np.linalg.norm(found.points - expected.points, axis=-1)
-        assert np.median(distance) < pixels, name
+        # (Crops of floating point are not rounded to whole levels.)
+        assert np.median(distance) < max(pixels, 0.03 if name == "float" else 0), name
         np.testing.assert_allclose(found.scores, expected.scores, atol=0.05, err_msg=name)
         there = predict(form, boxes, device="cuda", precision=precision, fit=fit, to_host=False)
         assert there.points.is_cuda

@@ -166,6 +166,8 @@ def test_compiles_without_a_warning(architecture):
 def load_nvrtc() -> ctypes.CDLL:
     folders = importlib.util.find_spec("nvidia").submodule_search_locations
     for library in (path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc.so.*")):
+        for part in library.parent.glob("libnvrtc-builtins.so.*"):  # which it does not look for beside itself
+            ctypes.CDLL(str(part))
         return ctypes.CDLL(str(library))
     pytest.skip("needs NVRTC (pip install nvidia-cuda-nvrtc-cu12)")
 

@@ -101,15 +101,20 @@ def test_new_result(kernel, random):
 
 
 @pytest.mark.parametrize(
-    "heatmaps",
-    [torch.zeros(1, 4, 4), torch.zeros(1, 1, 4, 4).long(), torch.zeros(1, 1, 4, 8)[..., ::2], torch.zeros(1, 1, 0, 4)],
-)
-def test_wrong_heatmaps_are_named(kernel, heatmaps):
+    ("shape", "step", "dtype"),
+    [((1, 4, 4), 1, torch.float32), ((1, 1, 4, 4), 1, torch.int64), ((1, 1, 4, 8), 2, torch.float32),
+     ((1, 1, 0, 4), 1, torch.float32)],
+)  # fmt: skip
+def test_wrong_heatmaps_are_named(kernel, shape, step, dtype):
+    heatmaps = torch.zeros(shape, dtype=dtype, device=DEVICE)[..., ::step]
     with pytest.raises(ValueError, match=r"heatmaps: expected contiguous \(B, N, H, W\) float32.*, got"):
-        kernel(heatmaps.to(DEVICE))
+        kernel(heatmaps)
 
 
-@pytest.mark.parametrize("out", [torch.zeros(1, 2, 3), torch.zeros(1, 2, 6).double(), torch.zeros(1, 2, 12)[..., ::2]])
-def test_wrong_out_is_named(kernel, out):
+@pytest.mark.parametrize(
+    ("columns", "step", "dtype"), [(3, 1, torch.float32), (6, 1, torch.float64), (12, 2, torch.float32)]
+)
+def test_wrong_out_is_named(kernel, columns, step, dtype):
+    out = torch.zeros(1, 2, columns, dtype=dtype, device=DEVICE)[..., ::step]
     with pytest.raises(ValueError, match=r"out: expected contiguous \(1, 2, 6\) torch.float32 on .*, got"):
-        kernel(torch.zeros(1, 2, 4, 4, device=DEVICE), out=out.to(DEVICE))
+        kernel(torch.zeros(1, 2, 4, 4, device=DEVICE), out=out)
