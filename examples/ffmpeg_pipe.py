@@ -25,8 +25,12 @@ def frames_of_pyav(address: str) -> Iterator[Frame]:
     import av
 
     with av.open(address) as container:
+        step, last = 1 / float(container.streams.video[0].average_rate or 25), -1.0
         for frame in container.decode(video=0):
-            yield Frame(frame.to_ndarray(format="rgb24"), frame.time or 0.0)
+            # Raw streams have no time stamps, others may lack some.
+            rises = frame.time is not None and frame.time > last
+            last = frame.time if rises else max(last + step, 0.0)
+            yield Frame(frame.to_ndarray(format="rgb24"), last)
 
 
 def frames_of_ffmpeg(address: str, fps: float) -> Iterator[Frame]:

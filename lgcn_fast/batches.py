@@ -38,7 +38,7 @@ class AugmentedCrops(Dataset):
         cache = self.cache
         image, points = augment(
             cache.images[index], cache.points[index], cache.boxes[index],
-            self.size, self.augmentation, self.mirror_order, random,
+            self.size, self.augmentation, self.mirror_order, random, draw,
             label_shift=self.label_shifts.get(str(cache.sets[index]), 0.0),
         )  # fmt: skip
         channels_first = image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))

@@ -88,23 +88,25 @@ def _add_prediction_options(parser: argparse.ArgumentParser) -> None:
 def _run_predict(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     found = {}
-    for path in options.files:
-        try:
-            image = read_image(path, color=True)
-            boxes = [options.box] if options.box else None
-            result = predict(
-                image, boxes, options.model, options.fit, options.shape, options.device, ensemble=options.ensemble
-            )
-        except ValueError as error:
-            report_failure("predict", path, error)
-            continue
-        picture = free_name(path.stem, "landmarks", {entry["picture"] for entry in found.values()})
-        _write_picture(options.out / picture, image, result.points)
-        found[str(path)] = {"picture": picture, **rounded(result.points[0], result.scores[0])}
-    if found:
-        numbers = options.out / f"landmarks.{options.format}"
-        (_write_csv if options.format == "csv" else _write_json)(numbers, found)
-        print(f"{numbers}: landmarks of {len(found)} of {len(options.files)} files")
+    try:
+        for path in options.files:
+            try:
+                image = read_image(path, color=True)
+                boxes = [options.box] if options.box else None
+                result = predict(
+                    image, boxes, options.model, options.fit, options.shape, options.device, ensemble=options.ensemble
+                )
+            except (ValueError, OSError) as error:
+                report_failure("predict", path, error)
+                continue
+            picture = free_name(path.stem, "landmarks", {entry["picture"] for entry in found.values()})
+            _write_picture(options.out / picture, image, result.points)
+            found[str(path)] = {"picture": picture, **rounded(result.points[0], result.scores[0])}
+    finally:  # also where it is interrupted, or the disk gets full
+        if found:
+            numbers = options.out / f"landmarks.{options.format}"
+            (_write_csv if options.format == "csv" else _write_json)(numbers, found)
+            print(f"{numbers}: landmarks of {len(found)} of {len(options.files)} files")
     return 0 if len(found) == len(set(map(str, options.files))) else 2
 
 

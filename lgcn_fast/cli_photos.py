@@ -50,30 +50,32 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
 def _run_detect(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict] = {}
-    for path in options.files:
-        try:
-            photo = read_image(path, color=True)
-            faces = detect(
-                photo, options.min_face, options.min_confidence, options.model, None, options.shape, options.device
-            )
-        except ValueError as error:
-            report_failure("detect", path, error)
-            continue
-        picture = free_name(path.stem, "faces", {entry["picture"] for entry in found.values()})
-        write_image(options.out / picture, draw(photo, faces.points))
-        found[str(path)] = {"picture": picture, "faces": as_json(faces)}
-        if options.heatmap:
-            heatmap = combined_heatmap(photo, options.min_face, options.model)
-            colors = cv2.applyColorMap((heatmap * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
-            write_image(options.out / picture.replace("_faces.png", "_heatmap.png"), colors[..., ::-1])
-    if found:
-        (options.out / "faces.json").write_text(json.dumps(found, indent=1))
-        count = sum(len(entry["faces"]) for entry in found.values())
-        print(f"{options.out / 'faces.json'}: {count} faces in {len(found)} of {len(options.files)} photos")
+    try:
+        for path in options.files:
+            try:
+                photo = read_image(path, color=True)
+                faces = detect(
+                    photo, options.min_face, options.min_confidence, options.model, None, options.shape, options.device
+                )
+            except (ValueError, OSError) as error:
+                report_failure("detect", path, error)
+                continue
+            picture = free_name(path.stem, "faces", {entry["picture"] for entry in found.values()})
+            write_image(options.out / picture, draw(photo, faces.points))
+            found[str(path)] = {"picture": picture, "faces": as_json(faces)}
+            if options.heatmap:
+                heatmap = combined_heatmap(photo, options.min_face, options.model)
+                colors = cv2.applyColorMap((heatmap * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
+                write_image(options.out / picture.replace("_faces.png", "_heatmap.png"), colors[..., ::-1])
+    finally:  # also where it is interrupted, or the disk gets full
+        if found:
+            (options.out / "faces.json").write_text(json.dumps(found, indent=1))
+            count = sum(len(entry["faces"]) for entry in found.values())
+            print(f"{options.out / 'faces.json'}: {count} faces in {len(found)} of {len(options.files)} photos")
     return 0 if len(found) == len(set(map(str, options.files))) else 2
 
 
-def report_failure(command: str, path: Path, error: ValueError) -> None:
+def report_failure(command: str, path: Path, error: Exception) -> None:
     """Say what is wrong with a file, on standard error: the other files are not at fault."""
     message = str(error) if str(path) in str(error) else f"{path}: {error}"
     print(f"lgcn-fast {command}: {message}", file=sys.stderr)

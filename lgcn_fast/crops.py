@@ -3,13 +3,15 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from zipfile import BadZipFile
 
 import cv2
 import numpy as np
 
 from .datasets import Face, is_validation
-from .images import crop, face_box, square_box, to_crop
+from .images import check_touches, crop, face_box, square_box, to_crop
 
 MARGIN = 1.6
 """Side of a cached crop over that of the face box: what rotation by 30 degrees and 12.5 % of scale can reach."""
@@ -47,6 +49,13 @@ class CropCache:
     def channels(self) -> int:
         return 1 if self.images[0].ndim == 2 else 3
 
+    def digest(self) -> str:
+        """What tells it from others: a hash of all that is in it."""
+        digest = sha256()
+        for part in (*self.images, self.points, self.boxes, self.groups, self.sets):
+            digest.update(np.ascontiguousarray(part))
+        return digest.hexdigest()
+
 
 def make_crop(face: Face, num_landmarks: int, color: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut one face, or the middle square of a background picture.
@@ -57,6 +66,7 @@ def make_crop(face: Face, num_landmarks: int, color: bool) -> tuple[np.ndarray, 
     image = face.image(color)
     if len(face.points):
         box = face_box(face.points)
+        check_touches(box, image, f"{face.name}, its labels")
         square = square_box(box, MARGIN)
         points = to_crop(face.points, square, CROP_SIZE)
     else:
@@ -82,7 +92,8 @@ def write_cache(path: Path, sets: dict[str, list[Face]], color: bool = False, pr
         Number of crops.
 
     Raises:
-        ValueError: sets with different numbers of landmarks, no labelled face, or an unreadable picture.
+        ValueError: sets with different numbers of landmarks, no labelled face, an unreadable picture, or labels that
+            are not in it.
     """
     counts = {len(face.points) for faces in sets.values() for face in faces} - {0}
     if len(counts) != 1:
@@ -120,14 +131,14 @@ def read_cache(path: Path) -> CropCache:
         ValueError: not such a file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             flag = cv2.IMREAD_COLOR if file["color"] else cv2.IMREAD_GRAYSCALE
             blobs = np.split(file["jpegs"], np.cumsum(file["sizes"])[:-1])
             images = [cv2.imdecode(blob, flag) for blob in blobs]
             if file["color"]:
                 images = [cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for image in images]
             return CropCache(images, file["points"], file["boxes"], file["groups"], file["sets"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path}: expected a crop cache from `lgcn-fast prepare`, got {error}") from error
 
 

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -178,9 +179,9 @@ def read_shapes(path: Path, num_landmarks: int) -> np.ndarray:
         ValueError: another kind of file, or another number of landmarks.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             shapes = file["landmarks"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path}: expected a .npz file with an array `landmarks`, got {error}") from None
     if shapes.ndim != 3 or shapes.shape[1:] != (num_landmarks, 2):
         raise ValueError(f"{path}: expected landmarks (M, {num_landmarks}, 2), got {shapes.shape}")

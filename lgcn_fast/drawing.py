@@ -10,7 +10,7 @@ import torch
 
 from .detection import Faces
 from .engine import Engine
-from .images import face_box, square_box
+from .images import face_box, square_box, touches
 from .landmarks import SCHEMES
 from .model import LGCN
 from .prediction import Landmarks, engine_for, network_input, one_image
@@ -139,6 +139,8 @@ def _with_heatmaps(picture: np.ndarray, points: np.ndarray, engine: Engine) -> n
     config = engine.config
     for face in points[np.isfinite(points).all(axis=2).any(axis=1)]:
         box = square_box(face_box(face))
+        if not touches(box, picture):
+            continue
         crop = network_input(picture, box, config.input_size, config.in_channels)
         seen = engine.heatmaps(torch.as_tensor(crop)[None])[0].amax(dim=0).clamp(0, 1).cpu().numpy()
         x, y, side, _ = box.tolist()

@@ -1,5 +1,6 @@
 """Landmarks of labelled faces, and how far they are off (section 4.1)."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import lgcn_fast_kernels
 from .datasets import Face
 from .engine import Engine
 from .fitting import NativeFitter
-from .images import face_box, square_box
+from .images import check_touches, face_box, square_box
 from .landmarks import SCHEMES
 from .model import LGCN
 from .prediction import CHUNK, engine_for, locate, shape_for
@@ -49,8 +50,13 @@ class Evaluation:
         return {points: summary(self.errors(outline)) for points, outline in self.point_sets().items()}
 
     def by_face(self) -> dict[str, float]:
-        """The error of each face over all points, percent, by its name."""
-        return {face.name: 100 * float(e) for face, e in zip(self.faces, self.errors(), strict=True)}
+        """The error of each face over all points, percent, by its name; the second of a name is "NAME (2)"."""
+        errors, names = {}, Counter()
+        for face, error in zip(self.faces, self.errors(), strict=True):
+            names[face.name] += 1
+            name = face.name if names[face.name] == 1 else f"{face.name} ({names[face.name]})"
+            errors[name] = 100 * float(error)
+        return errors
 
 
 def landmark_errors(
@@ -125,20 +131,30 @@ def evaluate(
         The points that `predict` finds with the fit, as "fit", and without it, as "heatmap maxima".
 
     Raises:
-        ValueError: no labelled face, or a model with another number of landmarks.
+        ValueError: no labelled face, none with the labels that errors are divided by, labels that are not in the
+            picture, or another number of landmarks than the model's.
     """
     faces = [face for face in faces if np.isfinite(face.points).any()]
     if not faces:
         raise ValueError("faces: expected at least one labelled face, got none")
     engine = engine_for(model, device, "auto")
+    counts = sorted({len(face.points) for face in faces})
+    if counts != [engine.config.num_landmarks]:
+        raise ValueError(f"faces: expected the model's {engine.config.num_landmarks} landmarks, got {counts}")
+    labelled = np.stack([face.points for face in faces])
+    if np.isnan(landmark_errors(labelled, labelled, normalisation)).all():
+        needed = "both outer eye corners (or the normalisation face-size)"
+        raise ValueError(f"faces: expected some with labels of {needed}, got none")
     fitter = NativeFitter(shape_for(shape, engine.config.num_landmarks))
     read = partial(_fit_and_maxima, engine, fitter)
     found = []
     for start in range(0, len(faces), CHUNK):
         part = faces[start : start + CHUNK]
         boxes = np.stack([square_box(face_box(face.points)) for face in part])
-        found.append(locate([face.image(color=True) for face in part], boxes, engine, read, ensemble)[0])
-    labelled = np.stack([face.points for face in faces])
+        images = [face.image(color=True) for face in part]
+        for face, box, image in zip(part, boxes, images, strict=True):
+            check_touches(box, image, f"{face.name}, its labels")
+        found.append(locate(images, boxes, engine, read, ensemble)[0])
     methods = zip(("fit", "heatmap maxima"), np.concatenate(found, axis=1).astype(np.float32), strict=True)
     return {method: Evaluation(faces, points, labelled, normalisation) for method, points in methods}
 

@@ -53,8 +53,14 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
     Raises:
         OSError: it could not be written.
+        ValueError: a name that is not one of a picture.
     """
-    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
+    try:
+        written = cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    except cv2.error:
+        got = Path(path).suffix or "none"
+        raise ValueError(f"{path}: expected the suffix of a picture, such as .png or .jpg, got {got}") from None
+    if not written:
         raise OSError(f"{path}: the picture could not be written")
 
 
@@ -88,6 +94,20 @@ def square_box(box: np.ndarray, scale: float = 1.0) -> np.ndarray:
     return np.array([round(x + (width - side) / 2), round(y + (height - side) / 2), side, side])
 
 
+def touches(box: np.ndarray, image: np.ndarray) -> bool:
+    """Whether a box (4,) x, y, width, height and an image (H, W) or (H, W, 3) have pixels in common."""
+    x, y, width, height = box
+    return bool(x < image.shape[1] and y < image.shape[0] and x + width > 0 and y + height > 0)
+
+
+def check_touches(box: np.ndarray, image: np.ndarray, name: str) -> None:
+    """Raise ValueError where a box and an image have no pixel in common."""
+    if not touches(box, image):
+        size = f"{image.shape[1]} x {image.shape[0]}"
+        got = "x={:g}, y={:g}, width={:g}, height={:g}".format(*box)
+        raise ValueError(f"{name}: expected a box that meets the image of {size} pixels, got {got}")
+
+
 def crop(image: np.ndarray, box: np.ndarray, size: int, gray: bool = False) -> np.ndarray:
     """Cut a square of whole pixels out and resize it; beyond the image the border's pixels repeat.
 
@@ -99,7 +119,11 @@ def crop(image: np.ndarray, box: np.ndarray, size: int, gray: bool = False) -> n
 
     Returns:
         (size, size) or (size, size, 3), dtype of `image`.
+
+    Raises:
+        ValueError: a box that does not meet the image.
     """
+    check_touches(box, image, "box")
     height, width = image.shape[:2]
     x, y, side = (int(v) for v in box[:3])
     left, top = max(-x, 0), max(-y, 0)

@@ -61,7 +61,7 @@ def score_photo(photo: LabelledPhoto, found: Faces, min_face: float) -> PhotoSco
     """
     sides = np.array([face_box(points)[2] for points in photo.points])
     errors = np.full((len(found), len(photo.points)), np.inf)
-    for index, points in enumerate(found.points):
+    for index, points in enumerate(found.points if len(photo.points) else ()):
         repeated = np.repeat(points[None], len(photo.points), axis=0)
         errors[index] = landmark_errors(repeated, photo.points)
     best = errors.min(axis=0, initial=np.inf)

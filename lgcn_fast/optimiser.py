@@ -32,13 +32,13 @@ class Muon(optim.AdamW):
         parameters = list(model.parameters())
         hidden = [p for p in parameters if p.ndim > 1 and p.shape[-1] > 1]
         heads = [model.main.weight, model.refine.weight]
-        side = [model.side[0].weight] if model.side else []
+        pixelwise = [p for p in parameters if p.ndim > 1 and p.shape[-1] == 1 and all(p is not head for head in heads)]
         others = [p for p in parameters if p.ndim <= 1]
         scale = 1 / model.config.activation_scale
         groups = [
             {"params": hidden},
             {"params": heads, "lr": rate * scale, "weight_decay": weight_decay / scale, "rate_scale": scale},
-            {"params": side},
+            {"params": pixelwise},
             {"params": others, "weight_decay": 0.0},
         ]
         super().__init__(groups, lr=rate, weight_decay=weight_decay)

@@ -16,7 +16,7 @@ from . import ensembles
 from .checkpoints import WEIGHTS, weights_path
 from .engine import Engine, engine_device
 from .fitting import Array
-from .images import crop, from_crop, square_box
+from .images import check_touches, crop, from_crop, square_box
 from .model import LGCN
 from .shape import ShapeModel
 from .shipped import default_model, smallest_model
@@ -265,13 +265,14 @@ def _square_boxes(boxes: Any, images: list[np.ndarray]) -> np.ndarray:
         boxes = boxes[None]
     if boxes.shape != (len(images), 4):
         raise ValueError(f"boxes: expected x, y, width, height for {len(images)} images, got shape {boxes.shape}")
-    for index, ((x, y, width, height), image) in enumerate(zip(boxes, images, strict=True)):
-        meets = x < image.shape[1] and y < image.shape[0] and x + width > 0 and y + height > 0
-        if not (np.isfinite(boxes[index]).all() and width > 0 and height > 0 and meets):
-            size = f"{image.shape[1]} x {image.shape[0]}"
-            got = f"x={x:g}, y={y:g}, width={width:g}, height={height:g}"
-            raise ValueError(f"boxes[{index}]: expected a box that meets the image of {size} pixels, got {got}")
-    return np.stack([square_box(box) for box in boxes])
+    squares = []
+    for index, (box, image) in enumerate(zip(boxes, images, strict=True)):
+        if not (np.isfinite(box).all() and (box[2:] > 0).all()):
+            raise ValueError(f"boxes[{index}]: expected x, y and a width and height above 0, got {box.tolist()}")
+        check_touches(box, image, f"boxes[{index}]")
+        squares.append(square_box(box))
+        check_touches(squares[-1], image, f"boxes[{index}], in whole pixels")
+    return np.stack(squares)
 
 
 def _check_sides(squares: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .detection import Faces, confidence_of, detect, distinct, meet, overlap
+from .detection import OVERLAP, Faces, confidence_of, detect, distinct, meet, overlap
 from .engine import Engine
 from .images import BOX_ENLARGEMENT, face_box, square_box, upright_crop
 from .model import LGCN
@@ -38,8 +38,10 @@ MEMORY = 1.0
 MOTION = 0.7
 """Share of a face's last shift that is expected again. On a pan of 16 % of the face a frame it cuts the points' error
 from 0.95 to 0.2 pixels, and without it a pan of 30 % loses the face; more of it overshoots where the motion turns."""
+MOST_STEPS = 3.0
+"""For so many times the last step, at most, a face is expected to go on: time stamps may jump, or lie together."""
 SAME_FACE = 0.3
-"""A detection that has more than this in common with a face's box (over their union) is that face."""
+"""A detection that has more than this in common with a lost face's box (over their union) is that face."""
 NEIGHBOURHOOD = 2.5
 """Side of the square in which a face that was just lost is looked for, over that of its box."""
 
@@ -77,17 +79,23 @@ class _Track:
     smooth: np.ndarray = field(init=False)
     """(N, 2) float64, pixels."""
 
-    velocity: np.ndarray = field(init=False)
-    """(2,) pixels per second."""
+    shift: np.ndarray = field(init=False)
+    """(2,) pixels, from the frame before."""
+    step: float = field(init=False)
+    """Seconds since then."""
 
     def __post_init__(self) -> None:
-        self.velocity = np.zeros(2)
+        self.shift, self.step = np.zeros(2), LEAST_STEP
         self._update()
+
+    def expected_shift(self, time: float) -> np.ndarray:
+        """How far the face will have moved, (2,) pixels."""
+        return MOTION * self.shift * min((time - self.seen) / self.step, MOST_STEPS)
 
     def move(self, points: np.ndarray, scores: np.ndarray, confidence: float, tracked: bool, time: float) -> None:
         """Take over what was found in a new frame."""
         # (Shifts only: turns and changes of size are slow, and as noisy.)
-        self.velocity = (points - self.points).mean(axis=0) / max(time - self.seen, LEAST_STEP)
+        self.shift, self.step = (points - self.points).mean(axis=0), max(time - self.seen, LEAST_STEP)
         self.points, self.scores, self.confidence, self.tracked, self.seen = points, scores, confidence, tracked, time
         self._update()
 
@@ -213,7 +221,9 @@ class Tracker:
             size, stride = self.engine.config.input_size, self.engine.config.stride
             crops, matrices = [], []
             for track in seen:
-                expected = track.points + MOTION * track.velocity * (self._time - track.seen)
+                expected = track.points + track.expected_shift(self._time)
+                if not meet(face_box(expected)[None], image)[0]:
+                    expected = track.points
                 pose = _pose(expected, self._shape.mean)
                 face, to_image = upright_crop(image, *pose, size, gray=self.engine.config.in_channels == 1)
                 crops.append(as_network_input(face, self.engine.config.in_channels))
@@ -257,12 +267,12 @@ class Tracker:
         for points, scores, confidence, box in zip(
             found.points, found.scores, found.confidence, found.boxes, strict=True
         ):
-            if any(overlap(box, track.box) > SAME_FACE for track in self._tracks):
+            if any(overlap(box, track.box) > OVERLAP for track in self._tracks):
                 continue
-            again = [track for track in self._lost if overlap(box, track.box) > SAME_FACE]
-            if again:
-                identity = again[0].identity
-                self._lost = [track for track in self._lost if track is not again[0]]
+            again = max(self._lost, key=lambda track, box=box: overlap(box, track.box), default=None)
+            if again and overlap(box, again.box) > SAME_FACE:
+                identity = again.identity
+                self._lost = [track for track in self._lost if track is not again]
             else:
                 identity = next(self._identities)
             smooth = OneEuroFilter(self._smoothing) if self._smoothing else None

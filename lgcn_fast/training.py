@@ -33,6 +33,7 @@ from .evaluation import landmark_errors
 from .heatmaps import to_heatmap
 from .images import to_crop
 from .label_shifts import measured_shifts
+from .landmarks import SCHEMES
 from .losses import distillation_loss, lgcn_loss
 from .model import LGCN, checked_device
 from .operators import gaussian_sum_banded, gaussian_sum_native
@@ -54,7 +55,7 @@ class Trainer:
         """Set a run up, or take an interrupted one in `folder` up again.
 
         Raises:
-            ValueError: cache and configuration do not fit, or `folder` holds a run with other options.
+            ValueError: cache and configuration do not fit, or `folder` holds a run with other options or crops.
         """
         check_cache(cache, options)
         self.cache, self.options, self.folder = cache, options, Path(folder)
@@ -77,13 +78,14 @@ class Trainer:
         validation = np.array([is_validation(group) for group in cache.groups])
         shares = np.array([options.shares.get(name, 1.0) for name in cache.sets])
         labelled = ~np.isnan(cache.points).all((1, 2))
-        self.validation = np.flatnonzero(validation & (shares > 0) & labelled)
+        measurable = ~np.isnan(cache.points[:, SCHEMES[cache.num_landmarks].eye_corners]).any((1, 2))
+        self.validation = np.flatnonzero(validation & (shares > 0) & measurable)
         self.validation_shares = shares[self.validation]
         self.chosen = np.flatnonzero(~validation & (shares > 0))
         check_faces(int(labelled[self.chosen].sum()), len(self.validation))
         recipe = options.recipe
         self.batches = EpochBatches(self.chosen, shares[self.chosen], recipe.batch_size, options.seed, recipe.repeats)
-        self.epochs, self.commit = options.epochs, commit()
+        self.epochs, self.commit, self.cache_digest = options.epochs, commit(), cache.digest()
         self.epoch, self.best, self.log = 0, float("inf"), []
         # By set, as the model that the run starts from sees them, or the teacher; random weights see nothing.
         self.label_shifts: dict[str, float] = {}
@@ -288,6 +290,7 @@ class Trainer:
             "best": self.best,
             "log": self.log,
             "label_shifts": self.label_shifts,
+            "cache": self.cache_digest,
         }
         metadata = {"run": self._identity(), "progress": json.dumps(progress)}
         save_tensors(self.folder / "checkpoint.safetensors", self._state(), metadata)
@@ -302,8 +305,12 @@ class Trainer:
             raise ValueError(
                 f"{path}: expected a run with {self._identity()}, got {metadata.get('run')}; use another folder"
             )
-        self._load_state(state)
         progress = json.loads(metadata["progress"])
+        if progress.get("cache", self.cache_digest) != self.cache_digest:
+            raise ValueError(
+                f"{path}: expected the crop cache that the run began with, got another; use another folder"
+            )
+        self._load_state(state)
         if self.options.epochs not in (None, progress["epochs"]):
             raise ValueError(f"{path}: expected a run of {self.options.epochs} epochs, got {progress['epochs']}")
         self.epoch, self.epochs, self.best, self.log = (progress[k] for k in ("epoch", "epochs", "best", "log"))

@@ -107,7 +107,9 @@ class VideoReader:
             count, last = count + 1, max(time, 0.0)
         if self.live:
             raise OSError(f"{self._name}: expected another frame after {count}, got none: it is gone")
-        if self.frame_count and count < (1 - MISSING) * self.frame_count - 1:
+        # (Some containers say how long they are, not how many frames that makes: there both must fall short.)
+        expected = (1 - MISSING) * (self.frame_count or 0) - 1
+        if max(count, (last + 1 / self.fps) * self.fps) < expected:
             raise OSError(f"{self._name}: expected {self.frame_count} frames, got {count}: the file ends in the middle")
 
 

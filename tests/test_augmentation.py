@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
 
-from lgcn_fast.augmentation import NONE, Augmentation, augment
+from lgcn_fast.augmentation import FIXED_VARIANTS, NONE, Augmentation, augment
+from lgcn_fast.batches import AugmentedCrops, EpochBatches
+from lgcn_fast.crops import CropCache
 from lgcn_fast.landmarks import SCHEMES
+from lgcn_fast.recipes import RECIPES
 
 BOX = np.array([34, 34, 112, 112], np.float32)
 
@@ -88,3 +91,13 @@ def test_missing_labels_stay_missing(random):
     points = np.full((3, 2), np.nan, np.float32)
     _, moved = augment(np.zeros((180, 180), np.uint8), points, BOX, 96, Augmentation(), (0, 1, 2), random)
     assert np.isnan(moved).all()
+
+
+def test_an_epoch_of_the_paper_sees_all_variants_of_a_crop(random):
+    image, points = random.integers(0, 256, (180, 180), np.uint8), random.uniform(50, 130, (1, 68, 2))
+    cache = CropCache([image], points.astype(np.float32), BOX[None], np.array(["g"]), np.array(["s"]))
+    crops = AugmentedCrops(cache, RECIPES["paper"].augmentation, 96, 0)
+    keys = [key for batch in EpochBatches(np.array([0]), np.ones(1), 6, 0, FIXED_VARIANTS) for key in batch]
+    assert len(keys) == FIXED_VARIANTS
+    assert len({crops[key][0].numpy().tobytes() for key in keys}) == FIXED_VARIANTS
+    assert len({crops[key][1].numpy().tobytes() for key in keys}) == FIXED_VARIANTS

@@ -54,6 +54,25 @@ def test_predict_goes_on_after_bad_files(tmp_path, demo_picture, capsys):
         assert (out / entry["picture"]).is_file()
 
 
+@pytest.mark.parametrize("command", ["predict", "detect"])
+def test_what_was_found_is_kept_when_interrupted(tmp_path, demo_picture, monkeypatch, command):
+    from lgcn_fast import cli_photos
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    def once(path, color):
+        monkeypatch.setattr(cli, "read_image", stop)
+        monkeypatch.setattr(cli_photos, "read_image", stop)
+        return read_image(path, color)
+
+    monkeypatch.setattr(cli, "read_image", once)
+    monkeypatch.setattr(cli_photos, "read_image", once)
+    assert main([command, str(demo_picture), "b.jpg", "--out", str(tmp_path)]) == 130
+    name = {"predict": "landmarks.json", "detect": "faces.json"}[command]
+    assert list(json.loads((tmp_path / name).read_text())) == [str(demo_picture)]
+
+
 def test_predicted_csv_can_be_trained_on(tmp_path, demo_picture):
     assert main(["predict", str(demo_picture), "--format", "csv", "--out", str(tmp_path)]) == 0
     (face,) = read_csv(tmp_path / "landmarks.csv", demo_picture.parent)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -39,7 +41,7 @@ def test_different_numbers_of_landmarks_are_refused(tmp_path, random):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", [b"", b"text", None])
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 the first part", None])
 def test_other_files_are_named(tmp_path, content):
     path = tmp_path / "c.npz"
     if content is not None:
@@ -54,3 +56,10 @@ def test_real_faces_lie_within_their_crops(data):
         _, points, _ = make_crop(one, 68, color=False)
         assert points.min() > 20
         assert points.max() < CROP_SIZE - 20
+
+
+def test_labels_beside_the_picture_are_named(tmp_path, random):
+    outside = replace(face(random, "there"), points=random.uniform(400, 500, (5, 2)).astype(np.float32))
+    with pytest.raises(ValueError, match="there, its labels: expected a box that meets the image of 220 x 200 pixels"):
+        write_cache(tmp_path / "c.npz", {"a": [face(random), outside]})
+    assert not list(tmp_path.iterdir())

@@ -86,3 +86,27 @@ def test_mean_shape_lies_in_the_box(random):
     side = (high - low).max() * 1.17
     in_box = (points[0] - (low + high) / 2) / side + 0.5
     np.testing.assert_allclose(with_mean_shape(evaluation, in_box).predicted, points, atol=1e-3)
+
+
+def faces_of(points):
+    return [Face(np.zeros((60, 60), np.uint8), p.astype(np.float32), "g", "name") for p in points]
+
+
+def test_labels_that_cannot_be_evaluated_are_named(random):
+    points = random.uniform(10, 50, (2, 68, 2))
+    without = points.copy()
+    without[:, 36] = np.nan
+    for faces, message in (
+        (faces_of(random.uniform(10, 50, (1, 98, 2))), r"faces: expected the model's 68 landmarks, got \[98\]"),
+        (faces_of(points) + faces_of(points[:, :15]), r"got \[15, 68\]"),
+        (faces_of(without), "faces: expected some with labels of both outer eye corners"),
+        (faces_of(points + 100), "name, its labels: expected a box that meets the image of 60 x 60 pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(faces, "lgcn-nano")
+    assert len(evaluate(faces_of(without), "lgcn-nano", "face-size")["fit"].by_face()) == 2
+
+
+def test_faces_of_one_name_are_all_reported(random):
+    evaluation = Evaluation(faces_of(np.zeros((3, 68, 2))), shapes(3) + 5, shapes(3), "inter-ocular")
+    assert list(evaluation.by_face()) == ["name", "name (2)", "name (3)"]

@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from lgcn_fast.images import crop, face_box, from_crop, read_image, square_box, to_crop
+from lgcn_fast.images import crop, face_box, from_crop, read_image, square_box, to_crop, write_image
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])
@@ -83,3 +83,16 @@ def test_beyond_the_image_the_border_repeats():
 def test_square_box_keeps_the_centre():
     np.testing.assert_array_equal(square_box(np.array([10, 20, 30, 10])), [10, 10, 30, 30])
     np.testing.assert_array_equal(square_box(np.array([0, 0, 0.2, 0.2])), [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (30, 40, 3)])
+@pytest.mark.parametrize("box", [(40, 0, 9, 9), (0, 30, 9, 9), (-9, 0, 9, 9), (0, -9, 9, 9), (900, 900, 9, 9)])
+def test_boxes_beside_the_image_are_named(shape, box):
+    with pytest.raises(ValueError, match=r"box: expected a box that meets the image of 40 x 30 pixels, got x="):
+        crop(np.zeros(shape, np.uint8), np.array(box), 8)
+
+
+def test_pictures_need_a_suffix(tmp_path):
+    for name in ("picture", "picture.what"):
+        with pytest.raises(ValueError, match=name + r": expected the suffix of a picture"):
+            write_image(tmp_path / name, np.zeros((4, 4, 3), np.uint8))

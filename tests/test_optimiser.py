@@ -94,6 +94,14 @@ def test_heads_take_longer_steps_where_activations_are_small():
         torch.testing.assert_close(weight.detach(), expected, atol=1e-4, rtol=0)
 
 
+def test_all_parameters_learn():
+    for changes in ({}, {"side_channels": 3}, {"local_kernels": (3, 1, 3)}):
+        model = model_with_gradients(**changes)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        Muon(model, rate=0.1).step()
+        assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])], changes
+
+
 def test_parameters_without_a_gradient_are_left_alone():
     model = model_with_gradients()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

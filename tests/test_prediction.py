@@ -160,7 +160,12 @@ def test_bad_batches_are_named(batch, message):
         ([[96, 0, 10, 10]], r"boxes\[0\]: expected a box that meets the image of 96 x 96"),
         ([[-10, 0, 10, 10]], r"boxes\[0\]"),
         ([[0, 0, 0, 10]], r"boxes\[0\]"),
-        ([[0, 0, np.nan, 10]], r"boxes\[0\]"),
+        (
+            [[0, 0, np.nan, 10]],
+            r"boxes\[0\]: expected x, y and a width and height above 0, got \[0.0, 0.0, nan, 10.0\]",
+        ),
+        ([[95.8, 50, 10, 10]], r"boxes\[0\], in whole pixels: expected a box that meets .*, got x=96"),
+        ([[-10, 50, 10.2, 10.2]], r"boxes\[0\], in whole pixels"),
         ([[0, 0, np.inf, 10]], r"boxes\[0\]"),
         ([[0, 0, 1e9, 1e9]], r"boxes\[0\]: expected a face of at most 16384 pixels a side, got 1000000000"),
         ([[0, 0, 10]], r"boxes: expected x, y, width, height for 1 images, got shape \(1, 3\)"),

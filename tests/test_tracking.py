@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -182,6 +183,39 @@ def test_other_kinds_of_images(engine, face, kind):
     assert np.abs(found[1].points - expected[1].points).max() < 0.5
 
 
+@pytest.mark.parametrize(
+    ("times", "speed"),
+    [((0, 1, 2, 3, 93), 10), ((0, 1, 2, 2.03, 4), 10), ((0, 1, 1, 2), 12), ((0, 0, 0, 90), 12)],
+    ids=["gap", "burst", "equal", "equal and a gap"],
+)
+@pytest.mark.parametrize("color", [True, False])
+def test_time_stamps_that_jump(engine, face, times, speed, color):
+    """A face that goes on where it went is held, whatever its clock says, and at the border of the frame."""
+    tracker = Tracker(engine)
+    for index, time in enumerate(times):
+        frame = moved(face, 60 + speed * index)
+        faces = tracker.update(frame if color else frame[..., 1], time / FPS)
+        assert faces.ids.tolist() == [0]
+        assert faces.tracked.tolist() == [index > 0]
+
+
+def test_lost_faces_are_found_again_each_as_itself(engine, face):
+    """Boxes that have a third in common: the face nearest to a detection is the one that is found."""
+    tracker = Tracker(engine)
+    found = lgcn_fast.detect(face, model=engine)
+    beside = replace(found, points=found.points + np.float32([0.5 * found.boxes[0, 2], 0]),
+                     boxes=found.boxes + np.float32([0.5 * found.boxes[0, 2], 0, 0, 0]))  # fmt: skip
+    assert 0.3 < overlap(found.boxes[0], beside.boxes[0]) < 0.4
+    tracker._take(found)
+    tracker._take(beside)
+    assert [track.identity for track in tracker._tracks] == [0, 1]
+    tracker._tracks, tracker._lost = [], tracker._tracks
+    tracker._take(beside)
+    assert [track.identity for track in tracker._tracks] == [1]
+    tracker._take(found)
+    assert [track.identity for track in tracker._tracks] == [1, 0]
+
+
 def test_time_must_not_go_back(engine, face):
     tracker = Tracker(engine)
     tracker.update(face, 3)
@@ -210,7 +244,7 @@ def test_bad_options(options, message):
 
 
 def test_two_images_are_no_frame(engine, face):
-    with pytest.raises(ValueError, match="frame: expected one image, got 2"):
+    with pytest.raises(ValueError, match=r"frame: expected one image .*, got 2"):
         Tracker(engine).update([face, face])
 
 

@@ -12,6 +12,7 @@ from lgcn_fast.augmentation import Augmentation
 from lgcn_fast.batches import EpochBatches
 from lgcn_fast.checkpoints import load_tensors, save_model
 from lgcn_fast.crops import CropCache
+from lgcn_fast.landmarks import SCHEMES
 from lgcn_fast.losses import distillation_loss, lgcn_loss
 from lgcn_fast.recipes import RECIPES
 from lgcn_fast.training import Trainer
@@ -151,6 +152,30 @@ def test_label_shifts_are_those_of_the_start_when_a_run_goes_on(cache, tmp_path)
     assert part.epoch == 3
     assert part.label_shifts == first.label_shifts
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_faces_without_an_eye_corner_are_learned_from_but_not_validated_with(cache, tmp_path):
+    points = cache.points.copy()
+    points[::2, SCHEMES[15].eye_corners[0]] = np.nan
+    whole, trainer = (
+        Trainer(c, tmp_path / str(i), OPTIONS) for i, c in enumerate((cache, replace(cache, points=points)))
+    )
+    assert trainer.validation.tolist() == [index for index in whole.validation if index % 2]
+    assert trainer.chosen.tolist() == whole.chosen.tolist()
+    trainer.run()
+    assert np.isfinite(trainer.best)
+    assert (tmp_path / "1" / "best.safetensors").is_file()
+    points[:, SCHEMES[15].eye_corners[0]] = np.nan
+    with pytest.raises(ValueError, match=r"expected labelled faces .* whose outer eye corners are labelled"):
+        Trainer(replace(cache, points=points), tmp_path / "none", OPTIONS)
+
+
+def test_another_cache_is_another_run(cache, tmp_path):
+    Trainer(cache, tmp_path, OPTIONS).run(time_budget=1e-6)
+    other = replace(cache, images=[*cache.images[:-1], cache.images[-1] // 2])
+    with pytest.raises(ValueError, match="expected the crop cache that the run began with, got another"):
+        Trainer(other, tmp_path, OPTIONS)
+    assert Trainer(cache, tmp_path, OPTIONS).epoch == 1
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -345,3 +345,27 @@ def test_newest_stops_its_thread_when_left_early():
     assert not readers()
     source.close()
     assert ended
+
+
+@pytest.mark.parametrize(("last", "whole"), [(11, True), (7, False)])
+def test_frames_may_be_missing_in_the_middle(clip, pictures, monkeypatch, last, whole):
+    """Screen recorders leave out what does not change: 8 of 12 frames, whose time stamps tell whether all are there."""
+
+    class Capture(Camera):
+        index = -1
+
+        def get(self, name: int) -> float:
+            stamps = [*range(7), last]
+            return {cv2.CAP_PROP_FPS: FPS, cv2.CAP_PROP_FRAME_COUNT: 12}.get(name, 1e3 * stamps[self.index] / FPS)
+
+        def read(self):
+            self.index += 1
+            return super().read()
+
+    monkeypatch.setattr(video.cv2, "VideoCapture", lambda _: Capture(pictures[:8]))
+    frames = VideoReader(clip)
+    if whole:
+        assert len(list(frames)) == 8
+    else:
+        with pytest.raises(OSError, match="expected 12 frames, got 8: the file ends in the middle"):
+            list(frames)
