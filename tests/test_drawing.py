@@ -87,7 +87,7 @@ def test_faces_beyond_the_border(picture, faces):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((np.zeros((2, 8, 8, 3), np.uint8), np.zeros((1, 68, 2))), "image: expected one image, got 2"),
+        ((np.zeros((2, 8, 8, 3), np.uint8), np.zeros((1, 68, 2))), r"image: expected one image .*, got 2"),
         ((np.zeros((8, 8), np.uint8), np.zeros((1, 68, 3))), r"faces: expected points \(F, N, 2\) or \(N, 2\)"),
         ((np.zeros((8, 8), np.uint8), np.zeros((68, 2)), "dots"), "style: expected some of heatmaps, .*got dots"),
         ((np.zeros((8, 8), np.uint8), np.zeros((68, 2)), "confidence"), "style: expected faces with scores"),
