@@ -110,7 +110,8 @@ py::array_t<float> face_votes(const Heatmaps& heatmaps, const Offsets& offsets, 
     const Batch batch(heatmaps);
     const lgcn::Ballot ballot = checked_ballot(offsets, voters, step, batch.landmarks);
     const std::int64_t height = ballot.side(batch.height), width = ballot.side(batch.width);
-    py::array_t<float> votes({batch.faces, ballot.sizes(), height, width});
+    py::array_t<float> votes({batch.faces, static_cast<py::ssize_t>(ballot.sizes()), static_cast<py::ssize_t>(height),
+                              static_cast<py::ssize_t>(width)});
     float* out = votes.mutable_data();
     {
         py::gil_scoped_release unlocked;
@@ -118,8 +119,7 @@ py::array_t<float> face_votes(const Heatmaps& heatmaps, const Offsets& offsets, 
         lgcn::parallel_for(batch.faces * rows, width * ballot.voters(), num_threads, [&](std::int64_t i) {
             std::fill_n(out + i * width, width, 0.0f);
             const std::int64_t row = i % rows;
-            ballot.add(batch.map(i / rows * batch.landmarks), {0, batch.landmarks}, row / height, row % height,
-                       out + i * width);
+            ballot.add(batch.map(i / rows * batch.landmarks), row / height, row % height, out + i * width);
         });
     }
     return votes;

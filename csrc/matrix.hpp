@@ -28,9 +28,11 @@ template <typename T>
 class Buffer {
 public:
     explicit Buffer(std::int64_t count = 0)
-        : data_(static_cast<T*>(::operator new(bytes(count), std::align_val_t(64)))) {
-        std::memset(data_.get(), 0, bytes(count));
+        : count_(count), data_(static_cast<T*>(::operator new(bytes(), std::align_val_t(64)))) {
+        std::memset(data_.get(), 0, bytes());
     }
+    std::int64_t count() const { return count_; }
+    std::size_t bytes() const { return static_cast<std::size_t>(count_) * sizeof(T); }
     T* data() { return data_.get(); }
     const T* data() const { return data_.get(); }
 
@@ -38,7 +40,7 @@ private:
     struct Free {
         void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
     };
-    static std::size_t bytes(std::int64_t count) { return static_cast<std::size_t>(count) * sizeof(T); }
+    std::int64_t count_;
     std::unique_ptr<T, Free> data_;
 };
 

@@ -64,8 +64,9 @@ public:
 
     // images: (count, channels, height, width), image describes the first. As many faces as there are threads go side by
     // side; then the threads share the rest, a team for each face. The user of the heatmaps (N, h, w) says where those of
-    // face i go, place(i, buffer), with a reused buffer of that size where it wants_buffer(); and is told when some of its maps are
-    // there, use_maps(i, heatmaps, maps), in the thread that made them, and when all are, use_face(i, heatmaps).
+    // face i go, place(i, buffer), with a reused buffer of that size where it wants_buffer(); and is told when some of
+    // its maps are there, use_maps(i, heatmaps, maps), in the thread that made them, and when all are, use_face(i,
+    // heatmaps, part, parts), in each thread of the team.
     template <typename Pixel, typename User>
     void operator()(const Image<Pixel>& image, std::int64_t count, int num_threads, const User& user) {
         const std::int64_t threads = thread_count(num_threads), rest = count % threads, alone = count - rest;
@@ -84,11 +85,18 @@ public:
                 run(face, *workspaces[static_cast<std::size_t>(workspace)], team, member, i, user);
             };
             multiplier_.begin();
-            Team self(1);
-            for (std::int64_t i = t; i < alone; i += threads) run_face(i, t, self, 0);
-            everyone.wait();
-            const std::int64_t team = t / team_size;
-            if (team < rest) run_face(alone + team, team, teams[static_cast<std::size_t>(team)], t % team_size);
+            try {
+                Team self(1);
+                for (std::int64_t i = t; i < alone; i += threads) run_face(i, t, self, 0);
+                everyone.wait();
+                const std::int64_t team = t / team_size;
+                if (team < rest) run_face(alone + team, team, teams[static_cast<std::size_t>(team)], t % team_size);
+            } catch (...) {
+                everyone.fail(std::current_exception());
+                for (Team& team : teams) team.fail(std::current_exception());
+                multiplier_.end();
+                throw;
+            }
             multiplier_.end();
         });
         for (auto& workspace : workspaces) give_back(std::move(workspace));
@@ -107,13 +115,12 @@ private:
     // What a member of a team has for itself.
     struct Member {
         Blur<T> blur;
-        Buffer<T> maps;      // before the blur
-        Buffer<float> side;  // of the side branch, behind it
+        Buffer<float> side;  // maps of the side branch, behind the blur
         Buffer<float> scratch;
     };
 
-    // So many are kept for the next images of their sizes: an image pyramid has several.
-    static constexpr std::size_t kIdle = 12;
+    // So many, and bytes, are kept for the next images of their sizes: an image pyramid has several.
+    static constexpr std::size_t kIdle = 12, kIdleBytes = std::size_t{1} << 29;
 
     // What one image needs.
     struct Workspace {
@@ -129,11 +136,23 @@ private:
             for (Buffer<T>& plane : local) plane = Buffer<T>(grid.elements(n.channels_));
             for (Buffer<T>& plane : global) plane = Buffer<T>(context_grid.elements(n.channels_));
         }
-        void add_member(const Network& n) {
-            Blur<T> blur(n.shape_.taps, height, width);
-            Buffer<T> maps(std::max(n.shape_.landmarks, n.shape_.side_channels) * blur.map_elements());
-            Buffer<float> side_maps(n.shape_.side_channels ? kPanel * height * width : 0);
-            members.push_back({std::move(blur), std::move(maps), std::move(side_maps), Buffer<float>(n.scratch_)});
+        // For a team of so many.
+        void prepare(const Network& n, std::int64_t threads) {
+            while (static_cast<std::int64_t>(members.size()) < threads) {
+                Blur<T> blur(n.shape_.taps, height, width);
+                Buffer<float> side_maps(n.shape_.side_channels ? kPanel * height * width : 0);
+                members.push_back({std::move(blur), std::move(side_maps), Buffer<float>(n.scratch_)});
+            }
+            const std::int64_t most = std::max(n.shape_.landmarks, n.shape_.side_channels);
+            maps_each = (most + threads - 1) / threads;
+            const std::int64_t needed = threads * maps_each * members.front().blur.map_elements();
+            if (maps.count() < needed) maps = Buffer<T>(needed);
+        }
+        std::size_t bytes() const {
+            std::size_t sum = input.bytes() + context.bytes() + maps.bytes() + (heatmaps ? heatmaps->bytes() : 0);
+            for (int i = 0; i < 2; ++i) sum += local[i].bytes() + global[i].bytes();
+            for (const Member& member : members) sum += member.side.bytes() + member.scratch.bytes();
+            return sum;
         }
         static std::int64_t side(std::int64_t pixels, const Network& n) {
             return (pixels + n.shape_.shuffle - 1) / n.shape_.shuffle;
@@ -145,6 +164,8 @@ private:
         Buffer<T> local[2], global[2];
         std::optional<Buffer<float>> heatmaps;
         std::vector<Member> members;
+        Buffer<T> maps;  // before the blur, `maps_each` of each member
+        std::int64_t maps_each = 0;
     };
 
     std::unique_ptr<Workspace> borrow(std::int64_t height, std::int64_t width, std::int64_t threads, bool buffer) {
@@ -161,15 +182,22 @@ private:
             }
         }
         if (!found) found = std::make_unique<Workspace>(*this, height, width);
-        while (static_cast<std::int64_t>(found->members.size()) < threads) found->add_member(*this);
+        found->prepare(*this, threads);
         if (buffer && !found->heatmaps) found->heatmaps.emplace(shape_.landmarks * found->height * found->width);
         return found;
     }
 
     void give_back(std::unique_ptr<Workspace> workspace) {
+        std::vector<std::unique_ptr<Workspace>> old;  // freed when others may borrow again
         const std::lock_guard<std::mutex> lock(mutex_);
         idle_.push_back(std::move(workspace));
-        if (idle_.size() > kIdle) idle_.pop_front();
+        std::size_t bytes = 0;
+        for (const auto& idle : idle_) bytes += idle->bytes();
+        while (idle_.size() > kIdle || (bytes > kIdleBytes && idle_.size() > 1)) {
+            bytes -= idle_.front()->bytes();
+            old.push_back(std::move(idle_.front()));
+            idle_.pop_front();
+        }
     }
 
     template <typename Pixel, typename User>
@@ -180,7 +208,7 @@ private:
         team.wait();
         float* scratch = w.members[static_cast<std::size_t>(member)].scratch.data();
         const T* plane = convolve(local_, w.grid, w.input.data(), w.local, team, member, scratch);
-        // Each member has maps of its own: they stay in its cache.
+        // Each member has its own part of the maps: they stay in its cache.
         const Range heatmaps = team.share(shape_.landmarks, member), side = team.share(shape_.side_channels, member);
         make_maps(plane, heatmaps, w, member, out);
         make_maps(plane, {shape_.landmarks + side.first, shape_.landmarks + side.last}, w, member, out);
@@ -189,7 +217,7 @@ private:
         add_refined(plane, heatmaps, w, out);
         user.use_maps(index, out, heatmaps);
         team.wait();
-        if (member == 0) user.use_face(index, out);
+        user.use_face(index, out, member, team.size());
     }
 
     // Ends with a plane that all members have finished.
@@ -227,7 +255,7 @@ private:
         Member& mine = w.members[static_cast<std::size_t>(member)];
         const std::int64_t pixels = w.height * w.width;
         const auto place = [&](std::int64_t map) {
-            return mine.maps.data() + (map - maps.first) * mine.blur.map_elements();
+            return w.maps.data() + (member * w.maps_each + map - maps.first) * mine.blur.map_elements();
         };
         heads_(multiplier_, w.grid, plane, maps,
                [&](std::int64_t map, std::int64_t y, std::int64_t x, const float* line, std::int64_t count) {

@@ -164,11 +164,11 @@ private:
             bool wants_buffer() const { return false; }
             float* place(std::int64_t face, float*) const { return out + face * size; }
             void use_maps(std::int64_t, const float*, lgcn::Range) const {}
-            void use_face(std::int64_t, const float*) const {}
+            void use_face(std::int64_t, const float*, std::int64_t, std::int64_t) const {}
         } user;
         const lgcn::Image<Pixel> image = checked(network, images);
         const py::ssize_t height = network.heatmap_side(image.height), width = network.heatmap_side(image.width);
-        Heatmaps heatmaps({images.shape(0), py::ssize_t{network.landmarks()}, height, width});
+        Heatmaps heatmaps({images.shape(0), static_cast<py::ssize_t>(network.landmarks()), height, width});
         user = {heatmaps.mutable_data(), network.landmarks() * height * width};
         const py::ssize_t count = images.shape(0);
         py::gil_scoped_release unlocked;
@@ -193,8 +193,8 @@ private:
                 const lgcn::Heatmap first{maps, height, width};
                 for (std::int64_t i = range.first; i < range.last; ++i) of(face)[i] = fitter.look(first.neighbour(i));
             }
-            void use_face(std::int64_t face, const float* maps) const {
-                fitter.fit({maps, height, width}, of(face), stride, fits.face(face));
+            void use_face(std::int64_t face, const float* maps, std::int64_t part, std::int64_t) const {
+                if (part == 0) fitter.fit({maps, height, width}, of(face), stride, fits.face(face));
             }
         };
         const lgcn::Image<Pixel> image = checked(network, images);
@@ -221,31 +221,28 @@ private:
             const lgcn::Ballot& ballot;
             std::int64_t height, width;
             float* out;
-            std::mutex& mutex;
 
             bool wants_buffer() const { return true; }
             float* place(std::int64_t, float* buffer) const { return buffer; }
-            void use_maps(std::int64_t face, const float* maps, lgcn::Range range) const {
+            void use_maps(std::int64_t, const float*, lgcn::Range) const {}
+            // Each a part of the rows: sums of all landmarks in one order, however many threads there are.
+            void use_face(std::int64_t face, const float* maps, std::int64_t part, std::int64_t parts) const {
                 const std::int64_t rows = ballot.side(height), columns = ballot.side(width);
-                const std::int64_t elements = ballot.sizes() * rows * columns;
-                std::vector<float> mine(static_cast<std::size_t>(elements));
-                for (std::int64_t i = 0; i < ballot.sizes() * rows; ++i)
-                    ballot.add({maps, height, width}, range, i / rows, i % rows, mine.data() + i * columns);
-                const std::lock_guard<std::mutex> lock(mutex);
-                float* sum = out + face * elements;
-                for (std::int64_t i = 0; i < elements; ++i) sum[i] += mine[static_cast<std::size_t>(i)];
+                const lgcn::Range mine = lgcn::share(ballot.sizes() * rows, part, parts);
+                for (std::int64_t i = mine.first; i < mine.last; ++i)
+                    ballot.add({maps, height, width}, i / rows, i % rows,
+                               out + (face * ballot.sizes() * rows + i) * columns);
             }
-            void use_face(std::int64_t, const float*) const {}
         };
         const lgcn::Image<Pixel> image = checked(network, images);
         const std::int64_t height = network.heatmap_side(image.height), width = network.heatmap_side(image.width);
         const py::ssize_t count = images.shape(0);
-        py::array_t<float> votes({count, ballot.sizes(), ballot.side(height), ballot.side(width)});
+        const auto size = [](std::int64_t n) { return static_cast<py::ssize_t>(n); };
+        py::array_t<float> votes({count, size(ballot.sizes()), size(ballot.side(height)), size(ballot.side(width))});
         float* out = votes.mutable_data();
         py::gil_scoped_release unlocked;
         std::fill_n(out, votes.size(), 0.0f);
-        std::mutex mutex;
-        network(image, count, num_threads, User{ballot, height, width, out, mutex});
+        network(image, count, num_threads, User{ballot, height, width, out});
         return votes;
     }
 

@@ -109,7 +109,8 @@ void for_each_local_maximum(const Heatmap& map, float threshold, Found found) {
 // itself, with value 0, where there is none.
 inline Peak nearest_peak(const Heatmap& map, double target_x, double target_y, float threshold) {
     const auto clamped = [](double v, std::int64_t length) {
-        return static_cast<std::int64_t>(std::clamp(std::round(v), 0.0, static_cast<double>(length - 1)));
+        // In this order, NaN becomes 0.
+        return static_cast<std::int64_t>(smaller(larger(0.0, std::round(v)), static_cast<double>(length - 1)));
     };
     const std::int64_t middle_y = clamped(target_y, map.height), middle_x = clamped(target_x, map.width);
     double best = std::numeric_limits<double>::infinity();

@@ -166,9 +166,9 @@ struct PutLine {
         std::int64_t x = 0;
         for (; x + kLanesOf<Vector> <= count; x += kLanesOf<Vector>) {
             const Vector v = load<Vector>(values + x);
-            put(out + x, v > least ? v : least - Vector{});
+            put(out + x, v < least ? least - Vector{} : v);  // NaN stays
         }
-        for (; x < count; ++x) put(out + x, std::max(values[x], least));
+        for (; x < count; ++x) put(out + x, values[x] < least ? least : values[x]);
     }
 };
 

@@ -7,7 +7,6 @@
 
 #include "peaks.hpp"
 #include "simd.hpp"
-#include "threads.hpp"
 
 namespace lgcn {
 
@@ -41,15 +40,15 @@ public:
     std::int64_t voters() const { return static_cast<std::int64_t>(voters_.size()); }
     std::int64_t side(std::int64_t pixels) const { return (pixels + step_ - 1) / step_; }
 
-    // Adds what some maps of a face, the first of them `maps`, give to a row of the votes for one size.
-    void add(const Heatmap& maps, Range range, std::int64_t size, std::int64_t y, float* votes) const {
+    // Adds what the maps of a face, the first of them `maps`, give to a row of the votes for one size.
+    void add(const Heatmap& maps, std::int64_t size, std::int64_t y, float* votes) const {
         const std::int64_t height = side(maps.height), width = side(maps.width);
         const float share = 1 / static_cast<float>(voters_.size());
         for (const std::int64_t landmark : voters_) {
             const std::int64_t* offset = offsets_.data() + (size * landmarks_ + landmark) * 2;
             const std::int64_t dx = offset[0], row = y + offset[1];
             const std::int64_t from = std::max<std::int64_t>(-dx, 0), to = std::min(width - dx, width);
-            if (landmark < range.first || landmark >= range.last || row < 0 || row >= height || from >= to) continue;
+            if (row < 0 || row >= height || from >= to) continue;
             const float* values = maps.neighbour(landmark).data + row * step_ * maps.width;
             detail::add_clipped(values + (from + dx) * step_, step_, share, to - from, votes + from);
         }

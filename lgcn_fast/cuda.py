@@ -106,6 +106,10 @@ class CudaEngine:
         self._reductions = recorded(lambda images: heatmap_reduction(heatmaps_of(images)))
         self._fits = lru_cache(maxsize=4)(lambda shape: recorded(packed_fit(heatmaps_of, fitter(shape, device))))
 
+    @property
+    def num_threads(self) -> int:
+        return torch.get_num_threads()
+
     def heatmaps(self, images: Tensor) -> Tensor:
         return self._heatmaps(images)
 
@@ -116,7 +120,7 @@ class CudaEngine:
         return reductions[..., :2], reductions[..., 2]
 
     def votes(self, images: Tensor, offsets: np.ndarray, voters: list[int], step: int) -> np.ndarray:
-        return face_votes(self.heatmaps(images).cpu().numpy(), offsets, voters, step)
+        return face_votes(self.heatmaps(images).cpu().numpy(), offsets, voters, step, self.num_threads)
 
     def fit(self, images: Tensor, shape: ShapeModel, to_host: bool) -> Fit:
         packed = self._fits(shape)(images)

@@ -155,7 +155,7 @@ def find_hypotheses(
     for scale, level in _levels(photo, engine, min_face, pyramid_step):
         for tiles, places, cores in _tiles(level):
             votes = engine.votes(torch.from_numpy(tiles), offsets, voters, VOTE_STEP)
-            maps, points, values = lgcn_fast_kernels.local_maxima(votes, LEAST_VOTE)
+            maps, points, values = lgcn_fast_kernels.local_maxima(votes, LEAST_VOTE, engine.num_threads)
             # A vote is that of a pixel of the heatmaps, which stands in the middle of its pixels of the level.
             points = points * step + (engine.config.stride - 1) / 2 + places[maps[:, 0]]
             inside = ((points >= cores[maps[:, 0], :2]) & (points < cores[maps[:, 0], 2:])).all(1)

@@ -23,6 +23,9 @@ GPU_PACKAGES = ("triton", "cupy")
 class _Backend(Protocol):
     """What an engine needs of a device: images (B, C, H, W) to heatmaps or points, as documented in `Engine`."""
 
+    @property
+    def num_threads(self) -> int: ...
+
     def heatmaps(self, images: Tensor) -> Tensor: ...
 
     def maxima(self, images: Tensor, to_host: bool) -> tuple[Array, Array]: ...
@@ -77,6 +80,11 @@ class Engine:
     def backend(self) -> str:
         """What runs, "cpu" or "cuda"."""
         return self.device.type
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of what it does on the host."""
+        return self._backend.num_threads
 
     def __repr__(self) -> str:
         network = f"{self.config.filters} filters, {self.config.num_landmarks} landmarks"
@@ -156,7 +164,8 @@ class Engine:
         return self._backend.fit(images, shape, to_host)
 
     def _checked(self, images: Tensor | np.ndarray) -> Tensor:
-        images = torch.as_tensor(images)
+        if isinstance(images, np.ndarray):  # torch takes neither foreign byte orders nor, silently, what is read-only
+            images = torch.from_numpy(np.require(images, images.dtype.newbyteorder("="), ["C", "W"]))
         check_images(images, self.config.in_channels)
         return images
 

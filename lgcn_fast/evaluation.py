@@ -162,8 +162,8 @@ def evaluate(
 def _fit_and_maxima(engine: Engine, fitter: NativeFitter, crops: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Points (2, B, N, 2) in pixels of the heatmaps and scores (2, B, N), off the same heatmaps, on the host."""
     heatmaps = engine.heatmaps(crops).cpu().numpy()
-    fitted = fitter(heatmaps, engine.config.stride)
-    maxima, values = lgcn_fast_kernels.peak_centroids(heatmaps)
+    fitted = fitter(heatmaps, engine.config.stride, engine.num_threads)
+    maxima, values = lgcn_fast_kernels.peak_centroids(heatmaps, engine.num_threads)
     return np.stack([fitted.points, maxima]), np.stack([fitted.certainties, values])
 
 

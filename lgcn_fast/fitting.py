@@ -74,8 +74,8 @@ def fit(model: ShapeModel, heatmaps: Array, stride: int = 1) -> Fit:
         stride: side of a heatmap's pixel in pixels of the image, see `LGCNConfig.stride`.
 
     Returns:
-        `Fit` with arrays of the heatmaps' namespace, in pixels of the heatmaps, finite for any finite heatmaps; without
-        any evidence it is the mean face in the middle.
+        `Fit` with arrays of the heatmaps' namespace, in pixels of the heatmaps, finite for any heatmaps of values up to
+        1e15; without any evidence it is the mean face in the middle.
 
     Raises:
         ValueError: another number of landmarks, dimensions or pixels.

@@ -49,4 +49,5 @@ def measured_shifts(cache: CropCache, model: LGCN) -> dict[str, float]:
 
 def _columns(engine: Engine, images: torch.Tensor) -> np.ndarray:
     """Where the maxima of the heatmaps are along x, (B, N)."""
-    return lgcn_fast_kernels.peak_centroids(engine.heatmaps(images.contiguous()).numpy())[0][..., 0]
+    heatmaps = engine.heatmaps(images.contiguous()).numpy()
+    return lgcn_fast_kernels.peak_centroids(heatmaps, engine.num_threads)[0][..., 0]

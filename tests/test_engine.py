@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -114,7 +116,7 @@ def test_the_model_is_not_changed():
 
 def test_says_what_runs():
     engine = Engine(randomised(CONFIGS["plain"]), precision="fp32")
-    assert (engine.backend, engine.precision) == ("cpu", "fp32")
+    assert (engine.backend, engine.precision, engine.num_threads) == ("cpu", "fp32", torch.get_num_threads())
     assert repr(engine) == "Engine(16 filters, 3 landmarks, backend='cpu', precision='fp32')"
     assert Engine(randomised(CONFIGS["plain"])).precision in ("fp32", "bf16")
 
@@ -167,3 +169,74 @@ def test_several_threads_at_once(demo_picture):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("kind", ["read-only", "flipped", "big-endian", "channels last"])
+def test_numpy_images_of_all_kinds(kind, random, recwarn):
+    engine = Engine(randomised(CONFIGS["plain"]), precision="fp32")
+    images = random.uniform(0, 255, (2, 1, 20, 30)).astype(np.float32)
+    forms = {
+        "read-only": np.frombuffer(images.tobytes(), np.float32).reshape(images.shape),
+        "flipped": np.ascontiguousarray(images[..., ::-1])[..., ::-1],
+        "big-endian": images.astype(">f4"),
+        "channels last": np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2),
+    }
+    assert torch.equal(engine.heatmaps(forms[kind]), engine.heatmaps(torch.from_numpy(images)))
+    assert not recwarn.list
+
+
+def test_votes_do_not_depend_on_the_threads(random):
+    images = torch.from_numpy(random.integers(0, 256, (1, 1, 90, 120), np.uint8))
+    offsets, voters = random.integers(-9, 10, (2, 68, 2)), list(range(17, 68))
+    model = load_model("lgcn-nano")
+    for precision in INSTRUCTIONS:
+        one = Engine(model, precision=precision, num_threads=1).votes(images, offsets, voters, 2)
+        for threads in (2, 3, 7) * 2:
+            votes = Engine(model, precision=precision, num_threads=threads).votes(images, offsets, voters, 2)
+            np.testing.assert_array_equal(votes, one)
+
+
+def alone(code: str) -> str:
+    """What a program of its own prints, which has no other threads and whose limits are its own."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limits")
+def test_threads_that_cannot_start_are_an_error():
+    printed = alone("""
+import os, resource
+import torch
+from lgcn_fast import Engine
+engine, images = Engine("lgcn-nano", num_threads=4), torch.zeros(1, 1, 96, 96, dtype=torch.uint8)
+if os.getuid() == 0:  # whom limits do not bind
+    os.setuid(65534)
+for limit in (1, 2, 3):
+    resource.setrlimit(resource.RLIMIT_NPROC, (limit, 3))
+    try:
+        engine.heatmaps(images)
+    except RuntimeError as error:
+        print(error)
+""")
+    expected = "num_threads: expected as many threads as may be started, got 4 (Resource temporarily unavailable)"
+    assert printed.splitlines() == [expected] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limits")
+def test_memory_that_is_lacking_in_a_thread_is_an_error():
+    printed = alone("""
+import resource
+import numpy as np
+from lgcn_fast_kernels import local_maxima
+heatmaps = np.zeros((1, 2, 4000, 4000), np.float32)
+heatmaps[..., ::2, ::2] = 1
+size = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (size + (60 << 20), -1))
+for threads in (1, 2):
+    try:
+        local_maxima(heatmaps, 0.5, threads)
+    except MemoryError:
+        print("lacking")
+""")
+    assert printed.splitlines() == ["lacking"] * 2

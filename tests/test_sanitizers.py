@@ -62,6 +62,9 @@ for instructions in _native.instruction_sets():
                 heatmaps = network.heatmaps(images, threads)
                 network.fit(images.astype(np.float32), fitter, threads)
                 fitter.fit(heatmaps, stride, threads)
+                for value in (1e20, np.inf, np.nan):
+                    heatmaps[..., -1] = value
+                    fitter.fit(heatmaps, stride, threads)
 print("clean")
 """
 
