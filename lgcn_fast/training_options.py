@@ -55,7 +55,7 @@ def check_faces(training: int, validation: int) -> None:
     """Raise ValueError where there is nothing to learn from, or nothing to measure with."""
     if not training or not validation:
         expected = (
-            "labelled faces to train on, and others, a tenth by the hash of their names, whose outer eye corners are"
+            "labelled faces to train on and others, a tenth by the hash of their names, whose outer eye corners are "
+            "labelled, to validate with"
         )
-        expected += " labelled, to validate with"
         raise ValueError(f"cache: expected {expected}, got {training} and {validation}")
