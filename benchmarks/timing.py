@@ -27,17 +27,23 @@ def compare(functions: dict[str, Callable[[], object]], rounds: int = 15, second
         function()
     for _ in range(rounds):
         for name, function in functions.items():
-            calls, start = 0, time.perf_counter()
-            while calls == 0 or time.perf_counter() - start < seconds:
-                function()
-                calls += 1
-            times[name].append(1e3 * (time.perf_counter() - start) / calls)
+            times[name].append(turn(function, seconds))
     first = np.median(next(iter(times.values())))
     rows = {}
     for name, values in times.items():
         low, median, high = np.quantile(values, (0.2, 0.5, 0.8))
         rows[name] = {"median_ms": median, "q20_ms": low, "q80_ms": high, "ratio": first / median}
     return rows
+
+
+def turn(function: Callable[[], object], seconds: float, finish: Callable[[], object] = lambda: None) -> float:
+    """Milliseconds of a call of a function, of those that it takes until `seconds` are over; `finish` counts, too."""
+    calls, start = 0, time.perf_counter()
+    while calls == 0 or time.perf_counter() - start < seconds:
+        function()
+        calls += 1
+    finish()
+    return 1e3 * (time.perf_counter() - start) / calls
 
 
 def show(title: str, rows: dict[str, dict]) -> None:

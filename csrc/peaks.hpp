@@ -108,11 +108,8 @@ void for_each_local_maximum(const Heatmap& map, float threshold, Found found) {
 // The local maximum above the threshold nearest to a target, searched in squares that grow around it; the target
 // itself, with value 0, where there is none.
 inline Peak nearest_peak(const Heatmap& map, double target_x, double target_y, float threshold) {
-    const auto clamped = [](double v, std::int64_t length) {
-        // In this order, NaN becomes 0.
-        return static_cast<std::int64_t>(smaller(larger(0.0, std::round(v)), static_cast<double>(length - 1)));
-    };
-    const std::int64_t middle_y = clamped(target_y, map.height), middle_x = clamped(target_x, map.width);
+    const std::int64_t middle_y = bound(std::round(target_y), map.height - 1);
+    const std::int64_t middle_x = bound(std::round(target_x), map.width - 1);
     double best = std::numeric_limits<double>::infinity();
     std::int64_t best_y = -1, best_x = -1;
     const auto look = [&](std::int64_t y, std::int64_t x) {

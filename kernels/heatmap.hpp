@@ -59,12 +59,13 @@ struct Window {
     Index y0, y1, x0, x1;
 };
 
+// A whole number within [0, largest]; NaN becomes 0, by the order of the two.
+inline Index bound(double v, Index largest) {
+    return static_cast<Index>(smaller(larger(0.0, v), static_cast<double>(largest)));
+}
+
 // Pixels at most `radius` from a centre along x and along y.
 inline Window window(const Heatmap& map, double centre_x, double centre_y, double radius) {
-    // In this order, NaN becomes 0.
-    const auto bound = [](double v, Index length) {
-        return static_cast<Index>(smaller(larger(0.0, v), static_cast<double>(length)));
-    };
     return {bound(ceil(centre_y - radius), map.height), bound(floor(centre_y + radius) + 1, map.height),
             bound(ceil(centre_x - radius), map.width), bound(floor(centre_x + radius) + 1, map.width)};
 }

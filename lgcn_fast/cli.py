@@ -18,8 +18,8 @@ from .cli_photos import (
     add_detection_options,
     add_device_option,
     add_model_options,
+    found_in,
     free_name,
-    report_failure,
     rounded,
     run_multiface,
 )
@@ -31,7 +31,7 @@ from .engine import engine_device
 from .evaluation import evaluate, with_mean_shape
 from .export import FORMATS, export
 from .images import read_image, write_image
-from .prediction import predict
+from .prediction import Landmarks, predict
 from .report import accuracy_table, put_into_readme, write_evaluation, write_report
 from .shipped import MEASURED, default_model, models
 
@@ -88,17 +88,15 @@ def _add_prediction_options(parser: argparse.ArgumentParser) -> None:
 def _run_predict(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     found = {}
+    boxes = [options.box] if options.box else None
+
+    def find(image: np.ndarray) -> Landmarks:
+        return predict(
+            image, boxes, options.model, options.fit, options.shape, options.device, ensemble=options.ensemble
+        )
+
     try:
-        for path in options.files:
-            try:
-                image = read_image(path, color=True)
-                boxes = [options.box] if options.box else None
-                result = predict(
-                    image, boxes, options.model, options.fit, options.shape, options.device, ensemble=options.ensemble
-                )
-            except (ValueError, OSError) as error:
-                report_failure("predict", path, error)
-                continue
+        for path, image, result in found_in("predict", options.files, find):
             picture = free_name(path.stem, "landmarks", {entry["picture"] for entry in found.values()})
             _write_picture(options.out / picture, image, result.points)
             found[str(path)] = {"picture": picture, **rounded(result.points[0], result.scores[0])}

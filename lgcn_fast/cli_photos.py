@@ -3,8 +3,10 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -14,6 +16,8 @@ from .detection import Faces, combined_heatmap, detect
 from .drawing import draw
 from .images import read_image, write_image
 from .multiface import draw_score, read_photos, score_photos, summary
+
+Found = TypeVar("Found")
 
 
 def add_detect(commands) -> None:
@@ -50,16 +54,14 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
 def _run_detect(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict] = {}
+
+    def find(photo: np.ndarray) -> Faces:
+        return detect(
+            photo, options.min_face, options.min_confidence, options.model, None, options.shape, options.device
+        )
+
     try:
-        for path in options.files:
-            try:
-                photo = read_image(path, color=True)
-                faces = detect(
-                    photo, options.min_face, options.min_confidence, options.model, None, options.shape, options.device
-                )
-            except (ValueError, OSError) as error:
-                report_failure("detect", path, error)
-                continue
+        for path, photo, faces in found_in("detect", options.files, find):
             picture = free_name(path.stem, "faces", {entry["picture"] for entry in found.values()})
             write_image(options.out / picture, draw(photo, faces.points))
             found[str(path)] = {"picture": picture, "faces": as_json(faces)}
@@ -75,10 +77,22 @@ def _run_detect(options: argparse.Namespace) -> int:
     return 0 if len(found) == len(set(map(str, options.files))) else 2
 
 
-def report_failure(command: str, path: Path, error: Exception) -> None:
-    """Say what is wrong with a file, on standard error: the other files are not at fault."""
-    message = str(error) if str(path) in str(error) else f"{path}: {error}"
-    print(f"lgcn-fast {command}: {message}", file=sys.stderr)
+def found_in(
+    command: str, paths: list[Path], find: Callable[[np.ndarray], Found]
+) -> Iterator[tuple[Path, np.ndarray, Found]]:
+    """Path, picture (H, W, 3) and what was found in it, of all files that can be used.
+
+    What is wrong with others is said on standard error: the rest is not at fault.
+    """
+    for path in paths:
+        try:
+            image = read_image(path, color=True)
+            found = find(image)
+        except (ValueError, OSError) as error:
+            message = str(error) if str(path) in str(error) else f"{path}: {error}"
+            print(f"lgcn-fast {command}: {message}", file=sys.stderr)
+            continue
+        yield path, image, found
 
 
 def as_json(faces: Faces) -> list[dict]:

@@ -67,9 +67,9 @@ def default_model(device: str) -> str:
 @lru_cache
 def smallest_model() -> str:
     """Name of the model that takes the least work, of those with the best one's landmarks: it can look for faces."""
-    best, *others = models()
-    alike = [best, *(model for model in others if model.config.num_landmarks == best.config.num_landmarks)]
-    return min(alike, key=lambda model: model.size).name
+    known = models()
+    landmarks = known[0].config.num_landmarks
+    return min((m for m in known if m.config.num_landmarks == landmarks), key=lambda model: model.size).name
 
 
 def best_model(candidates: list[ShippedModel], device: str) -> ShippedModel:

@@ -109,7 +109,7 @@ class VideoReader:
             raise OSError(f"{self._name}: expected another frame after {count}, got none: it is gone")
         # (Some containers say how long they are, not how many frames that makes: there both must fall short.)
         expected = (1 - MISSING) * (self.frame_count or 0) - 1
-        if max(count, (last + 1 / self.fps) * self.fps) < expected:
+        if max(count, last * self.fps + 1) < expected:
             raise OSError(f"{self._name}: expected {self.frame_count} frames, got {count}: the file ends in the middle")
 
 
