@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def add_train(commands) -> None:
         help="share of a set, named as in `prepare`, that each epoch draws",
     )
     parser.add_argument("--dropout", type=float, metavar="SHARE", help="of activations; default: the network's own")
+    parser.add_argument("--batch-size", type=int, help="faces a step; default: the recipe's; 16 or more for a GPU")
+    parser.add_argument("--repeats", type=int, help="draws of each face an epoch; default: the recipe's; 3 for a GPU")
     parser.add_argument("--loss", choices=[name.replace("_", "-") for name in LOSSES], default="squared-error")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU where there is one")
@@ -79,11 +82,13 @@ def _run_train(options: argparse.Namespace) -> int:
     cache = read_cache(options.cache)
     changes = {} if options.dropout is None else {"dropout": options.dropout}
     loss = options.loss.replace("-", "_")
+    asked = {"batch_size": options.batch_size, "repeats": options.repeats}
+    recipe = replace(RECIPES[options.recipe], **{name: value for name, value in asked.items() if value is not None})
     training = TrainingOptions(
         config=_network(
             options.network, num_landmarks=cache.num_landmarks, in_channels=cache.channels, loss=loss, **changes
         ),
-        recipe=RECIPES[options.recipe],
+        recipe=recipe,
         epochs=options.epochs,
         init=options.init,
         teacher=options.teacher,

@@ -32,6 +32,11 @@ class Recipe:
     muon_rate: float = 0.0
     """Largest learning rate of Muon; 0: the paper's SGD."""
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
     def optimiser(self, model: nn.Module, dtype: torch.dtype) -> optim.Optimizer:
         """SGD with momentum as in the paper, or Muon with products in `dtype`."""
         if self.muon_rate:

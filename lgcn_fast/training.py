@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -73,7 +73,7 @@ class Trainer:
         if options.teacher:
             self.teacher = load_teacher(options.teacher, options.config).to(self.device)
             self.teacher.kernel_convolution.operator = operator
-        self.averaged = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True)
+        self.averaged = deepcopy(self.model)
         self.optimiser = options.recipe.optimiser(self.model, torch.bfloat16 if self.amp else torch.float32)
         validation = np.array([is_validation(group) for group in cache.groups])
         shares = np.array([options.shares.get(name, 1.0) for name in cache.sets])
@@ -108,6 +108,7 @@ class Trainer:
             Whether the schedule is finished; otherwise run again to go on.
         """
         reuse_freed_memory()
+        torch.backends.cudnn.benchmark = True  # (on a CPU it means nothing)
         start = time.monotonic()
         if self.epochs is None:
             self.epochs = self._plan(time_budget) if time_budget else self.options.recipe.epochs
@@ -122,40 +123,38 @@ class Trainer:
         return True
 
     def _run_epoch(self) -> None:
-        began = time.monotonic()
+        began = looked = time.monotonic()
         self.batches.epoch = self.epoch
         torch.manual_seed(self.options.seed * 1_000_003 + self.epoch)  # dropout
         self.model.train()
         losses, samples = [], 0
         title = f"epoch {self.epoch + 1}/{self.epochs}"
+        total = (self.epochs - self.epoch) * len(self.batches) * self.options.recipe.batch_size
         with tqdm(self.loader, title, leave=False, unit="batch", mininterval=1, disable=None) as batches:
             for batch, (images, points) in enumerate(batches):
                 rate = self._step(images, points, self.epoch * len(self.batches) + batch, losses)
                 samples += len(images)
-                speed = samples / (time.monotonic() - began)
-                left = (
-                    ((self.epochs - self.epoch) * len(self.batches) * self.options.recipe.batch_size - samples)
-                    / speed
-                    / 60
-                )
-                batches.set_postfix_str(
-                    f"{speed:.0f} samples/s, loss {losses[-1]:.3f}, best {self.best:.2f} %, {left:.0f} min left"
-                )
+                if time.monotonic() - looked >= 1:  # (whoever looks at a loss waits for the GPU)
+                    looked = time.monotonic()
+                    speed = samples / (looked - began)
+                    batches.set_postfix_str(
+                        f"{speed:.0f} samples/s, loss {finite(losses[-1]):.3f}, best {self.best:.2f} %, "
+                        f"{(total - samples) / speed / 60:.0f} min left"
+                    )
+        loss = finite(torch.stack(losses).mean())
         speed = samples / (time.monotonic() - began)
         error = 100 * self.validate()
         self.epoch += 1
         minutes = (self.log[-1]["minutes"] if self.log else 0.0) + (time.monotonic() - began) / 60
-        values = (self.epoch, float(np.mean(losses)), error, rate, speed, minutes)
+        values = (self.epoch, loss, error, rate, speed, minutes)
         self.log.append(dict(zip(COLUMNS, values, strict=True)))
         if error < self.best:
             self.best = error
-            save_model(self.folder / "best.safetensors", self.averaged.module, self.card())
+            save_model(self.folder / "best.safetensors", self.averaged, self.card())
         self._save()
-        tqdm.write(
-            f"{title}: loss {values[1]:.3f}, validation {error:.3f} % (best {self.best:.3f}), {speed:.1f} samples/s"
-        )
+        tqdm.write(f"{title}: loss {loss:.3f}, validation {error:.3f} % (best {self.best:.3f}), {speed:.1f} samples/s")
 
-    def _step(self, images: Tensor, points: Tensor, step: int, losses: list[float]) -> float:
+    def _step(self, images: Tensor, points: Tensor, step: int, losses: list[Tensor]) -> float:
         recipe = self.options.recipe
         rate = recipe.learning_rate(step, len(self.batches), self.epochs or recipe.epochs)
         for group in self.optimiser.param_groups:
@@ -174,10 +173,8 @@ class Trainer:
         if recipe.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         self.optimiser.step()
-        self.averaged.update_parameters(self.model)
-        losses.append(loss.item())
-        if not np.isfinite(losses[-1]):
-            raise FloatingPointError(f"loss: expected a finite number, got {losses[-1]} in step {step}")
+        self._average(step)
+        losses.append(loss.detach())
         return rate
 
     @torch.no_grad()
@@ -188,15 +185,14 @@ class Trainer:
         return F.avg_pool2d(heatmaps.float(), self.options.config.stride // self.teacher.config.stride)
 
     @torch.no_grad()
-    def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+    def _average(self, step: int) -> None:
         """Exponential moving average; the decay grows with the steps, so that the first weights are soon forgotten."""
-        steps = int(count)
-        decay = min(self.options.recipe.ema_decay, (1 + steps) / (10 + steps))
-        for mean, value in zip(averaged, current, strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value, 1 - decay)
-            else:
-                mean.copy_(value)
+        decay = min(self.options.recipe.ema_decay, (1 + step) / (10 + step)) if step else 0.0
+        averaged, current = (
+            [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+            for model in (self.averaged, self.model)
+        )
+        torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def validate(self) -> float:
         """Mean inter-ocular error of the averaged weights on the validation faces, each set by its share.
@@ -205,15 +201,15 @@ class Trainer:
         """
         size = self.options.config.input_size
         crops = AugmentedCrops(self.cache, NONE, size, 0)
-        self.averaged.module.eval()
+        self.averaged.eval()
         errors = []
         for indices in np.array_split(self.validation, -(-len(self.validation) // 32)):
             images, points = zip(*(crops[0, int(index)] for index in indices), strict=True)
             with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                heatmaps = self.averaged.module(torch.stack(images).to(self.device)).output
-            found, _ = peak_centroids(heatmaps.float().cpu().numpy())
+                heatmaps = self.averaged(torch.stack(images).to(self.device)).output
+                found, _ = peak_centroids(heatmaps.float())
             labelled = to_heatmap(torch.cat(points), self.options.config.stride).numpy()
-            errors.append(landmark_errors(found, labelled))
+            errors.append(landmark_errors(found.cpu().numpy(), labelled))
         errors = np.concatenate(errors)
         errors = errors.clip(max=LARGEST_ERROR * np.median(errors))
         return float(np.average(errors, weights=self.validation_shares))
@@ -248,13 +244,14 @@ class Trainer:
     def _plan(self, time_budget: float) -> int:
         """Number of epochs that fit the budget, from the time of a few steps on a throw-away copy of the state."""
         state = self._state()
-        times = []
+        times, losses = [], []
         self.model.train()
         iterator = iter(self.loader)
         for step in range(min(PLAN_STEPS, len(self.batches))):
             images, points = next(iterator)
             began = time.monotonic()
-            self._step(images, points, step, [])
+            self._step(images, points, step, losses)
+            finite(losses[-1])
             times.append(time.monotonic() - began)
         self._load_state(state)
         seconds = float(np.median(times[len(times) // 3 :])) * len(self.batches)
@@ -329,6 +326,18 @@ class Trainer:
             len(self.cache),
         )
         return json.dumps(values)
+
+
+def finite(loss: Tensor) -> float:
+    """A loss as a number.
+
+    Raises:
+        FloatingPointError: it is none.
+    """
+    number = loss.item()
+    if not np.isfinite(number):
+        raise FloatingPointError(f"loss: expected a finite number, got {number}")
+    return number
 
 
 def fastest_operator(device: torch.device) -> Callable[..., Tensor]:
