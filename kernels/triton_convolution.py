@@ -8,10 +8,13 @@ through tensor descriptors, which also fill the zero padding; elsewhere element 
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .tensors import described
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,6 +40,8 @@ TILES = {
 """By the number of filters, rounded up. Not measured on a GPU yet: `benchmarks/gpu.py` compares them with others."""
 FP32_TILES = {filters: Tile(8, 16, min(filters, 32), min(filters, 64), 8, 3) for filters in TILES}
 """Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory."""
+BLOCK_C, BLOCK_P = 64, 64
+"""Channels and pixels of a program of `channels_last`. Not measured on a GPU yet."""
 LARGEST_GATHERED_K = 32
 """Of `block_k` where the input is loaded element by element: each has an address, which takes registers."""
 
@@ -62,6 +67,7 @@ def _convolution_kernel(
     out_column,
     residual_batch,
     CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
     FILTERS: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
     DILATION: tl.constexpr,
@@ -76,7 +82,7 @@ def _convolution_kernel(
 ):
     PIXELS: tl.constexpr = BLOCK_Y * BLOCK_X
     REACH: tl.constexpr = KERNEL_SIZE // 2 * DILATION
-    TERMS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE * CHANNELS
+    TERMS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE * PADDED_CHANNELS
     program = tl.program_id(0)
     f0 = program % FILTER_BLOCKS * BLOCK_F
     tile = program // FILTER_BLOCKS
@@ -89,23 +95,24 @@ def _convolution_kernel(
     total = tl.zeros((PIXELS, BLOCK_F), tl.float32)
     for k0 in range(0, TERMS, BLOCK_K):
         if DESCRIPTORS:  # all of a block's terms belong to one tap
-            tap = k0 // CHANNELS
+            tap = k0 // PADDED_CHANNELS
             seen_y, seen_x = y0 + tap // KERNEL_SIZE * DILATION - REACH, x0 + tap % KERNEL_SIZE * DILATION - REACH
-            seen = tl.reshape(x.load([image, seen_y, seen_x, k0 % CHANNELS]), (PIXELS, BLOCK_K))
+            seen = tl.reshape(x.load([image, seen_y, seen_x, k0 % PADDED_CHANNELS]), (PIXELS, BLOCK_K))
             filter_block = weight.load([k0, f0])
         else:
             term = k0 + tl.arange(0, BLOCK_K)
-            tap, channel = term // CHANNELS, term % CHANNELS
+            tap, channel = term // PADDED_CHANNELS, term % PADDED_CHANNELS
+            is_term = (term < TERMS) & (channel < CHANNELS)
             seen_rows = rows[:, None] + (tap // KERNEL_SIZE * DILATION - REACH)[None, :]
             seen_columns = columns[:, None] + (tap % KERNEL_SIZE * DILATION - REACH)[None, :]
             inside = (seen_rows >= 0) & (seen_rows < height) & (seen_columns >= 0) & (seen_columns < width)
             offsets = image.to(tl.int64) * x_batch + seen_rows.to(tl.int64) * x_row + seen_columns * x_column
             offsets += channel[None, :] * x_channel
-            seen = tl.load(x + offsets, mask=inside & (term < TERMS)[None, :], other=ORIGIN)
+            seen = tl.load(x + offsets, mask=inside & is_term[None, :], other=ORIGIN)
             if ORIGIN:
                 seen = seen.to(tl.float32) - ORIGIN
             seen = seen.to(dtype)
-            kept = (term < TERMS)[:, None] & (filters < FILTERS)[None, :]
+            kept = is_term[:, None] & (filters < FILTERS)[None, :]
             filter_block = tl.load(weight + term[:, None] * FILTERS + filters[None, :], mask=kept, other=0.0)
         total = tl.dot(seen, filter_block, total, input_precision="tf32x3")  # (of fp32, as exact)
     total += tl.load(bias_ptr + filters, mask=filters < FILTERS, other=0.0)[None, :]
@@ -121,14 +128,55 @@ def _convolution_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _channels_last_kernel(x, out, channels, pixels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    image = tl.program_id(2).to(tl.int64) * channels * pixels
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = (channel < channels)[:, None] & (pixel < pixels)[None, :]
+    block = tl.load(x + image + channel[:, None].to(tl.int64) * pixels + pixel[None, :], mask=inside)
+    places = pixel[:, None].to(tl.int64) * channels + channel[None, :]
+    tl.store(out + image + places, tl.trans(block.to(out.dtype.element_ty)), mask=tl.trans(inside))
+
+
+def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype, memory_format=torch.channels_last)` in one pass that reads and writes whole lines.
+
+    Args:
+        x: (B, C, H, W) floating point, contiguous.
+
+    Returns:
+        (B, C, H, W), channels-last.
+
+    Raises:
+        ValueError: another shape or layout.
+    """
+    if x.ndim != 4 or not x.is_contiguous():
+        raise ValueError(f"x: expected contiguous (B, C, H, W), got {described(x)}")
+    batch, channels, height, width = x.shape
+    out = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    if out.numel():
+        grid = (triton.cdiv(height * width, BLOCK_P), triton.cdiv(channels, BLOCK_C), batch)
+        _channels_last_kernel[grid](x, out, channels, height * width, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P)
+    return out
+
+
 def tile_of(filters: int, channels: int, dtype: torch.dtype, planes: bool) -> Tile:
     """The launch constants of a layer."""
     tiles = FP32_TILES if dtype == torch.float32 else TILES
     tile = tiles[min(max(triton.next_power_of_2(filters), min(tiles)), max(tiles))]
     if planes:  # each element of the result has an address, which takes registers
         tile = replace(tile, block_f=min(tile.block_f, 64), num_warps=8)
-    divisor = channels & -channels  # a power of two
-    return tile if divisor < 16 else replace(tile, block_k=min(tile.block_k, divisor))
+    # Filled up with zeros to whole blocks, the channels become at most half as many again.
+    block_k = tile.block_k
+    while block_k > 16 and padded(channels, block_k) > 1.5 * channels:
+        block_k //= 2
+    return replace(tile, block_k=block_k)
+
+
+def padded(channels: int, block_k: int) -> int:
+    """Channels as blocks of them hold them; few are not filled up, but loaded one by one."""
+    return channels if channels < 16 else -(-channels // block_k) * block_k
 
 
 class Convolution:
@@ -166,6 +214,8 @@ class Convolution:
         self.filters, self.channels, self.kernel_size, _ = weight.shape
         self.dilation, self.relu, self.origin, self.planes = dilation, relu, origin, planes
         self.tile = tile or tile_of(self.filters, self.channels, weight.dtype, planes)
+        self.padded_channels = padded(self.channels, self.tile.block_k)
+        weight = F.pad(weight, (0, 0, 0, 0, 0, self.padded_channels - self.channels))
         self.weight = weight.permute(2, 3, 1, 0).reshape(-1, self.filters).contiguous()
         self.bias = bias.float().contiguous()
 
@@ -206,7 +256,8 @@ class Convolution:
             _convolution_kernel[(batch * tiles_y * tiles_x * filter_blocks,)](
                 seen, weight, self.bias, residual, out, height, width, tiles_y, tiles_x, *x.stride(), *out.stride(),
                 0 if residual is None else residual.stride(0),
-                CHANNELS=self.channels, FILTERS=self.filters, KERNEL_SIZE=self.kernel_size, DILATION=self.dilation,
+                CHANNELS=self.channels, PADDED_CHANNELS=self.padded_channels, FILTERS=self.filters,
+                KERNEL_SIZE=self.kernel_size, DILATION=self.dilation,
                 ORIGIN=self.origin, RELU=self.relu, DESCRIPTORS=descriptors,
                 BLOCK_Y=tile.block_y, BLOCK_X=tile.block_x, BLOCK_F=tile.block_f,
                 BLOCK_K=tile.block_k if descriptors else min(tile.block_k, LARGEST_GATHERED_K),
@@ -218,5 +269,5 @@ class Convolution:
         """Whether blocks of `x` and of the filters can be loaded as a whole: 16 bytes are the least."""
         aligned = all(stride * x.element_size() % 16 == 0 for stride in (x.stride(0), x.stride(2), x.stride(3)))
         aligned = aligned and x.stride(1) == 1 and self.filters * x.element_size() % 16 == 0
-        whole = self.channels % self.tile.block_k == 0 and self.tile.block_k * x.element_size() >= 16
+        whole = self.padded_channels % self.tile.block_k == 0 and self.tile.block_k * x.element_size() >= 16
         return aligned and whole and not self.origin and x.dtype == self.weight.dtype and x.data_ptr() % 16 == 0

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lgcn_fast_kernels import face_votes
-from lgcn_fast_kernels.triton_convolution import Convolution
+from lgcn_fast_kernels.triton_convolution import Convolution, channels_last
 from lgcn_fast_kernels.triton_gaussian_sum import gaussian_sum
 from lgcn_fast_kernels.triton_peaks import heatmap_reduction
 
@@ -39,7 +39,7 @@ class CudaNetwork:
         Args:
             dtype: of filters and activations.
         """
-        self.config = network.config
+        self.config, self._dtype = network.config, dtype
 
         def convolution(layer: Layer, **options) -> Convolution:
             weight, bias = (torch.from_numpy(part).to(device) for part in layer)
@@ -77,6 +77,7 @@ class CudaNetwork:
         gaussian_sum(maps, config.kernel_size, config.sigmas, config.num_landmarks, blurred)
         local = blurred[:, : config.num_landmarks]
         x = F.avg_pool2d(pad_to_grid(blurred, step), step) if step > 1 else blurred
+        x = channels_last(x, self._dtype)
         for layer in self._context:
             x = layer(x)
         if step > 1:

@@ -41,8 +41,10 @@ def convolution(
     """`types` and `changes` of the kernel's arguments, beside those of an inner layer."""
     tile = tile_of(filters, channels, torch.float32 if dtype == "fp32" else torch.bfloat16, planes)
     constants = {
-        "residual_ptr": None, "CHANNELS": channels, "FILTERS": filters, "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0,
-        "RELU": True, "DESCRIPTORS": descriptors, "BLOCK_Y": tile.block_y, "BLOCK_X": tile.block_x,
+        "residual_ptr": None, "CHANNELS": channels,
+        "PADDED_CHANNELS": triton_convolution.padded(channels, tile.block_k), "FILTERS": filters,
+        "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0, "RELU": True, "DESCRIPTORS": descriptors,
+        "BLOCK_Y": tile.block_y, "BLOCK_X": tile.block_x,
         "BLOCK_K": tile.block_k if descriptors else min(tile.block_k, triton_convolution.LARGEST_GATHERED_K),
         "BLOCK_F": tile.block_f, "FILTER_BLOCKS": -(-filters // tile.block_f),
     } | changes  # fmt: skip
@@ -73,6 +75,11 @@ def heatmap_reduction() -> str:
     return ptx(triton_peaks._heatmap_reduction_kernel, constants, pointers, num_warps=triton_peaks.NUM_WARPS)
 
 
+def channels_last(name: str) -> str:
+    constants = {"BLOCK_C": triton_convolution.BLOCK_C, "BLOCK_P": triton_convolution.BLOCK_P}
+    return ptx(triton_convolution._channels_last_kernel, constants, {"x": "*fp32", "out": f"*{name}"})
+
+
 def crop(to_gray: bool, taps: int) -> str:
     constants = {"TO_GRAY": to_gray, "TAPS": taps, "BLOCK_P": max(triton_crop.ELEMENTS // taps, 1)}
     pointers = {"image_ptr": "*u8", "places_ptr": "*i32", "out_ptr": "*u8"}
@@ -91,12 +98,13 @@ if __name__ == "__main__":
             convolution(dtype, filters, 1, types={"x": "*u8"}, **first)
             head = {"KERNEL_SIZE": 1, "DILATION": 1, "RELU": False}
             convolution(dtype, 136, filters, descriptors=True, planes=True, **head)
-            convolution(dtype, filters, 136, types={"x": "*fp32"})
+            convolution(dtype, filters, 136, descriptors=True)
             convolution(dtype, filters, filters, descriptors=True)
             sums = {"residual_ptr": "*fp32", "out_ptr": "*fp32"}
             convolution(dtype, 68, filters, descriptors=True, planes=True, types=sums, **head)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         assert "mma" in gaussian_sum(dtype, name)
+        channels_last(name)
     heatmap_reduction()
     for to_gray in (False, True):
         for taps in (1, 4, 32):

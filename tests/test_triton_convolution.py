@@ -15,6 +15,7 @@ SHAPES = {
     "block less one, descriptors": (1, 16, 16, 3, 4, 7, 15),
     "exact block, descriptors": (2, 16, 16, 3, 1, 8, 16),
     "dilated, descriptors": (1, 64, 64, 3, 4, 11, 18),
+    "half a block of channels, descriptors": (1, 24, 16, 3, 4, 9, 17),
     "terms across taps": (1, 34, 16, 3, 4, 9, 7),
     "several blocks of filters, descriptors": (1, 16, 136, 1, 1, 3, 37),
     "no image": (0, 4, 4, 3, 1, 5, 5),
@@ -73,6 +74,25 @@ def test_equals_the_reference(convolution, name, dtype, planes):
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_the_reference_in_bf16(convolution, name, planes):
     check(convolution, name, torch.bfloat16, planes)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 136, 7, 19), (3, 64, 8, 8), (1, 65, 5, 13), (0, 3, 4, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_channels_last(shape, dtype):
+    from lgcn_fast_kernels.triton_convolution import channels_last
+
+    x = torch.randn(shape, device=DEVICE)
+    ours = channels_last(x, dtype)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, x.to(dtype))
+
+
+def test_channels_last_wants_contiguous_images(convolution):
+    from lgcn_fast_kernels.triton_convolution import channels_last
+
+    with pytest.raises(ValueError, match=r"x: expected contiguous \(B, C, H, W\), got strides"):
+        channels_last(torch.zeros(2, 3, 4, 5, device=DEVICE).mT, torch.float32)
 
 
 def test_descriptors_are_used_where_they_can_be(convolution):
