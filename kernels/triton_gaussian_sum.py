@@ -15,18 +15,13 @@ from . import BF16_TOLERANCE, kernel_taps
 
 TOLERANCES = {torch.float32: 0.0, torch.float16: 2.0**-15, torch.bfloat16: BF16_TOLERANCE}
 """Of `kernel_taps`: an eighth of the rounding error. Fewer lines, fewer products."""
-BLOCK_X = 32
-"""Columns of a program's part of the result. Not measured on a GPU yet."""
-LARGEST_BLOCK_Y = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}
-"""Rows of it at most: in half precision all rows of a map of 96 x 96, so that no product is made twice."""
-NUM_WARPS = 8
-
-
-@triton.jit
-def _load_block(blocks_ptr, index, BLOCK: tl.constexpr):
-    """One of several (BLOCK, BLOCK) matrices."""
-    place = tl.arange(0, BLOCK)
-    return tl.load(blocks_ptr + index * BLOCK * BLOCK + place[:, None] * BLOCK + place[None, :])
+LARGEST_BLOCK = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}
+"""Rows and columns of a map that one program computes as a whole: in half precision those of 96 x 96, so that it is
+read once and no product is made twice."""
+PART = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
+"""Rows or columns of a program's part of a larger one: what it sees of its neighbours needs room, too."""
+NUM_STAGES = 2
+"""The next band is loaded while products are made with this one."""
 
 
 @triton.jit
@@ -49,27 +44,32 @@ def _gaussian_sum_kernel(
     REACH_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
+    WHOLE_SQUARE: tl.constexpr = REACH_Y == 0 and REACH_X == 0 and BLOCK_Y == BLOCK_X
     map_index = tl.program_id(0)
     start = map_index.to(tl.int64) * height * width
     is_side = map_index % channels >= first_side
-    y0, x0 = tl.program_id(1) * BLOCK_Y, tl.program_id(2) * BLOCK_X
-    rows, columns = y0 + tl.arange(0, BLOCK_Y), x0 + tl.arange(0, BLOCK_X)
+    block_y, block_x = tl.program_id(1), tl.program_id(2)
+    y, x = tl.arange(0, BLOCK_Y), tl.arange(0, BLOCK_X)
+    rows, columns = block_y * BLOCK_Y + y, block_x * BLOCK_X + x
     dtype = x_ptr.dtype.element_ty
     total = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
-    for near_y in range(-REACH_Y, REACH_Y + 1):
+    # What the kernel reaches of the map: it ends at its border.
+    for near_y in range(-tl.minimum(REACH_Y, block_y), tl.minimum(REACH_Y, tl.num_programs(1) - 1 - block_y) + 1):
         seen_rows = rows + near_y * BLOCK_Y
-        for s in range(COUNT):
-            along_x = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
-            for near_x in range(-REACH_X, REACH_X + 1):
-                seen_columns = columns + near_x * BLOCK_X
-                inside = _inside(seen_rows, height)[:, None] & _inside(seen_columns, width)[None, :]
-                x = tl.load(x_ptr + start + seen_rows[:, None] * width + seen_columns[None, :], mask=inside, other=0.0)
-                x = tl.where(is_side, tl.maximum(x, 0.0), x).to(dtype)
-                band = _load_block(bands_x_ptr, s * (2 * REACH_X + 1) + REACH_X - near_x, BLOCK_X)
-                along_x = tl.dot(x, band, along_x, input_precision="tf32x3")
-            band = _load_block(bands_y_ptr, s * (2 * REACH_Y + 1) + REACH_Y + near_y, BLOCK_Y)
-            total = tl.dot(band, along_x.to(dtype), total, input_precision="tf32x3")
+        bands_y = bands_y_ptr + (near_y + REACH_Y) * COUNT * BLOCK_Y * BLOCK_Y + y[:, None] * BLOCK_Y + y[None, :]
+        for near_x in range(-tl.minimum(REACH_X, block_x), tl.minimum(REACH_X, tl.num_programs(2) - 1 - block_x) + 1):
+            seen_columns = columns + near_x * BLOCK_X
+            inside = _inside(seen_rows, height)[:, None] & _inside(seen_columns, width)[None, :]
+            seen = tl.load(x_ptr + start + seen_rows[:, None] * width + seen_columns[None, :], mask=inside, other=0.0)
+            seen = tl.where(is_side, tl.maximum(seen, 0.0), seen).to(dtype)
+            bands_x = bands_x_ptr + (REACH_X - near_x) * COUNT * BLOCK_X * BLOCK_X + x[:, None] * BLOCK_X + x[None, :]
+            for s in tl.range(COUNT, num_stages=NUM_STAGES):
+                band_y = tl.load(bands_y + s * BLOCK_Y * BLOCK_Y)
+                band_x = band_y if WHOLE_SQUARE else tl.load(bands_x + s * BLOCK_X * BLOCK_X)
+                along_y = tl.dot(band_y, seen, input_precision="tf32x3")
+                total = tl.dot(along_y.to(dtype), band_x, total, input_precision="tf32x3")
     inside = _inside(rows, height)[:, None] & _inside(columns, width)[None, :]
     out = out_ptr + start + rows[:, None] * width + columns[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -120,13 +120,20 @@ def _bands(
     result sees of the block `near` further on; kept on the device, since a launch must not wait for a copy.
 
     Returns:
-        (S, 2 * reach + 1, block, block), near = -reach to reach.
+        (2 * reach + 1, S, block, block), near = -reach to reach; symmetric but for the order of `near`.
     """
     lines = torch.from_numpy(kernel_taps(kernel_size, sigmas, TOLERANCES[dtype]))
     near, row, column = torch.arange(-reach, reach + 1), torch.arange(block), torch.arange(block)
     offset = row[:, None] - (column + near[:, None, None] * block) + kernel_size // 2
     inside = (offset >= 0) & (offset < kernel_size)
-    return torch.where(inside, lines[:, offset.clamp(0, kernel_size - 1)], 0.0).to(device, dtype)
+    blocks = torch.where(inside, lines[:, offset.clamp(0, kernel_size - 1)], 0.0)
+    return blocks.transpose(0, 1).to(device, dtype).contiguous()
+
+
+def _block(length: int, dtype: torch.dtype) -> int:
+    """How many pixels along a side of a map a program computes; 16 are the least for a tensor core."""
+    block = max(triton.next_power_of_2(length), 16)
+    return block if block <= LARGEST_BLOCK[dtype] else PART[dtype]
 
 
 def _launch(
@@ -137,17 +144,17 @@ def _launch(
     if not x.numel():
         return out
     batch, channels, height, width = x.shape
-    block_y = min(max(triton.next_power_of_2(height), 16), LARGEST_BLOCK_Y[x.dtype])
-    grid = (batch * channels, triton.cdiv(height, block_y), triton.cdiv(width, BLOCK_X))
+    block_y, block_x = (_block(length, x.dtype) for length in (height, width))
+    grid = (batch * channels, triton.cdiv(height, block_y), triton.cdiv(width, block_x))
     # Blocks to each side that the kernel reaches, where there are as many.
     reach_y, reach_x = (min(triton.cdiv(kernel_size // 2, block), blocks - 1)
-                        for block, blocks in ((block_y, grid[1]), (BLOCK_X, grid[2])))  # fmt: skip
+                        for block, blocks in ((block_y, grid[1]), (block_x, grid[2])))  # fmt: skip
     bands_y, bands_x = (_bands(kernel_size, sigmas, block, reach, x.dtype, x.device)
-                        for block, reach in ((block_y, reach_y), (BLOCK_X, reach_x)))  # fmt: skip
+                        for block, reach in ((block_y, reach_y), (block_x, reach_x)))  # fmt: skip
     _gaussian_sum_kernel[grid](
         x, bands_y, bands_x, out, height, width, channels, first_side,
-        COUNT=len(bands_y), REACH_Y=reach_y, REACH_X=reach_x, BLOCK_Y=block_y, BLOCK_X=BLOCK_X,
-        num_warps=NUM_WARPS,
+        COUNT=bands_y.shape[1], REACH_Y=reach_y, REACH_X=reach_x, BLOCK_Y=block_y, BLOCK_X=block_x,
+        NUM_STAGES=NUM_STAGES, num_warps=8 if block_y * block_x > 64 * 64 else 4,
     )  # fmt: skip
     return out
 

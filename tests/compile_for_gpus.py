@@ -19,9 +19,14 @@ SHARED_MEMORY = 227 * 1024
 
 
 def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90, **options) -> str:
-    """PTX of a kernel whose other arguments are 32-bit integers, checked to fit a multiprocessor."""
+    """PTX of a kernel whose other arguments are 32-bit integers, checked to fit a multiprocessor.
+
+    Pointers, height and width are multiples of 16, as for 96 x 96.
+    """
     types = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
-    compiled = compile(ASTSource(kernel, types, constants), GPUTarget("cuda", capability, 32), options)
+    sixteens = [name for name in kernel.arg_names if types[name].startswith("*") or name in ("height", "width")]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in sixteens}
+    compiled = compile(ASTSource(kernel, types, constants, attributes), GPUTarget("cuda", capability, 32), options)
     assert compiled.metadata.shared <= SHARED_MEMORY, (
         f"{kernel.__name__}, {constants}: {compiled.metadata.shared} bytes"
     )
@@ -59,14 +64,14 @@ def convolution(
 
 
 def gaussian_sum(dtype: torch.dtype, name: str) -> str:
-    block_y = triton_gaussian_sum.LARGEST_BLOCK_Y[dtype]
+    """Of maps of 96 x 96."""
+    block = triton_gaussian_sum.LARGEST_BLOCK[dtype]
     constants = {
-        "COUNT": 4, "REACH_Y": int(block_y < 96), "REACH_X": 1, "BLOCK_Y": block_y,
-        "BLOCK_X": triton_gaussian_sum.BLOCK_X,
+        "COUNT": 5, "REACH_Y": int(block < 96), "REACH_X": int(block < 96), "BLOCK_Y": block, "BLOCK_X": block,
+        "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), f"*{name}") | {"out_ptr": "*fp32"}
-    options = {"num_warps": triton_gaussian_sum.NUM_WARPS}
-    return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, **options)
+    return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, num_warps=8 if block > 64 else 4)
 
 
 def heatmap_reduction() -> str:
