@@ -5,6 +5,7 @@ the taps and channels that a pixel sees. Where the channels of a pixel lie side 
 through tensor descriptors, which also fill the zero padding; elsewhere element by element.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +43,8 @@ FP32_TILES = {filters: Tile(8, 16, min(filters, 32), min(filters, 64), 8, 3) for
 """Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory."""
 BLOCK_C, BLOCK_P = 64, 64
 """Channels and pixels of a program of `channels_last`. Not measured on a GPU yet."""
+CUDNN = {(128, 3): 4 * 96 * 96, (64, 3): 4 * 96 * 96}
+"""By filters and their size: from so many pixels on cuDNN is faster, with bias and ReLU in the same call."""
 LARGEST_GATHERED_K = 32
 """Of `block_k` where the input is loaded element by element: each has an address, which takes registers."""
 
@@ -55,6 +58,8 @@ def _convolution_kernel(
     out_ptr,
     height,
     width,
+    out_height,
+    out_width,
     tiles_y,
     tiles_x,
     x_batch,
@@ -73,6 +78,7 @@ def _convolution_kernel(
     DILATION: tl.constexpr,
     ORIGIN: tl.constexpr,
     RELU: tl.constexpr,
+    SHUFFLE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -118,9 +124,17 @@ def _convolution_kernel(
     total += tl.load(bias_ptr + filters, mask=filters < FILTERS, other=0.0)[None, :]
     if RELU:
         total = tl.maximum(total, 0.0)
-    inside = ((rows < height) & (columns < width))[:, None] & (filters < FILTERS)[None, :]
-    places = rows.to(tl.int64) * out_row + columns * out_column
-    places = places[:, None] + filters[None, :].to(tl.int64) * out_channel
+    if SHUFFLE == 1:
+        inside = ((rows < height) & (columns < width))[:, None] & (filters < FILTERS)[None, :]
+        places = rows.to(tl.int64) * out_row + columns * out_column
+        places = places[:, None] + filters[None, :].to(tl.int64) * out_channel
+    else:
+        channel, part = filters // (SHUFFLE * SHUFFLE), filters % (SHUFFLE * SHUFFLE)
+        out_rows = rows[:, None] * SHUFFLE + (part // SHUFFLE)[None, :]
+        out_columns = columns[:, None] * SHUFFLE + (part % SHUFFLE)[None, :]
+        inside = (out_rows < out_height) & (out_columns < out_width) & (filters < FILTERS)[None, :]
+        places = out_rows.to(tl.int64) * out_row + out_columns * out_column
+        places += channel[None, :].to(tl.int64) * out_channel
     if residual_ptr is not None:
         residual = residual_ptr + image.to(tl.int64) * residual_batch + places
         total += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
@@ -190,6 +204,7 @@ class Convolution:
         relu: bool = False,
         origin: int = 0,
         planes: bool = False,
+        shuffle: int = 1,
         tile: Tile | None = None,
     ) -> None:
         """Put the filters where the kernel wants them.
@@ -200,6 +215,7 @@ class Convolution:
             relu: end with a ReLU.
             origin: value of the input that counts as 0, also that of its padding.
             planes: the result's channels lie one after the other, contiguous; otherwise those of a pixel side by side.
+            shuffle: a square of so many pixels a side is made of the filters of a pixel (`F.pixel_shuffle`).
             tile: launch constants; default: those of `TILES`.
 
         Raises:
@@ -212,23 +228,25 @@ class Convolution:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
         self.filters, self.channels, self.kernel_size, _ = weight.shape
-        self.dilation, self.relu, self.origin, self.planes = dilation, relu, origin, planes
+        self.dilation, self.relu, self.origin, self.planes, self.shuffle = dilation, relu, origin, planes, shuffle
         self.tile = tile or tile_of(self.filters, self.channels, weight.dtype, planes)
         self.padded_channels = padded(self.channels, self.tile.block_k)
+        filters = weight
         weight = F.pad(weight, (0, 0, 0, 0, 0, self.padded_channels - self.channels))
         self.weight = weight.permute(2, 3, 1, 0).reshape(-1, self.filters).contiguous()
         self.bias = bias.float().contiguous()
+        self._cudnn = filters.contiguous(memory_format=torch.channels_last), bias.to(filters.dtype)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Convolve a batch of images.
 
         Args:
             x: (B, C, H, W), any strides and dtype; fastest channels-last in the filters' dtype.
-            residual: (B, at least F, H, W), added in the end; channels as the result's, in memory too.
-            out: (B, F, H, W) to write to, any dtype.
+            residual: as large as the result, with as many channels or more, added in the end; in memory as the result.
+            out: to write to: any dtype; with a shuffle it may end before the last rows and columns.
 
         Returns:
-            (B, F, H, W), dtype of the filters, or `out`.
+            (B, F, H, W), with a shuffle of S (B, F / S^2, S H, S W), dtype of the filters; or `out`.
 
         Raises:
             ValueError: another shape, or a residual that lies otherwise in memory.
@@ -236,9 +254,13 @@ class Convolution:
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x: expected (B, {self.channels}, H, W), got {tuple(x.shape)}")
         batch, _, height, width = x.shape
+        if out is None and residual is None and self._is_faster_in_cudnn(x):
+            padding = 2 * (self.kernel_size // 2 * self.dilation,)
+            dilation = 2 * (self.dilation,)
+            return torch.cudnn_convolution_relu(x, self._cudnn[0], self._cudnn[1], (1, 1), padding, dilation, 1)
         if out is None:
             layout = torch.contiguous_format if self.planes else torch.channels_last
-            size = (batch, self.filters, height, width)
+            size = (batch, self.filters // self.shuffle**2, height * self.shuffle, width * self.shuffle)
             out = torch.empty(size, dtype=self.weight.dtype, device=x.device, memory_format=layout)
         if residual is not None and residual.stride()[1:] != out.stride()[1:]:
             raise ValueError(f"residual: expected strides {out.stride()}, got {residual.stride()}")
@@ -254,16 +276,22 @@ class Convolution:
             seen = TensorDescriptor.from_tensor(x.permute(0, 2, 3, 1), block)
         if out.numel():
             _convolution_kernel[(batch * tiles_y * tiles_x * filter_blocks,)](
-                seen, weight, self.bias, residual, out, height, width, tiles_y, tiles_x, *x.stride(), *out.stride(),
+                seen, weight, self.bias, residual, out, height, width, *out.shape[2:], tiles_y, tiles_x,
+                *x.stride(), *out.stride(),
                 0 if residual is None else residual.stride(0),
                 CHANNELS=self.channels, PADDED_CHANNELS=self.padded_channels, FILTERS=self.filters,
                 KERNEL_SIZE=self.kernel_size, DILATION=self.dilation,
-                ORIGIN=self.origin, RELU=self.relu, DESCRIPTORS=descriptors,
+                ORIGIN=self.origin, RELU=self.relu, SHUFFLE=self.shuffle, DESCRIPTORS=descriptors,
                 BLOCK_Y=tile.block_y, BLOCK_X=tile.block_x, BLOCK_F=tile.block_f,
                 BLOCK_K=tile.block_k if descriptors else min(tile.block_k, LARGEST_GATHERED_K),
                 FILTER_BLOCKS=filter_blocks, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
         return out
+
+    def _is_faster_in_cudnn(self, x: Tensor) -> bool:
+        plain = self.relu and not self.origin and not self.planes and x.dtype == self.weight.dtype != torch.float32
+        lines = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
+        return plain and lines and len(x) * x[0, 0].numel() >= CUDNN.get((self.filters, self.kernel_size), math.inf)
 
     def _fits_descriptors(self, x: Tensor) -> bool:
         """Whether blocks of `x` and of the filters can be loaded as a whole: 16 bytes are the least."""

@@ -47,9 +47,10 @@ class CudaNetwork:
 
         first, *local = network.local
         self._local = [convolution(first, relu=True, origin=ORIGIN), *(convolution(x, relu=True) for x in local)]
-        self._heads = convolution(network.heads, planes=True)
+        shuffle = self.config.shuffle // self.config.stride
+        self._heads = convolution(network.heads, planes=True, shuffle=shuffle)
         self._context = [convolution(x, relu=True, dilation=self.config.dilation) for x in network.context]
-        self._refine = convolution(network.refine, planes=True)
+        self._refine = convolution(network.refine, planes=True, shuffle=shuffle)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Heatmaps of a batch of images.
@@ -70,20 +71,16 @@ class CudaNetwork:
         for layer in self._local:
             x = layer(x)
         step //= config.stride
-        maps = self._heads(x)
-        if step > 1:
-            maps = F.pixel_shuffle(maps, step)[..., :height, :width].contiguous()
-        blurred = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
+        size = (len(images), len(self._heads.bias) // step**2, height, width)
+        maps = self._heads(x, out=torch.empty(size, dtype=self._dtype, device=images.device))
+        blurred = torch.empty(size, dtype=torch.float32, device=images.device)
         gaussian_sum(maps, config.kernel_size, config.sigmas, config.num_landmarks, blurred)
         local = blurred[:, : config.num_landmarks]
         x = F.avg_pool2d(pad_to_grid(blurred, step), step) if step > 1 else blurred
         x = channels_last(x, self._dtype)
         for layer in self._context:
             x = layer(x)
-        if step > 1:
-            heatmaps = local + F.pixel_shuffle(self._refine(x), step)[..., :height, :width]
-        else:
-            heatmaps = self._refine(x, local, torch.empty(local.shape, dtype=torch.float32, device=local.device))
+        heatmaps = self._refine(x, local, torch.empty(local.shape, dtype=torch.float32, device=images.device))
         return heatmaps if config.loss == "squared_error" else probabilities(heatmaps).contiguous()
 
 

@@ -48,7 +48,7 @@ def convolution(
     constants = {
         "residual_ptr": None, "CHANNELS": channels,
         "PADDED_CHANNELS": triton_convolution.padded(channels, tile.block_k), "FILTERS": filters,
-        "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0, "RELU": True, "DESCRIPTORS": descriptors,
+        "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0, "RELU": True, "SHUFFLE": 1, "DESCRIPTORS": descriptors,
         "BLOCK_Y": tile.block_y, "BLOCK_X": tile.block_x,
         "BLOCK_K": tile.block_k if descriptors else min(tile.block_k, triton_convolution.LARGEST_GATHERED_K),
         "BLOCK_F": tile.block_f, "FILTER_BLOCKS": -(-filters // tile.block_f),
@@ -102,7 +102,8 @@ if __name__ == "__main__":
             first = {"KERNEL_SIZE": 5, "DILATION": 1, "ORIGIN": 128}
             convolution(dtype, filters, 1, types={"x": "*u8"}, **first)
             head = {"KERNEL_SIZE": 1, "DILATION": 1, "RELU": False}
-            convolution(dtype, 136, filters, descriptors=True, planes=True, **head)
+            for shuffle in (1, 2):
+                convolution(dtype, 136 * shuffle**2, filters, descriptors=True, planes=True, SHUFFLE=shuffle, **head)
             convolution(dtype, filters, 136, descriptors=True)
             convolution(dtype, filters, filters, descriptors=True)
             sums = {"residual_ptr": "*fp32", "out_ptr": "*fp32"}

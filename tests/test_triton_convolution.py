@@ -76,6 +76,21 @@ def test_equals_the_reference_in_bf16(convolution, name, planes):
     check(convolution, name, torch.bfloat16, planes)
 
 
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_filters_become_pixels(convolution, cut):
+    """`F.pixel_shuffle`, of which the last rows and columns may be cut off, with a residual of more channels."""
+    x, weight, bias = layer((2, 16, 27, 1, 1, 5, 18), torch.float32)
+    shuffled = F.pixel_shuffle(reference(x, weight, bias, 1), 3)[..., : 15 - cut, : 54 - cut]
+    maps = torch.randn(2, 5, 15 - cut, 54 - cut, device=DEVICE)
+    residual = maps[:, :3]
+    out = torch.full(shuffled.shape, float("nan"), device=DEVICE)
+    ours = convolution(weight, bias, planes=True, shuffle=3)
+    for form in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert ours(form, residual, out) is out
+        torch.testing.assert_close(out.double(), shuffled + residual, rtol=0, atol=1e-5)
+        assert ours(form).shape == (2, 3, 15, 54)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 136, 7, 19), (3, 64, 8, 8), (1, 65, 5, 13), (0, 3, 4, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_channels_last(shape, dtype):
@@ -93,6 +108,23 @@ def test_channels_last_wants_contiguous_images(convolution):
 
     with pytest.raises(ValueError, match=r"x: expected contiguous \(B, C, H, W\), got strides"):
         channels_last(torch.zeros(2, 3, 4, 5, device=DEVICE).mT, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("channels", "size", "dilation"), [(128, 3, 4), (136, 3, 4), (128, 3, 1), (64, 3, 4)])
+def test_large_batches_go_through_cudnn(convolution, monkeypatch, channels, size, dilation):
+    filters = min(channels, 128)
+    shape = (4, channels, filters, size, dilation, 96, 96)
+    x, weight, bias = layer(shape, torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    ours = convolution(weight, bias, dilation, relu=True)
+    assert ours._is_faster_in_cudnn(x)
+    assert not ours._is_faster_in_cudnn(x[:1])
+    expected = reference(x, weight, bias, dilation).relu()
+    tolerance = TOLERANCES[torch.bfloat16] * float(expected.max())
+    torch.testing.assert_close(ours(x).double(), expected, rtol=0, atol=2 * tolerance)
+    assert ours(x).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours(x[:1]).double(), expected[:1], rtol=0, atol=tolerance)
 
 
 def test_descriptors_are_used_where_they_can_be(convolution):
