@@ -112,18 +112,18 @@ class CudaEngine:
         return self._heatmaps(images)
 
     def maxima(self, images: Tensor, to_host: bool) -> tuple[Array, Array]:
-        reductions = self._reductions(images)
+        reductions = self._reductions(images, to_host)
         if to_host:
-            reductions = reductions.cpu().numpy()
+            reductions = reductions.numpy()
         return reductions[..., :2], reductions[..., 2]
 
     def votes(self, images: Tensor, offsets: np.ndarray, voters: list[int], step: int) -> np.ndarray:
         return face_votes(self.heatmaps(images).cpu().numpy(), offsets, voters, step, self.num_threads)
 
     def fit(self, images: Tensor, shape: ShapeModel, to_host: bool) -> Fit:
-        packed = self._fits(shape)(images)
+        packed = self._fits(shape)(images, to_host)
         if to_host:
-            packed = packed.cpu().numpy()
+            packed = packed.numpy()
         count, modes = shape.num_landmarks, len(shape.modes)
         sizes = {"points": (count, 2), "shapes": (count, 2), "coefficients": (modes,), "certainties": (count,)}
         parts, start = {}, 0
@@ -168,15 +168,23 @@ class RecordedBatches:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._done: torch.cuda.Event | None = None
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """What the function makes of a batch, which may lie on the host or on the device: (B, ...), on the device."""
+    def __call__(self, images: Tensor, to_host: bool = False) -> Tensor:
+        """What the function makes of a batch, which may lie on the host or on the device.
+
+        Returns:
+            (B, ...) on the device; or on the host, and then it has been waited for.
+        """
         with torch.cuda.device(self._device if self._pool else -1):
             if images.dtype != torch.uint8 or images.shape[1:] != self._image:
-                return self._function(images.to(self._device))
-            parts = [self._replay(part) for part in images.split(LADDER[-1])]
+                result = self._function(images.to(self._device))
+                return result.cpu() if to_host else result
+            parts, done = zip(*(self._replay(part, to_host) for part in images.split(LADDER[-1])), strict=True)
+            if to_host and done[-1]:
+                done[-1].synchronize()
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _replay(self, images: Tensor) -> Tensor:
+    def _replay(self, images: Tensor, to_host: bool) -> tuple[Tensor, torch.cuda.Event | None]:
+        """The result for a part, and what happens when it is there."""
         count = len(images)
         if self._pool and images.device.type == "cpu":
             images = images.pin_memory()  # or the copy would wait for all that the stream has to do before
@@ -190,10 +198,11 @@ class RecordedBatches:
             if stream and self._done:
                 stream.wait_event(self._done)
             buffer[:count].copy_(images, non_blocking=True)
-            result = replay()[:count].clone()
+            result = replay()[:count]
+            result = result.to("cpu", non_blocking=True) if to_host else result.clone()  # (pinned memory)
             if stream:
                 self._done = stream.record_event()
-            return result
+            return result, self._done
 
     def _record(self, size: int) -> tuple[Tensor, Callable[[], Tensor]]:
         buffer = torch.zeros((size, *self._image), dtype=torch.uint8, device=self._device)
@@ -201,12 +210,15 @@ class RecordedBatches:
         if stream is None:
             return buffer, lambda: function(buffer)
         torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            function(buffer)  # compiles what is not compiled yet
+        with torch.cuda.stream(stream), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            function(buffer)  # compiles what is not compiled yet, and lets cuDNN choose
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on allocating meanwhile.
-        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+        with (
+            torch.backends.cudnn.flags(enabled=True, benchmark=True),
+            torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"),
+        ):
             result = function(buffer)
 
         def replay() -> Tensor:

@@ -51,7 +51,7 @@ class Engine:
 
         Args:
             model: a network, the name of one in the package (`lgcn_fast.models()`), or the path of weights.
-            device: "cpu" or "cuda" (or "cuda:1"). "auto" is the CPU, until that for a GPU has been seen on one.
+            device: "cpu" or "cuda" (or "cuda:1"). "auto" is a GPU where torch, Triton and CuPy can use one.
             precision: of filters and activations: "fp32", "bf16", or "auto": bf16 on a GPU, and on a processor that has
                 instructions for it. Sums and heatmaps are fp32 in any case.
             num_threads: on a CPU; 0: as many as PyTorch uses (`torch.get_num_threads()`).
@@ -172,11 +172,11 @@ class Engine:
 
 def engine_device(name: str) -> torch.device:
     """The device that an engine runs on, see `Engine`."""
-    device = checked_device("cpu" if name == "auto" else name)
+    missing = [package for package in GPU_PACKAGES if find_spec(package) is None]
+    device = checked_device("cpu" if name == "auto" and missing else name)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu', 'cuda' or 'auto', got {name!r}")
     if device.type == "cuda":
-        missing = [package for package in GPU_PACKAGES if find_spec(package) is None]
         if missing:
             remedy = "pip install triton and, for your version of CUDA, cupy-cuda12x or cupy-cuda13x"
             raise ValueError(f"device: {name!r} needs {' and '.join(GPU_PACKAGES)}, got no {missing[0]} ({remedy})")
