@@ -20,18 +20,20 @@ class Heatmaps(NamedTuple):
     """Omega = K * O^l + O^g (Eq. 2)."""
 
 
-class ScaledReLU(nn.Module):
-    """ReLU times a constant."""
+class ScaledBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation times a constant: ReLU(s x) = s ReLU(x), and here no pass over the activations is needed."""
 
-    def __init__(self, scale: float) -> None:
-        super().__init__()
+    def __init__(self, channels: int, scale: float) -> None:
+        super().__init__(channels)
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x) * self.scale
+        weight, bias = self.weight * self.scale, self.bias * self.scale
+        mean, variance = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, variance, weight, bias, self.training, self.momentum, self.eps)
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale}"
+        return f"{super().extra_repr()}, scale={self.scale}"
 
 
 class KernelConvolution(nn.Module):
@@ -53,11 +55,11 @@ class KernelConvolution(nn.Module):
 
 
 def conv_block(in_channels: int, out_channels: int, kernel: int, dilation: int, config: LGCNConfig) -> nn.Sequential:
-    """Zero-padded convolution with bias, batch normalisation, scaled ReLU, dropout."""
+    """Zero-padded convolution with bias, scaled batch normalisation, ReLU, dropout."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, padding=dilation * (kernel // 2), dilation=dilation),
-        nn.BatchNorm2d(out_channels),
-        ScaledReLU(config.activation_scale),
+        ScaledBatchNorm2d(out_channels, config.activation_scale),
+        nn.ReLU(),
         nn.Dropout(config.dropout),
     )
 
@@ -95,7 +97,7 @@ class LGCN(nn.Module):
     def _side_branch(config: LGCNConfig) -> nn.Sequential:
         channels = config.side_channels * (config.shuffle // config.stride) ** 2
         return nn.Sequential(
-            nn.Conv2d(config.filters, channels, 1), nn.BatchNorm2d(channels), ScaledReLU(config.activation_scale)
+            nn.Conv2d(config.filters, channels, 1), ScaledBatchNorm2d(channels, config.activation_scale), nn.ReLU()
         )
 
     def forward(self, images: Tensor) -> Heatmaps:

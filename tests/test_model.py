@@ -40,8 +40,8 @@ def test_layers_are_those_of_the_paper():
     assert dilated[0].in_channels == 136
     assert model.refine.weight.shape == (68, 16, 1, 1)
     for block in [*model.local_subnet, *model.global_subnet]:
-        assert [type(m).__name__ for m in block] == ["Conv2d", "BatchNorm2d", "ScaledReLU", "Dropout"]
-        assert (block[1].eps, block[2].scale, block[3].p) == (1e-5, 0.1, 0.1)
+        assert [type(m).__name__ for m in block] == ["Conv2d", "ScaledBatchNorm2d", "ReLU", "Dropout"]
+        assert (block[1].eps, block[1].scale, block[3].p) == (1e-5, 0.1, 0.1)
 
 
 @pytest.mark.parametrize("filters", [128, 64, 32, 16])
@@ -89,7 +89,7 @@ def test_forward_by_hand():
 
     features = block((image.double() / 128 - 1) * 0.1, model.local_subnet[0], 1)
     main = model.main(features)
-    side = model.side[1](model.side[0](features)).clamp(min=0) * 0.1
+    side = model.side[1](model.side[0](features)).clamp(min=0)  # the norm's factor is 0.1
     blurred = gaussian_sum(torch.cat([main, side], dim=1)) * 0.01
     expected = blurred[:, :2] + model.refine(block(blurred, model.global_subnet[0], 4))
     heatmaps = model(image)
