@@ -1,7 +1,4 @@
-"""Everything that needs an NVIDIA GPU, in under 8 minutes: the tests of what runs there, then times beside PyTorch's.
-
-Not run on a GPU yet.
-"""
+"""Everything that needs an NVIDIA GPU, in under 8 minutes: the tests of what runs there, then times beside others."""
 
 import subprocess
 import sys
@@ -28,7 +25,9 @@ from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import WEIGHTS
 
 BATCHES = (1, 64)
-NETWORKS = ("F = 128", "F = 16", "lgcn-nano-128")
+NETWORKS = ("F = 128", "F = 64", "F = 16", "lgcn-nano-128", "lgcn-nano")
+LAYERS = ((3, 4, 96), (5, 1, 96), (3, 1, 24))
+"""Filter size, dilation and side of the inner layers: context and local subnet, those of nano."""
 LAST_COMPILATION = 240
 """Seconds behind the start at which torch.compile, which takes minutes, is begun at the latest."""
 LONGEST_TESTS = 150
@@ -44,6 +43,14 @@ def on_device(function: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
     return do_bench(function, warmup=25, rep=100, return_mode="median")
+
+
+def replayed(function: Callable[[], object]) -> float:
+    """Median time on the device, milliseconds, recorded as a CUDA graph: without the gaps between short kernels."""
+    from triton.testing import do_bench_cudagraph
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return do_bench_cudagraph(function, rep=20, return_mode="median")
 
 
 def by_the_clock(function: Callable[[], object]) -> float:
@@ -125,32 +132,31 @@ def kernel_convolution(copy: float) -> dict[str, dict]:
 
 
 def convolutions(peak: float) -> dict[str, dict]:
-    """The dilated 3 x 3 layer in bf16: launch constants beside each other and beside cuDNN's fused call."""
-    from lgcn_fast_kernels.triton_convolution import TILES, Convolution, Tile
+    """Inner layers in bf16: launch constants beside each other and beside cuDNN's fused call."""
+    from lgcn_fast_kernels.triton_convolution import TILES, Convolution
 
     results = {}
-    for filters, batch in product((128, 64, 32, 16), BATCHES):
-        x = torch.randn(batch, filters, 96, 96, device="cuda", dtype=torch.bfloat16)
+    for (filters, tiles), (size, dilation, side), batch in product(TILES.items(), LAYERS, BATCHES):
+        x = torch.randn(batch, filters, side, side, device="cuda", dtype=torch.bfloat16).relu_()
         x = x.contiguous(memory_format=torch.channels_last)
-        weight = torch.randn(filters, filters, 3, 3, device="cuda", dtype=torch.bfloat16) / (3 * filters**0.5)
+        weight = torch.randn(filters, filters, size, size, device="cuda", dtype=torch.bfloat16) / (size * filters**0.5)
         bias = torch.randn(filters, device="cuda", dtype=torch.bfloat16)
         fused = weight.contiguous(memory_format=torch.channels_last)
+        padding = size // 2 * dilation
         functions: dict[str, Callable[[], object]] = {
-            "cuDNN": lambda x=x, w=fused, b=bias: F.conv2d(x, w, b, padding=4, dilation=4).relu_(),
-            "cuDNN, fused": lambda x=x, w=fused, b=bias: torch.cudnn_convolution_relu(
-                x, w, b, (1, 1), (4, 4), (4, 4), 1
+            "cuDNN": lambda x=x, w=fused, b=bias, p=padding, d=dilation: F.conv2d(x, w, b, 1, p, d).relu_(),
+            "cuDNN, fused": lambda x=x, w=fused, b=bias, p=padding, d=dilation: torch.cudnn_convolution_relu(
+                x, w, b, (1, 1), (p, p), (d, d), 1
             ),
         }
-        block_k = TILES[filters].block_k
-        shapes = (((8, 16), 4), ((8, 16), 8), ((4, 16), 4), ((16, 16), 8))
-        for ((block_y, block_x), warps), stages in product(shapes, (3, 4)):
-            tile = Tile(block_y, block_x, block_k, TILES[filters].block_f, warps, stages)
-            ours = Convolution(weight, bias, dilation=4, relu=True, tile=tile)
-            functions[f"{block_y} x {block_x}, {warps} warps, {stages} stages"] = lambda f=ours, x=x: f(x)
-        times = table(f"convolution, F = {filters}, batch {batch}", functions)
-        rate = 2 * x.numel() * filters * 9 / np.nanmin(list(times.values())) / 1e9
+        for tile in tiles:
+            ours = Convolution(weight, bias, dilation, relu=True, tile=tile)
+            functions[str(tile)] = lambda f=ours, x=x: f(x)
+        name = f"F = {filters}, {size} x {size}, dilation {dilation}, {side} x {side}, batch {batch}"
+        times = table(name, functions, replayed)
+        rate = 2 * x.numel() * filters * size**2 / np.nanmin(list(times.values())) / 1e9
         print(f"the best: {rate:.0f} TFLOP/s, {100 * rate / peak:.0f} % of the limit")
-        results[f"F = {filters}, batch {batch}"] = times
+        results[name] = times
     return results
 
 
@@ -164,7 +170,7 @@ def network(name: str, peak: float) -> dict[str, dict]:
     exact = model_of(name).cuda().requires_grad_(False)
     ours = Engine(exact, "cuda")
     for batch in BATCHES:
-        images = torch.randint(0, 256, (batch, 1, 96, 96), device="cuda", dtype=torch.uint8)
+        images = torch.from_numpy(real_crops(batch)).cuda()[:, None]
         fast = model_of(name).cuda().requires_grad_(False).to(memory_format=torch.channels_last).bfloat16()
         fast.load_state_dict(exact.state_dict())
         fast.kernel_convolution.operator = constant_bands(exact.config, torch.bfloat16, "cuda")

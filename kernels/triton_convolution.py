@@ -33,13 +33,15 @@ class Tile:
 
 
 TILES = {
-    16: Tile(8, 16, 16, 16, 4, 4),
-    32: Tile(8, 16, 32, 32, 4, 4),
-    64: Tile(8, 16, 64, 64, 4, 4),
-    128: Tile(8, 16, 64, 128, 8, 3),
+    16: (Tile(8, 16, 16, 16, 4, 4), Tile(16, 32, 16, 16, 8, 3)),
+    32: (Tile(8, 16, 32, 32, 4, 3), Tile(16, 16, 32, 32, 4, 3)),
+    64: (Tile(8, 8, 64, 64, 4, 4), Tile(8, 16, 64, 64, 4, 3)),
+    128: (Tile(8, 8, 64, 64, 4, 4), Tile(8, 16, 64, 128, 8, 4)),
 }
-"""By the number of filters, rounded up. Not measured on a GPU yet: `benchmarks/gpu.py` compares them with others."""
-FP32_TILES = {filters: Tile(8, 16, min(filters, 32), min(filters, 64), 8, 3) for filters in TILES}
+"""By the number of filters, rounded up: for images that are done soon, and for those that fill the GPU."""
+FULL_GRID = 264
+"""Programs that fill a GPU: two for each multiprocessor of an H100."""
+FP32_TILE = Tile(8, 16, 32, 64, 8, 3)
 """Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory."""
 BLOCK_C, BLOCK_P = 64, 64
 """Channels and pixels of a program of `channels_last`. Not measured on a GPU yet."""
@@ -175,17 +177,19 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def tile_of(filters: int, channels: int, dtype: torch.dtype, planes: bool) -> Tile:
-    """The launch constants of a layer."""
-    tiles = FP32_TILES if dtype == torch.float32 else TILES
-    tile = tiles[min(max(triton.next_power_of_2(filters), min(tiles)), max(tiles))]
+def tiles_of(filters: int, channels: int, dtype: torch.dtype, planes: bool) -> tuple[Tile, Tile]:
+    """The launch constants of a layer, as in `TILES`."""
+    size = min(max(triton.next_power_of_2(filters), min(TILES)), max(TILES))
+    tiles = TILES[size]
+    if dtype == torch.float32:
+        tiles = 2 * (replace(FP32_TILE, block_k=min(FP32_TILE.block_k, size), block_f=min(FP32_TILE.block_f, size)),)
     if planes:  # each element of the result has an address, which takes registers
-        tile = replace(tile, block_f=min(tile.block_f, 64), num_warps=8)
+        tiles = tuple(replace(tile, block_f=min(tile.block_f, 64), num_warps=8) for tile in tiles)
     # Filled up with zeros to whole blocks, the channels become at most half as many again.
-    block_k = tile.block_k
+    block_k = tiles[0].block_k
     while block_k > 16 and padded(channels, block_k) > 1.5 * channels:
         block_k //= 2
-    return replace(tile, block_k=block_k)
+    return tuple(replace(tile, block_k=block_k) for tile in tiles)
 
 
 def padded(channels: int, block_k: int) -> int:
@@ -216,7 +220,7 @@ class Convolution:
             origin: value of the input that counts as 0, also that of its padding.
             planes: the result's channels lie one after the other, contiguous; otherwise those of a pixel side by side.
             shuffle: a square of so many pixels a side is made of the filters of a pixel (`F.pixel_shuffle`).
-            tile: launch constants; default: those of `TILES`.
+            tile: launch constants; default: those of `TILES`, or cuDNN, by the size of a batch.
 
         Raises:
             ValueError: another shape or dtype.
@@ -229,8 +233,9 @@ class Convolution:
             raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
         self.filters, self.channels, self.kernel_size, _ = weight.shape
         self.dilation, self.relu, self.origin, self.planes, self.shuffle = dilation, relu, origin, planes, shuffle
-        self.tile = tile or tile_of(self.filters, self.channels, weight.dtype, planes)
-        self.padded_channels = padded(self.channels, self.tile.block_k)
+        self.tiles = (tile,) if tile else tiles_of(self.filters, self.channels, weight.dtype, planes)
+        self._block_k = self.tiles[0].block_k
+        self.padded_channels = padded(self.channels, self._block_k)
         filters = weight
         weight = F.pad(weight, (0, 0, 0, 0, 0, self.padded_channels - self.channels))
         self.weight = weight.permute(2, 3, 1, 0).reshape(-1, self.filters).contiguous()
@@ -264,9 +269,10 @@ class Convolution:
             out = torch.empty(size, dtype=self.weight.dtype, device=x.device, memory_format=layout)
         if residual is not None and residual.stride()[1:] != out.stride()[1:]:
             raise ValueError(f"residual: expected strides {out.stride()}, got {residual.stride()}")
-        tile = self.tile
-        tiles_y, tiles_x = triton.cdiv(height, tile.block_y), triton.cdiv(width, tile.block_x)
-        filter_blocks = triton.cdiv(self.filters, tile.block_f)
+        tile = self.tiles[-1]
+        if batch * math.prod(self._grid(tile, height, width)) < FULL_GRID:
+            tile = self.tiles[0]
+        tiles_y, tiles_x, filter_blocks = self._grid(tile, height, width)
         descriptors = self._fits_descriptors(x)
         weight: Tensor | TensorDescriptor = self.weight
         seen: Tensor | TensorDescriptor = x
@@ -288,8 +294,19 @@ class Convolution:
             )  # fmt: skip
         return out
 
+    def _grid(self, tile: Tile, height: int, width: int) -> tuple[int, int, int]:
+        """Programs an image, along y, x and the filters."""
+        cdiv = triton.cdiv
+        return cdiv(height, tile.block_y), cdiv(width, tile.block_x), cdiv(self.filters, tile.block_f)
+
     def _is_faster_in_cudnn(self, x: Tensor) -> bool:
-        plain = self.relu and not self.origin and not self.planes and x.dtype == self.weight.dtype != torch.float32
+        plain = (
+            len(self.tiles) > 1
+            and self.relu
+            and not self.origin
+            and not self.planes
+            and x.dtype == self.weight.dtype != torch.float32
+        )
         lines = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
         return plain and lines and len(x) * x[0, 0].numel() >= CUDNN.get((self.filters, self.kernel_size), math.inf)
 
@@ -297,5 +314,5 @@ class Convolution:
         """Whether blocks of `x` and of the filters can be loaded as a whole: 16 bytes are the least."""
         aligned = all(stride * x.element_size() % 16 == 0 for stride in (x.stride(0), x.stride(2), x.stride(3)))
         aligned = aligned and x.stride(1) == 1 and self.filters * x.element_size() % 16 == 0
-        whole = self.padded_channels % self.tile.block_k == 0 and self.tile.block_k * x.element_size() >= 16
+        whole = self.padded_channels % self._block_k == 0 and self._block_k * x.element_size() >= 16
         return aligned and whole and not self.origin and x.dtype == self.weight.dtype and x.data_ptr() % 16 == 0

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lgcn_fast_kernels import triton_convolution, triton_crop, triton_gaussian_sum, triton_peaks
-from lgcn_fast_kernels.triton_convolution import TILES, tile_of
+from lgcn_fast_kernels.triton_convolution import TILES, tiles_of
 
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program may have on an H200."""
@@ -41,10 +41,10 @@ def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90,
 
 def convolution(
     dtype: str, filters: int = 128, channels: int = 128, descriptors: bool = False, planes: bool = False,
-    capability: int = 90, types: dict | None = None, **changes,
+    capability: int = 90, many: bool = True, types: dict | None = None, **changes,
 ) -> str:  # fmt: skip
-    """`types` and `changes` of the kernel's arguments, beside those of an inner layer."""
-    tile = tile_of(filters, channels, torch.float32 if dtype == "fp32" else torch.bfloat16, planes)
+    """For many pixels or few; `types` and `changes` of the kernel's arguments, beside those of an inner layer."""
+    tile = tiles_of(filters, channels, torch.float32 if dtype == "fp32" else torch.bfloat16, planes)[many]
     constants = {
         "residual_ptr": None, "CHANNELS": channels,
         "PADDED_CHANNELS": triton_convolution.padded(channels, tile.block_k), "FILTERS": filters,
@@ -93,9 +93,10 @@ def crop(to_gray: bool, taps: int) -> str:
 
 if __name__ == "__main__":
     for filters in TILES:
-        text = convolution("bf16", filters, filters, descriptors=True)
-        assert "wgmma.mma_async" in text, filters
-        assert "cp.async.bulk.tensor" in text, filters
+        for many in (False, True):
+            text = convolution("bf16", filters, filters, descriptors=True, many=many)
+            assert "wgmma.mma_async" in text, filters
+            assert "cp.async.bulk.tensor" in text, filters
         assert "mma.sync" in convolution("bf16", filters, filters, descriptors=True, capability=80), filters
         for dtype in ("bf16", "fp32"):
             # First layer, heads, behind the blur, inner layer, last layer: the blurred heatmaps are added.
