@@ -287,19 +287,21 @@ def default_shape(num_landmarks: int) -> Path:
     return WEIGHTS / f"shape-{num_landmarks}.safetensors"
 
 
-def _shape_path(shape: Path | str | None, num_landmarks: int) -> Path:
-    path = Path(shape) if shape else default_shape(num_landmarks)
-    if not shape and not path.exists():
-        expected = f"the shape model of the {num_landmarks} landmarks (from `lgcn-fast fit-shape`) or fit=False"
-        raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")
-    return path
-
-
 def shape_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> ShapeModel:
-    return shape if isinstance(shape, ShapeModel) else _loaded_shape(_shape_path(shape, num_landmarks))
+    if isinstance(shape, ShapeModel):
+        return shape
+    return _loaded_shape(Path(shape)) if shape else _packaged_shape(default_shape(num_landmarks), num_landmarks)
 
 
 _loaded_shape = lru_cache(maxsize=8)(ShapeModel.load)
+
+
+@lru_cache(maxsize=8)
+def _packaged_shape(path: Path, num_landmarks: int) -> ShapeModel:
+    if not path.exists():
+        expected = f"the shape model of the {num_landmarks} landmarks (from `lgcn-fast fit-shape`) or fit=False"
+        raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")
+    return ShapeModel.load(path)
 
 
 def engine_for(model: Engine | LGCN | Path | str | None, device: str, precision: str) -> Engine:
