@@ -25,11 +25,15 @@ struct Alone {
     static double least(double value) { return value; }
 };
 
-LGCN_EVERY_SIMD inline void combine(const Alone&, const double* weights, long long count, const double* rows,
-                                    long long width, double* sums, long long) {
+LGCN_EVERY_SIMD inline void combine(const Alone&, const double* weights, Index count, const double* rows, Index width,
+                                    double* sums) {
     std::fill(sums, sums + width, 0.0);
-    for (long long row = 0; row < count; ++row)
-        for (long long i = 0; i < width; ++i) sums[i] += weights[row] * rows[row * width + i];
+    for (Index row = 0; row < count; ++row)
+        for (Index i = 0; i < width; ++i) sums[i] += weights[row] * rows[row * width + i];
+}
+
+inline void project(const Alone& alone, const FitModel& model, const double* turned, double* right) {
+    combine(alone, turned, 2 * model.landmarks, model.transposed, model.parameters, right);
 }
 
 inline Moments window_moments(const Alone&, const Heatmap& map, const Window& window, float threshold) {

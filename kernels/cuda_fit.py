@@ -16,7 +16,7 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("heatmap.hpp", "fit_
 OPTIONS = ("-std=c++17", "-default-device")
 """Of NVRTC. (The functions of the source are not marked for a device: on a CPU there is no such mark.)"""
 THREADS = 512
-"""Of a block, as in the source's launch bounds. Not measured on a GPU yet."""
+"""Of a block."""
 PLAIN_SHARED_BYTES = 48 * 1024
 """Shared memory that a kernel gets without asking for it."""
 
@@ -24,6 +24,12 @@ PLAIN_SHARED_BYTES = 48 * 1024
 def cuda_source() -> str:
     """What NVRTC compiles: one text without includes, as CuPy keeps compiled kernels on disk by their text alone."""
     return "\n".join(source.read_text() for source in SOURCES)
+
+
+def cuda_options(landmarks: int, parameters: int) -> tuple[str, ...]:
+    """Of NVRTC, with the sizes that the source is compiled for: those of a shape model and of a block."""
+    sizes = {"LANDMARKS": landmarks, "PARAMETERS": parameters, "THREADS": THREADS}
+    return (*OPTIONS, *(f"-DLGCN_{name}={size}" for name, size in sizes.items()))
 
 
 class CudaFitter:
@@ -51,7 +57,7 @@ class CudaFitter:
             expected, got = f"a model that needs up to {limit} bytes", f"{self._shared_bytes}"
             raise ValueError(f"fitter: expected {expected} of shared memory on {self.device}, got {got}")
         self._constants = torch.from_numpy(fitter.constants).to(self.device)
-        self._kernel = _compiled(index)
+        self._kernel = _compiled(index, self.landmarks, self.modes + 4)
         if self._shared_bytes > PLAIN_SHARED_BYTES:
             with _cupy().cuda.Device(index):
                 self._kernel.max_dynamic_shared_size_bytes = limit
@@ -90,8 +96,8 @@ class CudaFitter:
             check_tensor("out", array, shape, torch.float32, self.device)
         if faces:
             self._launch(faces, (
-                heatmaps.data_ptr(), peaks.data_ptr(), self._constants.data_ptr(), landmarks, self.modes + 4,
-                self._windows, height, width, float(stride), *(array.data_ptr() for array in out),
+                heatmaps.data_ptr(), peaks.data_ptr(), self._constants.data_ptr(), self._windows, height, width,
+                float(stride), *(array.data_ptr() for array in out),
             ))  # fmt: skip
         return out
 
@@ -103,11 +109,12 @@ class CudaFitter:
 
 
 @cache
-def _compiled(device_index: int) -> Any:
+def _compiled(device_index: int, landmarks: int, parameters: int) -> Any:
     """The kernel, compiled and loaded: the first launch may be one into a CUDA graph, where neither is possible."""
     cupy = _cupy()
     with cupy.cuda.Device(device_index):
-        kernel = cupy.RawModule(code=cuda_source(), options=OPTIONS).get_function("fit_faces")
+        options = cuda_options(landmarks, parameters)
+        kernel = cupy.RawModule(code=cuda_source(), options=options).get_function("fit_faces")
         kernel.compile()
     return kernel
 

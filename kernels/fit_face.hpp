@@ -6,8 +6,9 @@
 //     team(), teams()         this thread's team, of how many
 //     rank(), size()          this thread's number in its team, of how many
 //     sync()                  what any thread of the group wrote before it, all see after it
-//     sum(values), least(v)   over a team: sums of some numbers, in place, and the smallest number
-// On a CPU the group is one thread, which replaces the three steps that take its time by SIMD versions (csrc/fit.hpp).
+//     sum(values), least(v)   over a team: sums of some numbers (double or Sum), in place, and the smallest number
+// On a CPU the group is one thread, which replaces the steps that take its time by SIMD versions (csrc/fit.hpp). On a
+// GPU what takes time is to wait, for memory and for each other: many loads are under way at once, and syncs are few.
 #pragma once
 
 #ifndef __CUDACC_RTC__  // CuPy puts the two files together: it keeps compiled kernels, and does not look into includes.
@@ -29,15 +30,15 @@ struct FitOptions {
 
 // A shape model and the options: views of one array, which starts with the options.
 struct FitModel {
-    long long landmarks, parameters, windows;
+    Index landmarks, parameters, windows;
     const FitOptions* options;
     const double* radii;       // (windows,) of the rounds behind the first, which sees all pixels
     const double* deviations;  // (parameters - 4,) of the modes
     const double* basis;       // (parameters, landmarks, 2), the mean shape first
-    const double* transposed;  // (landmarks, 2, parameters)
+    const double* transposed;  // (landmarks, 2, parameters), for a CPU
     const double* products;    // (landmarks, parameters * (parameters + 1) / 2): lower halves of B_i^T B_i, row by row
 
-    FitModel(const double* constants, long long landmarks, long long parameters, long long windows)
+    FitModel(const double* constants, Index landmarks, Index parameters, Index windows)
         : landmarks(landmarks),
           parameters(parameters),
           windows(windows),
@@ -48,10 +49,10 @@ struct FitModel {
           transposed(basis + parameters * landmarks * 2),
           products(transposed + parameters * landmarks * 2) {}
 
-    long long half() const { return parameters * (parameters + 1) / 2; }
+    Index half() const { return parameters * (parameters + 1) / 2; }
     // In doubles.
-    long long constants() const { return products + landmarks * half() - reinterpret_cast<const double*>(options); }
-    long long workspace() const { return half() + 2 * parameters + 5 * landmarks; }
+    Index constants() const { return products + landmarks * half() - reinterpret_cast<const double*>(options); }
+    Index workspace() const { return half() + 2 * parameters + 5 * landmarks; }
 };
 
 template <typename Number>
@@ -64,26 +65,43 @@ struct Guess {
     double cos, sin, size;
 };
 
-// sums (width,) = weights (count,) times rows (count, width), for the threads behind the first `busy` ones.
+// sums (width,) = weights (count,) times rows (count, width).
 template <typename Group>
-void combine(const Group& group, const double* weights, long long count, const double* rows, long long width,
-             double* sums, long long busy) {
-    const long long lanes = group.lanes();
-    for (long long column = (group.lane() + lanes - busy % lanes) % lanes; column < width; column += lanes) {
+void combine(const Group& group, const double* weights, Index count, const double* rows, Index width, double* sums) {
+    for (Index column = group.lane(); column < width; column += group.lanes()) {
         double sum = 0;
-        LGCN_UNROLL_8
-        for (long long row = 0; row < count; ++row) sum += weights[row] * rows[row * width + column];
+        LGCN_UNROLL
+        for (Index row = 0; row < count; ++row) sum += weights[row] * rows[row * width + column];
         sums[column] = sum;
     }
 }
 
-// How the threads of a team share a window: in rows of up to 16 columns.
+// right (parameters,) = basis (parameters, landmarks, 2) times turned (landmarks, 2), by the teams that are idle while
+// the others combine `half` columns.
+template <typename Group>
+void project(const Group& group, const FitModel& model, const double* turned, double* right) {
+    const Index count = 2 * model.landmarks, size = group.size();
+    const Index busy = (model.half() + size - 1) / size % group.teams();
+    if (group.team() < busy) return;
+    for (Index p = group.team() - busy; p < model.parameters; p += group.teams() - busy) {
+        double sum[1] = {};
+        LGCN_UNROLL
+        for (Index first = 0; first < count; first += size) {
+            const Index i = first + group.rank();
+            sum[0] += i < count ? turned[i] * model.basis[p * count + i] : 0;
+        }
+        group.sum(sum);
+        if (group.rank() == 0) right[p] = sum[0];
+    }
+}
+
+// How the threads of a team share a window: in rows of up to `columns` columns.
 struct Share {
     Index across, down, column, row;
 
     template <typename Group>
-    explicit Share(const Group& group)
-        : across(smaller(static_cast<Index>(group.size()), static_cast<Index>(16))),
+    Share(const Group& group, Index columns)
+        : across(smaller(static_cast<Index>(group.size()), columns)),
           down(static_cast<Index>(group.size()) / across),
           column(static_cast<Index>(group.rank()) % across),
           row(static_cast<Index>(group.rank()) / across) {}
@@ -92,25 +110,68 @@ struct Share {
 // Moments of the pixels with a value above the threshold in a window, for all threads of a team.
 template <typename Group>
 Moments window_moments(const Group& group, const Heatmap& map, const Window& window, float threshold) {
-    const Share share(group);
-    // Each thread adds up few pixels, with positions counted from the corner: fp32 is enough.
+    const Share share(group, 16);
+    constexpr Index columns = 2, rows = 10;  // of a thread at once
+    // A thread adds up few pixels, and a team few threads, with positions counted from the corner: fp32 is enough.
     float w2 = 0, w2x = 0, w2y = 0;
-    for (Index x = window.x0 + share.column; x < window.x1; x += share.across) {
-        float column = 0;
-        LGCN_UNROLL_8
-        for (Index y = window.y0 + share.row; y < window.y1; y += share.down) {
-            const float value = map.data[y * map.width + x];
-            const float squared = value > threshold ? value * value : 0.0f;
-            column += squared;
-            w2y += squared * static_cast<float>(y - window.y0);
+    for (Index x0 = window.x0 + share.column; x0 < window.x1; x0 += columns * share.across)
+        for (Index y0 = window.y0 + share.row; y0 < window.y1; y0 += rows * share.down) {
+            float values[columns][rows];
+            LGCN_UNROLL
+            for (Index i = 0; i < columns; ++i) {
+                LGCN_UNROLL
+                for (Index j = 0; j < rows; ++j) {
+                    const Index x = x0 + i * share.across, y = y0 + j * share.down;
+                    values[i][j] = x < window.x1 && y < window.y1 ? map.data[y * map.width + x] : threshold;
+                }
+            }
+            LGCN_UNROLL
+            for (Index i = 0; i < columns; ++i) {
+                float column = 0;
+                LGCN_UNROLL
+                for (Index j = 0; j < rows; ++j) {
+                    const float value = values[i][j], squared = value > threshold ? value * value : 0.0f;
+                    column += squared;
+                    w2y += squared * static_cast<float>(y0 + j * share.down - window.y0);
+                }
+                w2 += column;
+                w2x += column * static_cast<float>(x0 + i * share.across - window.x0);
+            }
         }
-        w2 += column;
-        w2x += column * static_cast<float>(x - window.x0);
-    }
-    double sums[3] = {w2, w2x, w2y};
+    Sum sums[3] = {w2, w2x, w2y};
     group.sum(sums);
-    return {sums[0], sums[1] + sums[0] * static_cast<double>(window.x0),
-            sums[2] + sums[0] * static_cast<double>(window.y0)};
+    const double total = sums[0];
+    return {total, sums[1] + total * static_cast<double>(window.x0), sums[2] + total * static_cast<double>(window.y0)};
+}
+
+// `centroid` of heatmap.hpp, for all threads of a team. As the window is symmetric about the pixel, what is subtracted
+// from all values changes the first of the three sums only: here the pixel's own value, and in the end the smallest.
+template <typename Group>
+Peak centroid(const Group& group, const Heatmap& map, Index y, Index x) {
+    constexpr Index side = 2 * kRadius + 1;
+    const Index dy = smaller(kRadius, smaller(y, map.height - 1 - y));
+    const Index dx = smaller(kRadius, smaller(x, map.width - 1 - x));
+    Peak peak{static_cast<float>(x), static_cast<float>(y), map.at(y, x)};
+    double smallest = INFINITY;
+    Sum sums[3] = {};
+    for (Index k = group.rank(); k < side * side; k += group.size()) {
+        const Index j = k / side - kRadius, i = k % side - kRadius;
+        if (j < -dy || j > dy || i < -dx || i > dx) continue;
+        const float value = map.at(y + j, x + i) - peak.value;
+        smallest = smaller(smallest, static_cast<double>(value));
+        sums[0] += value;
+        sums[1] += value * static_cast<float>(i);
+        sums[2] += value * static_cast<float>(j);
+    }
+    smallest = group.least(smallest);
+    group.sum(sums);
+    if (!(smallest > -INFINITY && peak.value < INFINITY)) return peak;
+    const double sum = sums[0] - smallest * static_cast<double>((2 * dy + 1) * (2 * dx + 1));
+    if (sum > 0 && sum < INFINITY) {
+        peak.x = static_cast<float>(static_cast<double>(x) + sums[1] / sum);
+        peak.y = static_cast<float>(static_cast<double>(y) + sums[2] / sum);
+    }
+    return peak;
 }
 
 // The local maximum above the threshold nearest to a target, for all threads of a team, if its centroid is at most
@@ -121,20 +182,25 @@ Peak nearest_peak(const Group& group, const Heatmap& map, double x, double y, do
     // most sqrt(2) (radius + kRadius) from the target, and so is every pixel nearer to it: no others need be looked at.
     // As most maxima are close to their target, a small square is searched first; it holds all pixels up to `reach`.
     const double furthest = 1.4142136 * (radius + static_cast<double>(kRadius));
-    const Share share(group);
+    const Share share(group, 8);
+    constexpr Index rows = 2;  // of a thread at once; behind the last row it is that one again, which does no harm
     double best, place;
     for (double reach = smaller(3.0, furthest);; reach = furthest) {
         const Window square = window(map, x, y, reach);
         double mine = INFINITY, my_place = INFINITY;
-        for (Index row = square.y0 + share.row; row < square.y1; row += share.down)
+        for (Index y0 = square.y0 + share.row; y0 < square.y1; y0 += rows * share.down)
             for (Index column = square.x0 + share.column; column < square.x1; column += share.across) {
-                const Index pixel = row * map.width + column;
-                if (!(map.data[pixel] > threshold)) continue;
-                const double dy = static_cast<double>(row) - y, dx = static_cast<double>(column) - x;
-                const double distance = dy * dy + dx * dx;
-                if (!(distance < mine) || !is_local_maximum(map, row, column)) continue;
-                mine = distance;
-                my_place = static_cast<double>(pixel);
+                LGCN_UNROLL
+                for (Index j = 0; j < rows; ++j) {
+                    const Index row = smaller(y0 + j * share.down, square.y1 - 1), pixel = row * map.width + column;
+                    const double dy = static_cast<double>(row) - y, dx = static_cast<double>(column) - x;
+                    const double distance = dy * dy + dx * dx;
+                    // No early end here either.
+                    const bool above = map.data[pixel] > threshold, maximum = is_local_maximum(map, row, column);
+                    if (!above || !maximum || !(distance < mine)) continue;
+                    mine = distance;
+                    my_place = static_cast<double>(pixel);
+                }
             }
         best = group.least(mine);
         place = group.least(mine == best ? my_place : INFINITY);
@@ -142,7 +208,7 @@ Peak nearest_peak(const Group& group, const Heatmap& map, double x, double y, do
     }
     if (best == INFINITY) return {static_cast<float>(x), static_cast<float>(y), 0.0f};
     const auto pixel = static_cast<Index>(place);
-    return centroid(map, pixel / map.width, pixel % map.width);
+    return centroid(group, map, pixel / map.width, pixel % map.width);
 }
 
 // Rotation and size by Kabsch's algorithm from the certain maxima, or the best where fewer than two are. Every team
@@ -151,35 +217,43 @@ template <typename Group, typename Number>
 Guess first_guess(const Group& group, const FitModel& model, const Evidence<Number>* evidence, double side) {
     const FitOptions& options = *model.options;
     double least = options.certain;
-    double certain[1] = {};
-    for (long long i = group.rank(); i < model.landmarks; i += group.size()) certain[0] += evidence[i].value >= least;
-    group.sum(certain);
-    if (certain[0] < 2) {
+    double centre[5];  // of the maxima, of the mean shape; their number
+    const auto add_up = [&] {
+        for (double& sum : centre) sum = 0;
+        LGCN_UNROLL
+        for (Index first = 0; first < model.landmarks; first += group.size()) {
+            const Index k = first + group.rank(), i = smaller(k, model.landmarks - 1);
+            const double chosen = k == i && evidence[i].value >= least ? 1 : 0;
+            centre[0] += chosen * evidence[i].x;
+            centre[1] += chosen * evidence[i].y;
+            centre[2] += chosen * model.basis[2 * i];
+            centre[3] += chosen * model.basis[2 * i + 1];
+            centre[4] += chosen;
+        }
+        group.sum(centre);
+    };
+    add_up();
+    if (centre[4] < 2) {
         // The smallest value that fewer than FALLBACK are above.
         double mine = INFINITY;
-        for (long long i = group.rank(); i < model.landmarks; i += group.size()) {
+        for (Index i = group.rank(); i < model.landmarks; i += group.size()) {
             double above = 0;
-            for (long long k = 0; k < model.landmarks; ++k) above += evidence[k].value > evidence[i].value;
+            for (Index k = 0; k < model.landmarks; ++k) above += evidence[k].value > evidence[i].value;
             if (above < options.fallback) mine = smaller(mine, static_cast<double>(evidence[i].value));
         }
         least = group.least(mine);
+        add_up();
     }
-    double centre[5] = {};  // of the maxima, of the mean shape; their number
-    for (long long i = group.rank(); i < model.landmarks; i += group.size()) {
-        if (!(evidence[i].value >= least)) continue;
-        centre[0] += evidence[i].x;
-        centre[1] += evidence[i].y;
-        centre[2] += model.basis[2 * i];
-        centre[3] += model.basis[2 * i + 1];
-        centre[4] += 1;
-    }
-    group.sum(centre);
-    for (int k = 0; k < 4; ++k) centre[k] /= centre[4];
+    const double share = 1 / centre[4];
+    for (int k = 0; k < 4; ++k) centre[k] *= share;
     double products[3] = {};  // of the two sets of points: along, across; of the mean shape with itself
-    for (long long i = group.rank(); i < model.landmarks; i += group.size()) {
-        if (!(evidence[i].value >= least)) continue;
+    LGCN_UNROLL
+    for (Index first = 0; first < model.landmarks; first += group.size()) {
+        const Index k = first + group.rank(), i = smaller(k, model.landmarks - 1);
+        const double chosen = k == i && evidence[i].value >= least ? 1 : 0;
         const double x = evidence[i].x - centre[0], y = evidence[i].y - centre[1];
-        const double from_x = model.basis[2 * i] - centre[2], from_y = model.basis[2 * i + 1] - centre[3];
+        const double from_x = chosen * (model.basis[2 * i] - centre[2]);
+        const double from_y = chosen * (model.basis[2 * i + 1] - centre[3]);
         products[0] += from_x * x + from_y * y;
         products[1] += from_x * y - from_y * x;
         products[2] += from_x * from_x + from_y * from_y;
@@ -197,7 +271,7 @@ void add_prior(const Group& group, const FitModel& model, const Guess& guess, co
                double* left, double* right) {
     const FitOptions& options = *model.options;
     const double x = static_cast<double>(map.width - 1) / 2, y = static_cast<double>(map.height - 1) / 2;
-    for (long long p = group.lane(); p < model.parameters; p += group.lanes()) {
+    for (Index p = group.lane(); p < model.parameters; p += group.lanes()) {
         const double prior = p == 0   ? guess.size
                              : p == 2 ? guess.cos * x + guess.sin * y
                              : p == 3 ? guess.cos * y - guess.sin * x
@@ -206,7 +280,7 @@ void add_prior(const Group& group, const FitModel& model, const Guess& guess, co
                               : p < 4 ? options.shift_spread * static_cast<double>(larger(map.height, map.width))
                                       : guess.size * model.deviations[p - 4];
         // Square pixels times a sum over pixels: both are fewer by the square of the stride.
-        const double precision = options.noise / (spread * spread) / (stride * stride * stride * stride);
+        const double precision = options.noise / (spread * spread * stride * stride * stride * stride);
         left[p * (p + 3) / 2] += precision;
         right[p] += precision * prior;
     }
@@ -217,25 +291,25 @@ void add_prior(const Group& group, const FitModel& model, const Guess& guess, co
 //   right: (count,) behind it, so that it is the last row of the triangle; is changed
 //   theta: (count,), the solution, which all threads see
 template <typename Group>
-void solve_system(const Group& group, double* left, double* right, long long count, double* theta) {
-    const auto row = [&](long long i) { return left + i * (i + 1) / 2; };
+void solve_system(const Group& group, double* left, double* right, Index count, double* theta) {
+    const auto row = [&](Index i) { return left + i * (i + 1) / 2; };
     // Row i loses its share of every column j before it. Column j itself stays as it is: L times D.
-    for (long long j = 0; j < count; ++j) {
+    for (Index j = 0; j < count; ++j) {
         const double inverse = 1 / row(j)[j];
         if (group.lane() == 0) theta[j] = inverse;
-        for (long long i = j + 1 + group.team(); i <= count; i += group.teams()) {
+        for (Index i = j + 1 + group.team(); i <= count; i += group.teams()) {
             const double factor = row(i)[j] * inverse;
-            const long long end = smaller(i + 1, count);
-            for (long long k = j + 1 + group.rank(); k < end; k += group.size()) row(i)[k] -= factor * row(k)[j];
+            const Index end = smaller(i + 1, count);
+            for (Index k = j + 1 + group.rank(); k < end; k += group.size()) row(i)[k] -= factor * row(k)[j];
         }
         group.sync();
     }
-    for (long long j = count - 1; j > 0; --j) {
+    for (Index j = count - 1; j > 0; --j) {
         const double solved = right[j] * theta[j];
-        for (long long k = group.lane(); k < j; k += group.lanes()) right[k] -= row(j)[k] * solved;
+        for (Index k = group.lane(); k < j; k += group.lanes()) right[k] -= row(j)[k] * solved;
         group.sync();
     }
-    for (long long p = group.lane(); p < count; p += group.lanes()) theta[p] *= right[p];
+    for (Index p = group.lane(); p < count; p += group.lanes()) theta[p] *= right[p];
     group.sync();
 }
 
@@ -255,10 +329,10 @@ void finish(const Group& group, const FitModel& model, const Heatmap& maps, doub
             double size, const double* theta, const double* shape, double* certainties, double* squares,
             const FitResult<Out>& result) {
     const FitOptions& options = *model.options;
-    for (long long k = group.lane(); k < model.parameters - 4; k += group.lanes())
+    for (Index k = group.lane(); k < model.parameters - 4; k += group.lanes())
         result.coefficients[k] = static_cast<Out>(theta[4 + k] / (frame.size * model.deviations[k]));
     const double radius = model.radii[model.windows - 1] / stride;
-    for (long long i = group.team(); i < model.landmarks; i += group.teams()) {
+    for (Index i = group.team(); i < model.landmarks; i += group.teams()) {
         const auto [x, y] = Placed(frame, shape + 2 * i);
         const auto threshold = static_cast<float>(options.threshold);
         const Peak peak = nearest_peak(group, maps.neighbour(i), x, y, radius, threshold);
@@ -277,7 +351,7 @@ void finish(const Group& group, const FitModel& model, const Heatmap& maps, doub
     }
     group.sync();
     double totals[2] = {};  // of the certainties; of the squared distances, weighted by them
-    for (long long i = group.rank(); i < model.landmarks; i += group.size()) {
+    for (Index i = group.rank(); i < model.landmarks; i += group.size()) {
         totals[0] += certainties[i];
         totals[1] += certainties[i] * squares[i];
     }
@@ -295,7 +369,7 @@ template <typename Group, typename In, typename Out>
 void fit_face(const Group& group, const FitModel& model, const Heatmap& maps, const Evidence<In>* evidence,
               double stride, double* workspace, const FitResult<Out>& result) {
     const auto threshold = static_cast<float>(model.options->threshold);
-    const long long landmarks = model.landmarks, parameters = model.parameters, half = model.half();
+    const Index landmarks = model.landmarks, parameters = model.parameters, half = model.half();
     double* left = workspace;
     double* right = left + half;
     double* theta = right + parameters;
@@ -305,13 +379,14 @@ void fit_face(const Group& group, const FitModel& model, const Heatmap& maps, co
 
     Guess frame{};  // of the shape
     Guess guess = first_guess(group, model, evidence, static_cast<double>(larger(maps.height, maps.width)));
-    for (long long round = 0; round <= model.windows; ++round) {
-        for (long long i = group.team(); i < landmarks; i += group.teams()) {
+    for (Index round = 0; round <= model.windows; ++round) {
+        const double radius = round > 0 ? model.radii[round - 1] / stride : 0;
+        for (Index i = group.team(); i < landmarks; i += group.teams()) {
             Moments m{evidence[i].w2, evidence[i].w2x, evidence[i].w2y};
             if (round > 0) {
                 const Heatmap map = maps.neighbour(i);
                 const auto [x, y] = Placed(frame, shape + 2 * i);
-                m = window_moments(group, map, window(map, x, y, model.radii[round - 1] / stride), threshold);
+                m = window_moments(group, map, window(map, x, y, radius), threshold);
             }
             if (group.rank() > 0) continue;
             weights[i] = m.w2;
@@ -319,15 +394,16 @@ void fit_face(const Group& group, const FitModel& model, const Heatmap& maps, co
             turned[2 * i + 1] = guess.cos * m.w2y - guess.sin * m.w2x;
         }
         group.sync();
-        combine(group, weights, landmarks, model.products, half, left, 0);
-        combine(group, turned, 2 * landmarks, model.transposed, parameters, right, half);
+        combine(group, weights, landmarks, model.products, half, left);
+        project(group, model, turned, right);
         group.sync();
         add_prior(group, model, guess, maps, stride, left, right);
         group.sync();
         solve_system(group, left, right, parameters, theta);
-        combine(group, theta, parameters, model.basis, 2 * landmarks, shape, 0);
+        combine(group, theta, parameters, model.basis, 2 * landmarks, shape);
         frame = guess;
-        const double size = hypot(theta[0], theta[1]), cos = theta[0] / size, sin = theta[1] / size;
+        const double size = sqrt(theta[0] * theta[0] + theta[1] * theta[1]), inverse = 1 / size;
+        const double cos = theta[0] * inverse, sin = theta[1] * inverse;
         guess = {frame.cos * cos - frame.sin * sin, frame.sin * cos + frame.cos * sin, size};
         group.sync();
     }
@@ -336,35 +412,101 @@ void fit_face(const Group& group, const FitModel& model, const Heatmap& maps, co
 
 #ifdef __CUDACC_RTC__
 
+// Compiled with LGCN_LANDMARKS and LGCN_PARAMETERS of the model, and LGCN_THREADS of a block.
+
 // A thread block; its teams are its warps.
 struct Block {
     __device__ int lane() const { return threadIdx.x; }
-    __device__ int lanes() const { return blockDim.x; }
+    __device__ int lanes() const { return LGCN_THREADS; }
     __device__ int team() const { return threadIdx.x / 32; }
-    __device__ int teams() const { return blockDim.x / 32; }
+    __device__ int teams() const { return LGCN_THREADS / 32; }
     __device__ int rank() const { return threadIdx.x % 32; }
     __device__ int size() const { return 32; }
     __device__ void sync() const { __syncthreads(); }
 
-    template <int count>
-    __device__ void sum(double (&values)[count]) const {
+    template <typename T, int count>
+    __device__ void sum(T (&values)[count]) const {
         for (int other = 16; other > 0; other /= 2)
             for (int i = 0; i < count; ++i) values[i] += __shfl_xor_sync(~0u, values[i], other);
     }
 
     __device__ double least(double value) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
         for (int other = 16; other > 0; other /= 2) value = smaller(value, __shfl_xor_sync(~0u, value, other));
         return value;
+#else
+        // By the order of integers, one half of the bits after the other: there are instructions for these.
+        const auto flipped = [](long long bits) { return bits ^ (bits >> 63 & 0x7fffffffffffffff); };
+        const long long bits = flipped(__double_as_longlong(value));
+        const int half = static_cast<int>(bits >> 32), upper = __reduce_min_sync(~0u, half);
+        const unsigned lower = __reduce_min_sync(~0u, half == upper ? static_cast<unsigned>(bits) : ~0u);
+        return __longlong_as_double(flipped(static_cast<long long>(upper) << 32 | lower));
+#endif
     }
 };
 
+#if LGCN_PARAMETERS <= 32
+
+// 1 / x to about the last bit, without a division's branches for numbers that are not normal.
+inline double reciprocal(double x) {
+#ifdef __CUDA_ARCH__
+    double y;
+    asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
+#else
+    double y = 1 / static_cast<float>(x);
+#endif
+    const double error = 1 - x * y;
+    return y + y * (error + error * error);
+}
+
+// In the place of the general one: one warp alone, with row i of the system in the registers of lane i, takes each
+// unknown out of all rows but its own (Gauss and Jordan). The rows move on: the unknown's column is their first.
+inline void solve_system(const Block& group, double* left, double* right, Index, double* theta) {
+    constexpr int count = LGCN_PARAMETERS;
+    if (group.team() == 0) {
+        const int lane = group.rank(), i = smaller(lane, count - 1);  // lanes to spare have the last row too
+        double row[count + 1], value = right[i], own = 0;
+#pragma unroll
+        for (int k = 0; k < count; ++k) {
+            const double lower = left[i * (i + 1) / 2 + k], upper = left[k * (k + 1) / 2 + i];
+            row[k] = k <= i ? lower : upper;
+        }
+        row[count] = 0;
+        double inverse = reciprocal(__shfl_sync(~0u, row[0], 0));
+        __syncwarp();
+        // This column and the next stand where the matrix was; what is read behind their ends is never used.
+        if (lane < count) left[lane] = row[0];
+        __syncwarp();
+#pragma unroll 2
+        for (int j = 0; j < count; ++j) {
+            // As the matrix is symmetric, the row of the unknown is the column of it.
+            const double* own_row = left + j % 2 * count + j;
+            const double factor = lane == j ? 0 : row[0] * inverse;
+            if (lane == j) own = inverse;
+            // The next unknown's division first, as it takes longest.
+            row[0] = row[1] - factor * own_row[1];
+            if (lane < count) left[(j + 1) % 2 * count + lane] = row[0];
+            inverse = reciprocal(__shfl_sync(~0u, row[0], j + 1));
+            value -= factor * __shfl_sync(~0u, value, j);
+#pragma unroll
+            for (int k = 1; k < count; ++k) row[k] = row[k + 1] - factor * own_row[k + 1];
+            __syncwarp();
+        }
+        if (lane < count) theta[lane] = value * own;
+    }
+    group.sync();
+}
+
+#endif
+
 // One block a face; workspace in shared memory.
-extern "C" __global__ void __launch_bounds__(512, 1)
-    fit_faces(const float* heatmaps, const Evidence<float>* evidence, const double* constants, long long landmarks,
-              long long parameters, long long windows, long long height, long long width, double stride, float* points,
-              float* shapes, float* coefficients, float* certainties, float* residuals) {
-    extern __shared__ double workspace[];
-    const FitModel model(constants, landmarks, parameters, windows);
+extern "C" __global__ void __launch_bounds__(LGCN_THREADS, 1)
+    fit_faces(const float* heatmaps, const Evidence<float>* evidence, const double* constants, long long windows,
+              long long height, long long width, double stride, float* points, float* shapes, float* coefficients,
+              float* certainties, float* residuals) {
+    extern __shared__ __align__(16) double workspace[];
+    constexpr Index landmarks = LGCN_LANDMARKS, parameters = LGCN_PARAMETERS;
+    const FitModel model(constants, landmarks, parameters, static_cast<Index>(windows));
     const long long face = blockIdx.x, first = face * landmarks;
     const Heatmap maps{heatmaps + first * height * width, static_cast<Index>(height), static_cast<Index>(width)};
     fit_face(Block{}, model, maps, evidence + first, stride, workspace,

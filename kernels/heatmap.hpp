@@ -4,9 +4,9 @@
 
 #ifdef __CUDACC_RTC__
 #define INFINITY __int_as_float(0x7f800000)
-#define LGCN_UNROLL_8 _Pragma("unroll 8")  // loads that are on their way at once
+#define LGCN_UNROLL _Pragma("unroll 24")  // loads that are on their way at once
 #else
-#define LGCN_UNROLL_8
+#define LGCN_UNROLL
 #include <math.h>
 
 #include <cstdint>
@@ -16,8 +16,10 @@ namespace lgcn {
 
 #ifdef __CUDACC_RTC__
 using Index = int;  // within a heatmap
+using Sum = float;  // over its pixels, by several threads
 #else
 using Index = std::int64_t;
+using Sum = double;
 #endif
 
 template <typename T>
@@ -111,12 +113,14 @@ inline Peak centroid(const Heatmap& map, Index y, Index x) {
 // Larger than the neighbours before it (rows first), not smaller than those after it, of eight.
 inline bool is_local_maximum(const Heatmap& map, Index y, Index x) {
     const float value = map.at(y, x);
-    // No early end: a GPU has all neighbours on their way at once.
+    // No early end, and no condition on a load: a GPU has all neighbours on their way at once.
     bool is_maximum = value > -INFINITY;
     for (int j = -1; j <= 1; ++j)
         for (int i = -1; i <= 1; ++i) {
-            const bool inside = 0 <= y + j && y + j < map.height && 0 <= x + i && x + i < map.width;
-            const float neighbour = inside ? map.at(y + j, x + i) : -INFINITY;
+            const Index row = smaller(larger(y + j, Index{0}), map.height - 1);
+            const Index column = smaller(larger(x + i, Index{0}), map.width - 1);
+            const float nearest = map.at(row, column);
+            const float neighbour = row == y + j && column == x + i ? nearest : -INFINITY;
             const bool before = j < 0 || (j == 0 && i < 0), itself = j == 0 && i == 0;
             is_maximum &= itself || (before ? value > neighbour : value >= neighbour);
         }

@@ -1,4 +1,5 @@
-"""The fit on a GPU. Without one: its source in emulated blocks of threads, and the CUDA compiler over it."""
+"""The fit on a GPU. Without one: its source in emulated blocks of threads, the kernel on a CPU, and the CUDA compiler
+over it."""
 
 import ctypes
 import importlib.util
@@ -21,6 +22,116 @@ NAMES = ("points", "shapes", "coefficients", "certainties", "residuals")
 CASES = [(9, 96, 96, 1), (68, 41, 67, 1), (68, 48, 48, 2), (5, 13, 7, 3), (2, 41, 67, 2), (1, 20, 33, 1), (3, 1, 1, 1)]
 # (threads, threads in a team): one, many alone, the teams of a GPU, a team of two rows of a window.
 BLOCKS = [(1, 1), (3, 1), (8, 4), (32, 32)]
+DEVICE = r"""
+// What the kernel needs of CUDA, on a CPU: its threads take turns, in another order each time, and pass a barrier when
+// all are there. Values that one warp exchanges, it exchanges at a barrier of its own.
+#include <math.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__
+#define __launch_bounds__(threads, blocks)
+#define __align__(bytes)
+
+namespace {
+struct Number { int x; } threadIdx, blockIdx;
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(1 << 16);
+    bool done = false;
+    long block_barriers = 0, warp_barriers = 0;  // passed or waited at
+};
+std::vector<std::unique_ptr<Fiber>> fibers;
+ucontext_t scheduler;
+long long slots[LGCN_THREADS];
+
+// Waits until all threads of the block, or of the warp, have come as far.
+void barrier(long Fiber::* count, int size) {
+    const int me = threadIdx.x, first = me / size * size;
+    const long mine = ++(fibers[me].get()->*count);
+    const auto behind = [&](const auto& fiber) { return fiber.get()->*count < mine; };
+    while (std::any_of(fibers.begin() + first, fibers.begin() + first + size, behind))
+        swapcontext(&fibers[me]->context, &scheduler);
+}
+
+void __syncthreads() { barrier(&Fiber::block_barriers, LGCN_THREADS); }
+void __syncwarp() { barrier(&Fiber::warp_barriers, 32); }
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+    memcpy(&slots[threadIdx.x], &value, sizeof(T));
+    __syncwarp();
+    memcpy(&value, &slots[threadIdx.x / 32 * 32 + lane % 32], sizeof(T));
+    __syncwarp();
+    return value;
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int other) { return __shfl_sync(mask, value, threadIdx.x % 32 ^ other); }
+
+template <typename T>
+T __reduce_min_sync(unsigned mask, T value) {
+    for (int other = 16; other > 0; other /= 2) value = std::min(value, __shfl_xor_sync(mask, value, other));
+    return value;
+}
+
+float __int_as_float(int bits) { float value; memcpy(&value, &bits, 4); return value; }
+long long __double_as_longlong(double value) { long long bits; memcpy(&bits, &value, 8); return bits; }
+double __longlong_as_double(long long bits) { double value; memcpy(&value, &bits, 8); return value; }
+}  // namespace
+
+#define __CUDACC_RTC__
+#include "kernel.cu"
+
+namespace lgcn { double workspace[1 << 16]; }
+
+std::function<void()> kernel;
+
+extern "C" void fit_faces_on_device(long long faces, const float* heatmaps, const lgcn::Evidence<float>* evidence,
+                                    const double* constants, long long windows, long long height, long long width,
+                                    double stride, float* points, float* shapes, float* coefficients,
+                                    float* certainties, float* residuals) {
+    kernel = [=] {
+        lgcn::fit_faces(heatmaps, evidence, constants, windows, height, width, stride, points, shapes, coefficients,
+                        certainties, residuals);
+    };
+    std::mt19937 random;
+    for (blockIdx.x = 0; blockIdx.x < faces; ++blockIdx.x) {
+        std::fill(std::begin(lgcn::workspace), std::end(lgcn::workspace), NAN);
+        std::vector<int> order;
+        fibers.clear();
+        for (int i = 0; i < LGCN_THREADS; ++i) {
+            order.push_back(i);
+            Fiber& fiber = *fibers.emplace_back(std::make_unique<Fiber>());
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = fiber.stack.data();
+            fiber.context.uc_stack.ss_size = fiber.stack.size();
+            fiber.context.uc_link = &scheduler;
+            makecontext(&fiber.context, +[] { kernel(); fibers[threadIdx.x]->done = true; }, 0);
+        }
+        for (bool running = true; running;) {
+            running = false;
+            std::shuffle(order.begin(), order.end(), random);
+            for (int i : order) {
+                if (fibers[i]->done) continue;
+                running = true;
+                threadIdx.x = i;
+                swapcontext(&scheduler, &fibers[i]->context);
+            }
+        }
+    }
+}
+"""
 
 
 def reduction(heatmaps: np.ndarray) -> np.ndarray:
@@ -146,15 +257,67 @@ def test_nearest_maximum_beyond_the_window_hides_one_in_its_corner(emulated, ran
     check(emulated(model, heatmaps, 1, (8, 4)), expected, 1e-3)
 
 
+@pytest.fixture(scope="module")
+def on_device(tmp_path_factory):
+    """The kernel itself, with all that is for a GPU only, as a function like `NativeFitter.__call__`."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        pytest.skip("needs g++ or clang++")
+
+    def run(model: ShapeModel, heatmaps: np.ndarray, stride: float = 1) -> Fit:
+        native = NativeFitter(model).native
+        evidence, constants = reduction(heatmaps), native.constants
+        batch, count, height, width = heatmaps.shape
+        folder = tmp_path_factory.mktemp("device")
+        (folder / "device.cpp").write_text(DEVICE)
+        (folder / "kernel.cu").write_text(cuda_fit.cuda_source())
+        sizes = [option for option in cuda_fit.cuda_options(count, native.modes + 4) if option.startswith("-D")]
+        flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", *sizes]
+        subprocess.run([compiler, *flags, folder / "device.cpp", "-o", folder / "device.so"], check=True)
+        function = ctypes.CDLL(str(folder / "device.so")).fit_faces_on_device
+        shapes = (batch, count, 2), (batch, count, 2), (batch, native.modes), (batch, count), (batch,)
+        out = [np.full(shape, np.nan, np.float32) for shape in shapes]
+        arrays = [array.ctypes.data_as(ctypes.c_void_p) for array in (heatmaps, evidence, constants, *out)]
+        numbers = [ctypes.c_longlong(number) for number in (batch, native.windows, height, width)]
+        function(numbers[0], *arrays[:3], *numbers[1:], ctypes.c_double(stride), *arrays[3:])
+        return Fit(*out)
+
+    return run
+
+
+@pytest.mark.parametrize(("count", "height", "width", "stride"), CASES)
+def test_kernel_is_the_fit(on_device, random, count, height, width, stride):
+    model = small_model(random, count)
+    heatmaps = random_heatmaps(random, count, height, width)
+    check_noise(on_device(model, heatmaps, stride), model, heatmaps, stride)
+
+
+def test_kernel_of_faces_is_the_fit(on_device, random):
+    model = real_model()
+    heatmaps = noisy_faces(model, random)
+    check(on_device(model, heatmaps), fit(model, heatmaps), 1e-4)
+
+
+@pytest.mark.parametrize("modes", [0, 27, 28, 29, 40])
+def test_kernel_of_few_and_many_modes_is_the_fit(on_device, random, modes):
+    """Up to 32 parameters a warp solves the system in its registers."""
+    model = small_model(random, 68, modes)
+    heatmaps = heatmaps_of(faces(model, random, 2))
+    check(on_device(model, heatmaps), fit(model, heatmaps), 1e-4)
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("nvidia"), reason="needs NVRTC (pip install nvidia-cuda-nvrtc-cu12)")
+@pytest.mark.parametrize("parameters", [24, 40])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_compiles_without_a_warning(architecture):
+def test_compiles_without_a_warning(architecture, parameters):
     nvrtc = load_nvrtc()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     source = cuda_fit.cuda_source().encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"fit_face.cu", 0, None, None) == 0
     # (-ftz: CuPy's.)
-    options = [option.encode() for option in (*cuda_fit.OPTIONS, "-ftz=true", f"-arch={architecture}")]
+    options = [
+        option.encode() for option in (*cuda_fit.cuda_options(68, parameters), "-ftz=true", f"-arch={architecture}")
+    ]
     result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     assert nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)) == 0
     log = ctypes.create_string_buffer(size.value)
