@@ -33,19 +33,19 @@ class Tile:
 
 
 TILES = {
-    16: (Tile(8, 16, 16, 16, 4, 4), Tile(16, 32, 16, 16, 8, 3)),
-    32: (Tile(8, 16, 32, 32, 4, 3), Tile(16, 16, 32, 32, 4, 3)),
-    64: (Tile(8, 8, 64, 64, 4, 4), Tile(8, 16, 64, 64, 4, 3)),
-    128: (Tile(8, 8, 64, 64, 4, 4), Tile(8, 16, 64, 128, 8, 4)),
+    16: (Tile(8, 16, 16, 16, 4, 4), Tile(32, 32, 16, 16, 8, 3)),
+    32: (Tile(8, 16, 32, 32, 4, 4), Tile(16, 32, 32, 32, 8, 4)),
+    64: (Tile(8, 8, 64, 32, 4, 4), Tile(8, 16, 64, 64, 4, 3)),
+    128: (Tile(8, 8, 128, 64, 4, 3), Tile(8, 16, 64, 128, 8, 4)),
 }
-"""By the number of filters, rounded up: for images that are done soon, and for those that fill the GPU."""
-FULL_GRID = 264
-"""Programs that fill a GPU: two for each multiprocessor of an H100."""
+"""By the number of filters, rounded up: for few pixels, and for many. The fastest of those measured on an H100."""
+MANY = 64
+"""Programs that make the tile for many pixels the faster one: half as many as an H100 has multiprocessors."""
 FP32_TILE = Tile(8, 16, 32, 64, 8, 3)
 """Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory."""
 BLOCK_C, BLOCK_P = 64, 64
 """Channels and pixels of a program of `channels_last`. Not measured on a GPU yet."""
-CUDNN = {(128, 3): 4 * 96 * 96, (64, 3): 4 * 96 * 96}
+CUDNN = {(128, 3): 4 * 96 * 96, (64, 3): 32 * 96 * 96, (64, 5): 32 * 96 * 96}
 """By filters and their size: from so many pixels on cuDNN is faster, with bias and ReLU in the same call."""
 LARGEST_GATHERED_K = 32
 """Of `block_k` where the input is loaded element by element: each has an address, which takes registers."""
@@ -184,12 +184,12 @@ def tiles_of(filters: int, channels: int, dtype: torch.dtype, planes: bool) -> t
     if dtype == torch.float32:
         tiles = 2 * (replace(FP32_TILE, block_k=min(FP32_TILE.block_k, size), block_f=min(FP32_TILE.block_f, size)),)
     if planes:  # each element of the result has an address, which takes registers
-        tiles = tuple(replace(tile, block_f=min(tile.block_f, 64), num_warps=8) for tile in tiles)
+        tiles = tuple(replace(tile, block_f=min(tile.block_f, 64), num_warps=8, num_stages=2) for tile in tiles)
     # Filled up with zeros to whole blocks, the channels become at most half as many again.
-    block_k = tiles[0].block_k
-    while block_k > 16 and padded(channels, block_k) > 1.5 * channels:
-        block_k //= 2
-    return tuple(replace(tile, block_k=block_k) for tile in tiles)
+    largest = max(tile.block_k for tile in tiles)
+    while largest > 16 and padded(channels, largest) > 1.5 * channels:
+        largest //= 2
+    return tuple(replace(tile, block_k=min(tile.block_k, largest)) for tile in tiles)
 
 
 def padded(channels: int, block_k: int) -> int:
@@ -234,8 +234,7 @@ class Convolution:
         self.filters, self.channels, self.kernel_size, _ = weight.shape
         self.dilation, self.relu, self.origin, self.planes, self.shuffle = dilation, relu, origin, planes, shuffle
         self.tiles = (tile,) if tile else tiles_of(self.filters, self.channels, weight.dtype, planes)
-        self._block_k = self.tiles[0].block_k
-        self.padded_channels = padded(self.channels, self._block_k)
+        self.padded_channels = padded(self.channels, max(tile.block_k for tile in self.tiles))
         filters = weight
         weight = F.pad(weight, (0, 0, 0, 0, 0, self.padded_channels - self.channels))
         self.weight = weight.permute(2, 3, 1, 0).reshape(-1, self.filters).contiguous()
@@ -270,10 +269,10 @@ class Convolution:
         if residual is not None and residual.stride()[1:] != out.stride()[1:]:
             raise ValueError(f"residual: expected strides {out.stride()}, got {residual.stride()}")
         tile = self.tiles[-1]
-        if batch * math.prod(self._grid(tile, height, width)) < FULL_GRID:
+        if batch * math.prod(self._grid(tile, height, width)) < MANY:
             tile = self.tiles[0]
         tiles_y, tiles_x, filter_blocks = self._grid(tile, height, width)
-        descriptors = self._fits_descriptors(x)
+        descriptors = self._fits_descriptors(x, tile)
         weight: Tensor | TensorDescriptor = self.weight
         seen: Tensor | TensorDescriptor = x
         if descriptors:
@@ -310,9 +309,9 @@ class Convolution:
         lines = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
         return plain and lines and len(x) * x[0, 0].numel() >= CUDNN.get((self.filters, self.kernel_size), math.inf)
 
-    def _fits_descriptors(self, x: Tensor) -> bool:
+    def _fits_descriptors(self, x: Tensor, tile: Tile) -> bool:
         """Whether blocks of `x` and of the filters can be loaded as a whole: 16 bytes are the least."""
         aligned = all(stride * x.element_size() % 16 == 0 for stride in (x.stride(0), x.stride(2), x.stride(3)))
         aligned = aligned and x.stride(1) == 1 and self.filters * x.element_size() % 16 == 0
-        whole = self.padded_channels % self._block_k == 0 and self._block_k * x.element_size() >= 16
+        whole = self.padded_channels % tile.block_k == 0 and tile.block_k * x.element_size() >= 16
         return aligned and whole and not self.origin and x.dtype == self.weight.dtype and x.data_ptr() % 16 == 0

@@ -44,10 +44,11 @@ def convolution(
     capability: int = 90, many: bool = True, types: dict | None = None, **changes,
 ) -> str:  # fmt: skip
     """For many pixels or few; `types` and `changes` of the kernel's arguments, beside those of an inner layer."""
-    tile = tiles_of(filters, channels, torch.float32 if dtype == "fp32" else torch.bfloat16, planes)[many]
+    tiles = tiles_of(filters, channels, torch.float32 if dtype == "fp32" else torch.bfloat16, planes)
+    tile = tiles[many]
     constants = {
         "residual_ptr": None, "CHANNELS": channels,
-        "PADDED_CHANNELS": triton_convolution.padded(channels, tile.block_k), "FILTERS": filters,
+        "PADDED_CHANNELS": triton_convolution.padded(channels, max(t.block_k for t in tiles)), "FILTERS": filters,
         "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0, "RELU": True, "SHUFFLE": 1, "DESCRIPTORS": descriptors,
         "BLOCK_Y": tile.block_y, "BLOCK_X": tile.block_x,
         "BLOCK_K": tile.block_k if descriptors else min(tile.block_k, triton_convolution.LARGEST_GATHERED_K),

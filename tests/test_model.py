@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lgcn_fast import LGCN, LGCNConfig
-from lgcn_fast.model import widened
+from lgcn_fast.model import ConvBlock, widened
 from lgcn_fast.operators import gaussian_sum, gaussian_sum_banded
 
 SMALL = {"filters": 4, "num_landmarks": 3, "side_channels": 2, "local_kernels": (5, 3), "global_layers": 2}
@@ -95,6 +95,19 @@ def test_forward_by_hand():
     heatmaps = model(image)
     torch.testing.assert_close(heatmaps.local, blurred[:, :2])
     torch.testing.assert_close(heatmaps.output, expected)
+
+
+def test_training_is_that_of_a_norm_behind_a_bias():
+    block = ConvBlock(3, 5, 3, 2, 0.1, 0.0).double()
+    nn.init.normal_(block[0].bias)
+    plain = nn.Sequential(nn.Conv2d(3, 5, 3, padding=2, dilation=2), nn.BatchNorm2d(5), nn.ReLU()).double()
+    plain.load_state_dict(block.state_dict())
+    for _ in range(2):
+        x = torch.randn(2, 3, 7, 6, dtype=torch.float64)
+        torch.testing.assert_close(block(x), 0.1 * plain(x))
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(block[1], name), getattr(plain[1], name))
+    torch.testing.assert_close(block.eval()(x), 0.1 * plain.eval()(x))
 
 
 def test_nano_does_not_see_beyond_the_image():
