@@ -49,17 +49,22 @@ class Muon(optim.AdamW):
         """One step from the gradients, which are gone afterwards where Muon has used them."""
         hidden = self.param_groups[0]
         rate, decay = hidden["lr"], hidden["weight_decay"]
+        moved = [parameter for parameter in hidden["params"] if parameter.grad is not None]
+        gradients, momenta = [p.grad for p in moved], [self._momentum(p) for p in moved]
         same_shape = defaultdict(list)
-        for parameter in hidden["params"]:
-            if parameter.grad is not None:
-                same_shape[parameter.shape].append(parameter)
-        for parameters in same_shape.values():
-            nesterov = torch.stack([self._momentum(p).flatten(1) for p in parameters])
-            steps = orthogonalised(nesterov.to(self.dtype)).float()
+        if moved:
+            torch._foreach_mul_(moved, 1 - rate * decay)
+            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+            torch._foreach_lerp_(gradients, momenta, MOMENTUM)  # (Nesterov's look ahead)
+        for parameter in moved:
+            same_shape[parameter.shape].append(parameter)
+        for shape, parameters in same_shape.items():
+            directions = torch.stack([parameter.grad.flatten(1) for parameter in parameters])
+            steps = orthogonalised(directions.to(self.dtype)).float()
             size = STEP_OF_ADAMW * max(steps.shape[1:]) ** 0.5
-            for parameter, step in zip(parameters, steps, strict=True):
-                parameter.mul_(1 - rate * decay).sub_(step.view(parameter.shape), alpha=rate * size)
-                parameter.grad = None  # AdamW leaves out what has none
+            torch._foreach_add_(parameters, steps.view(-1, *shape).unbind(), alpha=-rate * size)
+        for parameter in moved:
+            parameter.grad = None  # AdamW leaves out what has none
         super().step()
 
     def _momentum(self, parameter: Tensor) -> Tensor:
@@ -67,8 +72,7 @@ class Muon(optim.AdamW):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
             state["step"] = torch.zeros(())  # unused, but AdamW expects one when a state is loaded
-        momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-        return parameter.grad.lerp(momentum, MOMENTUM)
+        return state["momentum"]
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
