@@ -307,7 +307,7 @@ class Convolution:
             and x.dtype == self.weight.dtype != torch.float32
         )
         lines = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
-        return plain and lines and len(x) * x[0, 0].numel() >= CUDNN.get((self.filters, self.kernel_size), math.inf)
+        return plain and lines and x.numel() // self.channels >= CUDNN.get((self.filters, self.kernel_size), math.inf)
 
     def _fits_descriptors(self, x: Tensor, tile: Tile) -> bool:
         """Whether blocks of `x` and of the filters can be loaded as a whole: 16 bytes are the least."""
