@@ -29,9 +29,10 @@ FALLBACK = 10
 NOISE = 50.0
 """What a pixel's equation is worth against the prior: square pixels of the image, times the sum of squared weights of
 a landmark. A clear heatmap has a sum of about 90 within 7 px: it places its landmark to better than a pixel."""
-TRUST = 0.5
+TRUST = 0.8
 """How much the final points listen to a heatmap's maximum where the network is as certain as can be. (The authors' code
-has 1. Half of it was better on the validation faces, by 0.1 points of the median error.)"""
+has 1. On the validation faces of 300-W the mean error of lgcn-128 is 3.91, 3.88 and 3.87 % with 0.5, 0.8 and 1, that of
+nano-128 3.91, 3.89 and 3.89 %, nano's 4.63, 4.63 and 4.66 %.)"""
 SIZE_SPREAD, SHIFT_SPREAD = 0.3, 1.0
 """Prior standard deviations: of size and turn, as a share of the first guess; of the position, as a share of the
 heatmap's side."""
