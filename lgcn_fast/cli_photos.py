@@ -39,7 +39,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU where there is one, with triton and cupy")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, or auto: a GPU where there is one, with triton and cupy"
+    )
 
 
 def add_detection_options(parser: argparse.ArgumentParser) -> None:

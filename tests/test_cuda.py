@@ -177,6 +177,18 @@ def test_what_is_missing_is_named(monkeypatch):
         Engine(randomised(CONFIGS["nano"]), "cuda")
 
 
+@pytest.mark.parametrize(
+    ("there", "missing", "expected"),
+    [(True, (), torch.device("cuda", 3)), (True, "cupy", torch.device("cpu")), (False, (), torch.device("cpu"))],
+)
+def test_auto_is_a_gpu_that_can_be_used(monkeypatch, there, missing, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(engine, "find_spec", lambda name: None if name in missing else "there")
+    assert engine.engine_device("auto") == expected
+    assert engine.engine_device("cpu") == torch.device("cpu")
+
+
 @pytest.fixture
 def frames(demo_picture):
     """Four frames of a face, with its boxes."""
