@@ -30,7 +30,7 @@ WARM_UP = 20
 
 
 def main() -> dict:
-    engines = {f"threads={threads}": Engine("lgcn-nano", num_threads=threads) for threads in (2, 1)}
+    engines = {f"threads={threads}": Engine("lgcn-nano", "cpu", num_threads=threads) for threads in (2, 1)}
     results: dict = {"clips": {}}
     # (Not beside the results: faces of the workplace do not go into the repository.)
     sheets = Path(tempfile.mkdtemp(prefix="lgcn-fast-sheets-"))

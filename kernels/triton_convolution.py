@@ -6,6 +6,7 @@ through tensor descriptors, which also fill the zero padding; elsewhere element 
 """
 
 import math
+import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,19 +35,21 @@ class Tile:
 
 TILES = {
     16: (Tile(8, 16, 16, 16, 4, 4), Tile(32, 32, 16, 16, 8, 3)),
-    32: (Tile(8, 16, 32, 32, 4, 4), Tile(16, 32, 32, 32, 8, 4)),
+    32: (Tile(8, 16, 32, 32, 4, 4), Tile(16, 32, 32, 32, 8, 3)),
     64: (Tile(8, 8, 64, 32, 4, 4), Tile(8, 16, 64, 64, 4, 3)),
     128: (Tile(8, 8, 128, 64, 4, 3), Tile(8, 16, 64, 128, 8, 4)),
 }
-"""By the number of filters, rounded up: for few pixels, and for many. The fastest of those measured on an H100."""
+"""By the number of filters, rounded up: for few pixels, and for many. The fastest of those measured on an H100; at 32 a
+tile that is as fast and fits the 99 KB of shared memory of smaller GPUs."""
 MANY = 64
 """Programs that make the tile for many pixels the faster one: half as many as an H100 has multiprocessors."""
 FP32_TILE = Tile(8, 16, 32, 64, 8, 3)
 """Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory."""
 BLOCK_C, BLOCK_P = 64, 64
-"""Channels and pixels of a program of `channels_last`. Not measured on a GPU yet."""
+"""Channels and pixels of a program of `channels_last`. Not compared with others."""
 CUDNN = {(128, 3): 4 * 96 * 96, (64, 3): 32 * 96 * 96, (64, 5): 32 * 96 * 96}
-"""By filters and their size: from so many pixels on cuDNN is faster, with bias and ReLU in the same call."""
+"""By filters and their size: from so many pixels on cuDNN is faster, with bias and ReLU in the same call. It rounds the
+bias: a face in a large batch may differ in the last bits from the same face alone."""
 LARGEST_GATHERED_K = 32
 """Of `block_k` where the input is loaded element by element: each has an address, which takes registers."""
 
@@ -239,7 +242,9 @@ class Convolution:
         weight = F.pad(weight, (0, 0, 0, 0, 0, self.padded_channels - self.channels))
         self.weight = weight.permute(2, 3, 1, 0).reshape(-1, self.filters).contiguous()
         self.bias = bias.float().contiguous()
-        self._cudnn = filters.contiguous(memory_format=torch.channels_last), bias.to(filters.dtype)
+        self._cudnn = None
+        if (self.filters, self.kernel_size) in CUDNN and relu and not (origin or planes or tile):
+            self._cudnn = filters.contiguous(memory_format=torch.channels_last), bias.to(filters.dtype)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Convolve a batch of images.
@@ -253,18 +258,24 @@ class Convolution:
             (B, F, H, W), with a shuffle of S (B, F / S^2, S H, S W), dtype of the filters; or `out`.
 
         Raises:
-            ValueError: another shape, or a residual that lies otherwise in memory.
+            ValueError: another shape, also of `out`, or a residual that lies otherwise in memory.
         """
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x: expected (B, {self.channels}, H, W), got {tuple(x.shape)}")
         batch, _, height, width = x.shape
+        size = (batch, self.filters // self.shuffle**2, height * self.shuffle, width * self.shuffle)
+        if out is not None and out.shape != size:
+            fits = self.shuffle > 1 and out.shape[:2] == size[:2] and all(map(operator.le, out.shape[2:], size[2:]))
+            if not fits:
+                raise ValueError(
+                    f"out: expected {size}, with a shuffle at most as high and wide, got {tuple(out.shape)}"
+                )
         if out is None and residual is None and self._is_faster_in_cudnn(x):
             padding = 2 * (self.kernel_size // 2 * self.dilation,)
             dilation = 2 * (self.dilation,)
             return torch.cudnn_convolution_relu(x, self._cudnn[0], self._cudnn[1], (1, 1), padding, dilation, 1)
         if out is None:
             layout = torch.contiguous_format if self.planes else torch.channels_last
-            size = (batch, self.filters // self.shuffle**2, height * self.shuffle, width * self.shuffle)
             out = torch.empty(size, dtype=self.weight.dtype, device=x.device, memory_format=layout)
         if residual is not None and residual.stride()[1:] != out.stride()[1:]:
             raise ValueError(f"residual: expected strides {out.stride()}, got {residual.stride()}")
@@ -299,15 +310,11 @@ class Convolution:
         return cdiv(height, tile.block_y), cdiv(width, tile.block_x), cdiv(self.filters, tile.block_f)
 
     def _is_faster_in_cudnn(self, x: Tensor) -> bool:
-        plain = (
-            len(self.tiles) > 1
-            and self.relu
-            and not self.origin
-            and not self.planes
-            and x.dtype == self.weight.dtype != torch.float32
-        )
-        lines = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
-        return plain and lines and x.numel() // self.channels >= CUDNN.get((self.filters, self.kernel_size), math.inf)
+        """Whether a batch on a GPU, channels-last in half precision, has enough pixels, as in `CUDNN`."""
+        if not self._cudnn or not x.is_cuda or x.dtype != self.weight.dtype or x.dtype == torch.float32:
+            return False
+        enough = x.numel() // self.channels >= CUDNN[self.filters, self.kernel_size]
+        return enough and x.is_contiguous(memory_format=torch.channels_last)
 
     def _fits_descriptors(self, x: Tensor, tile: Tile) -> bool:
         """Whether blocks of `x` and of the filters can be loaded as a whole: 16 bytes are the least."""

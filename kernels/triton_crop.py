@@ -15,9 +15,9 @@ from torch import Tensor
 from .tensors import described, result_tensor
 
 ELEMENTS = 512
-"""Of a program's tile, target pixels times the rows that each of them sees. Not measured on a GPU yet."""
+"""Of a program's tile, target pixels times the rows that each of them sees. Not compared with others."""
 NUM_WARPS = 4
-"""4 elements of a tile per thread. Not measured on a GPU yet."""
+"""4 elements of a tile per thread. Not compared with others."""
 LARGEST_SIDE = 16384
 """Of a box and of a crop, pixels: keeps 32-bit arithmetic from overflowing."""
 

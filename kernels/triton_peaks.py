@@ -12,9 +12,9 @@ from .tensors import described, result_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK = 4096
-"""Pixels that a program reads at a time. Not measured on a GPU yet."""
+"""Pixels that a program reads at a time. Not compared with others."""
 NUM_WARPS = 8
-"""16 pixels of a block per thread. Not measured on a GPU yet."""
+"""16 pixels of a block per thread. Not compared with others."""
 WINDOW = tl.constexpr(5)
 """Side of the window around a peak; its 25 pixels are the first of 32 lanes."""
 

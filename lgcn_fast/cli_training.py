@@ -69,8 +69,8 @@ def add_train(commands) -> None:
         help="share of a set, named as in `prepare`, that each epoch draws",
     )
     parser.add_argument("--dropout", type=float, metavar="SHARE", help="of activations; default: the network's own")
-    parser.add_argument("--batch-size", type=int, help="faces a step; default: the recipe's; 16 or more for a GPU")
-    parser.add_argument("--repeats", type=int, help="draws of each face an epoch; default: the recipe's; 3 for a GPU")
+    parser.add_argument("--batch-size", type=int, help="faces a step; default: the recipe's; 32 for a GPU")
+    parser.add_argument("--repeats", type=int, help="draws of each face an epoch; default: the recipe's; 4 for a GPU")
     parser.add_argument("--loss", choices=[name.replace("_", "-") for name in LOSSES], default="squared-error")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU where there is one")

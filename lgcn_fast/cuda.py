@@ -21,7 +21,7 @@ from lgcn_fast_kernels.triton_peaks import heatmap_reduction
 from .fitting import THRESHOLD, Array, CudaFitter, Fit
 from .folding import ORIGIN, FoldedNetwork, Layer
 from .losses import probabilities
-from .model import pad_to_grid
+from .model import cudnn_benchmark, pad_to_grid
 from .shape import ShapeModel
 
 LADDER = (1, 2, 4, 8, 16, 32, 64)
@@ -210,16 +210,14 @@ class RecordedBatches:
         if stream is None:
             return buffer, lambda: function(buffer)
         torch.cuda.synchronize()
-        with torch.cuda.stream(stream), torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            function(buffer)  # compiles what is not compiled yet, and lets cuDNN choose
-        stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on allocating meanwhile.
-        with (
-            torch.backends.cudnn.flags(enabled=True, benchmark=True),
-            torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"),
-        ):
-            result = function(buffer)
+        with cudnn_benchmark():
+            with torch.cuda.stream(stream):
+                function(buffer)  # compiles what is not compiled yet, and lets cuDNN choose
+            stream.synchronize()
+            # Other threads may go on allocating meanwhile.
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+                result = function(buffer)
 
         def replay() -> Tensor:
             graph.replay()

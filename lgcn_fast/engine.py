@@ -18,6 +18,8 @@ from .native import NativeEngine
 from .shape import ShapeModel
 
 GPU_PACKAGES = ("triton", "cupy")
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU that "auto" takes (Ampere): older ones have no bf16."""
 
 
 class _Backend(Protocol):
@@ -51,7 +53,8 @@ class Engine:
 
         Args:
             model: a network, the name of one in the package (`lgcn_fast.models()`), or the path of weights.
-            device: "cpu" or "cuda" (or "cuda:1"). "auto" is a GPU where torch, Triton and CuPy can use one.
+            device: "cpu" or "cuda" (or "cuda:1"). "auto" is a GPU (Ampere or newer) where torch, Triton and CuPy
+                are there for it, else the CPU.
             precision: of filters and activations: "fp32", "bf16", or "auto": bf16 on a GPU, and on a processor that has
                 instructions for it. Sums and heatmaps are fp32 in any case.
             num_threads: on a CPU; 0: as many as PyTorch uses (`torch.get_num_threads()`).
@@ -172,11 +175,13 @@ class Engine:
 
 def engine_device(name: str) -> torch.device:
     """The device that an engine runs on, see `Engine`."""
-    missing = [package for package in GPU_PACKAGES if find_spec(package) is None]
-    device = checked_device("cpu" if name == "auto" and missing else name)
+    device = checked_device(name)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu', 'cuda' or 'auto', got {name!r}")
     if device.type == "cuda":
+        missing = [package for package in GPU_PACKAGES if find_spec(package) is None]
+        if name == "auto" and (missing or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY):
+            return torch.device("cpu")
         if missing:
             remedy = "pip install triton and, for your version of CUDA, cupy-cuda12x or cupy-cuda13x"
             raise ValueError(f"device: {name!r} needs {' and '.join(GPU_PACKAGES)}, got no {missing[0]} ({remedy})")

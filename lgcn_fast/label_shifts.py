@@ -50,7 +50,7 @@ def measured_shifts(cache: CropCache, model: LGCN) -> dict[str, float]:
 
 
 def _heatmaps(model: LGCN) -> Callable[[Tensor], Tensor]:
-    """The network as it stands on a GPU, or in the native engine."""
+    """The network as it stands on a GPU (left in eval mode), or in the native engine."""
     device = model.main.weight.device
     if device.type == "cpu":
         return Engine(model, device="cpu", precision="fp32").heatmaps

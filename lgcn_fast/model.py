@@ -1,5 +1,7 @@
 """The network of section 3.2, as plain PyTorch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -202,3 +204,14 @@ def checked_device(name: str) -> torch.device:
         build = "this PyTorch is built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA GPU"
         raise ValueError(f"device: expected one that is there, got {name!r}, but {build}")
     return device
+
+
+@contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    """Let cuDNN try its algorithms for each new shape and keep the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -307,9 +307,10 @@ def _packaged_shape(path: Path, num_landmarks: int) -> ShapeModel:
 def engine_for(model: Engine | LGCN | Path | str | None, device: str, precision: str) -> Engine:
     if isinstance(model, Engine):
         return model
+    found = engine_device(device)
     if isinstance(model, LGCN):
-        return _built(model, device, precision)
-    return _loaded(weights_path(model or default_model(engine_device(device).type)), device, precision)
+        return _built(model, str(found), precision)
+    return _loaded(weights_path(model or default_model(found.type)), str(found), precision)
 
 
 def finder_for(

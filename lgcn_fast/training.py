@@ -35,7 +35,7 @@ from .images import to_crop
 from .label_shifts import measured_shifts
 from .landmarks import SCHEMES
 from .losses import distillation_loss, lgcn_loss
-from .model import LGCN, checked_device
+from .model import LGCN, checked_device, cudnn_benchmark
 from .operators import gaussian_sum_banded, gaussian_sum_native
 from .peaks import peak_centroids
 from .training_log import COLUMNS, draw_log, write_log
@@ -106,9 +106,15 @@ class Trainer:
 
         Returns:
             Whether the schedule is finished; otherwise run again to go on.
+
+        Raises:
+            FloatingPointError: the loss became NaN or infinite; the state after the last whole epoch is kept.
         """
         reuse_freed_memory()
-        torch.backends.cudnn.benchmark = True  # (on a CPU it means nothing)
+        with cudnn_benchmark():
+            return self._run(time_budget)
+
+    def _run(self, time_budget: float | None) -> bool:
         start = time.monotonic()
         if self.epochs is None:
             self.epochs = self._plan(time_budget) if time_budget else self.options.recipe.epochs
@@ -138,10 +144,10 @@ class Trainer:
                     looked = time.monotonic()
                     speed = samples / (looked - began)
                     batches.set_postfix_str(
-                        f"{speed:.0f} samples/s, loss {finite(losses[-1]):.3f}, best {self.best:.2f} %, "
+                        f"{speed:.0f} samples/s, loss {self._finite(losses[-1]):.3f}, best {self.best:.2f} %, "
                         f"{(total - samples) / speed / 60:.0f} min left"
                     )
-        loss = finite(torch.stack(losses).mean())
+        loss = self._finite(torch.stack(losses).mean())
         speed = samples / (time.monotonic() - began)
         error = 100 * self.validate()
         self.epoch += 1
@@ -176,6 +182,12 @@ class Trainer:
         self._average(step)
         losses.append(loss.detach())
         return rate
+
+    def _finite(self, loss: Tensor) -> float:
+        number = loss.item()
+        if not np.isfinite(number):
+            raise FloatingPointError(f"loss: expected a finite number, got {number} in epoch {self.epoch + 1}")
+        return number
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor:
@@ -248,10 +260,10 @@ class Trainer:
         self.model.train()
         iterator = iter(self.loader)
         for step in range(min(PLAN_STEPS, len(self.batches))):
-            images, points = next(iterator)
             began = time.monotonic()
+            images, points = next(iterator)
             self._step(images, points, step, losses)
-            finite(losses[-1])
+            self._finite(losses[-1])
             times.append(time.monotonic() - began)
         self._load_state(state)
         seconds = float(np.median(times[len(times) // 3 :])) * len(self.batches)
@@ -267,6 +279,8 @@ class Trainer:
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def _load_state(self, state: dict[str, Tensor]) -> None:
+        if "averaged.n_averaged" in state:
+            raise ValueError(f"{self.folder}: expected a run of this version, got one of an older; use another folder")
         parts: dict[str, dict] = {"model": {}, "averaged": {}, "optimiser": {}}
         for name, tensor in state.items():
             part, rest = name.split(".", 1)
@@ -326,18 +340,6 @@ class Trainer:
             len(self.cache),
         )
         return json.dumps(values)
-
-
-def finite(loss: Tensor) -> float:
-    """A loss as a number.
-
-    Raises:
-        FloatingPointError: it is none.
-    """
-    number = loss.item()
-    if not np.isfinite(number):
-        raise FloatingPointError(f"loss: expected a finite number, got {number}")
-    return number
 
 
 def fastest_operator(device: torch.device) -> Callable[..., Tensor]:

@@ -14,12 +14,13 @@ from triton.compiler import ASTSource
 from lgcn_fast_kernels import triton_convolution, triton_crop, triton_gaussian_sum, triton_peaks
 from lgcn_fast_kernels.triton_convolution import TILES, tiles_of
 
-SHARED_MEMORY = 227 * 1024
-"""Bytes that a program may have on an H200."""
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
+"""Kilobytes that a program may have on an A100, an RTX 40 and an H100, by capability."""
 
 
 def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90, **options) -> str:
-    """PTX of a kernel whose other arguments are 32-bit integers, checked to fit a multiprocessor.
+    """PTX of a kernel whose other arguments are 32-bit integers, checked to fit a multiprocessor, on
+    Hopper without spilled registers.
 
     Pointers, height and width are multiples of 16, as for 96 x 96.
     """
@@ -27,7 +28,7 @@ def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90,
     sixteens = [name for name in kernel.arg_names if types[name].startswith("*") or name in ("height", "width")]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in sixteens}
     compiled = compile(ASTSource(kernel, types, constants, attributes), GPUTarget("cuda", capability, 32), options)
-    assert compiled.metadata.shared <= SHARED_MEMORY, (
+    assert compiled.metadata.shared <= 1024 * SHARED_MEMORY[capability], (
         f"{kernel.__name__}, {constants}: {compiled.metadata.shared} bytes"
     )
     with NamedTemporaryFile(suffix=".cubin") as file:
@@ -35,7 +36,7 @@ def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90,
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert " STACK:0 " in usage, f"{kernel.__name__}, {constants}: registers spilled, {usage}"
+    assert " STACK:0 " in usage or capability < 90, f"{kernel.__name__}, {constants}: registers spilled, {usage}"
     return compiled.asm["ptx"]
 
 
@@ -64,7 +65,7 @@ def convolution(
     return ptx(triton_convolution._convolution_kernel, constants, types, capability, **options)
 
 
-def gaussian_sum(dtype: torch.dtype, name: str) -> str:
+def gaussian_sum(dtype: torch.dtype, name: str, capability: int = 90) -> str:
     """Of maps of 96 x 96."""
     block = triton_gaussian_sum.LARGEST_BLOCK[dtype]
     constants = {
@@ -72,7 +73,9 @@ def gaussian_sum(dtype: torch.dtype, name: str) -> str:
         "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), f"*{name}") | {"out_ptr": "*fp32"}
-    return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, num_warps=8 if block > 64 else 4)
+    return ptx(
+        triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, capability, num_warps=8 if block > 64 else 4
+    )
 
 
 def heatmap_reduction() -> str:
@@ -98,7 +101,10 @@ if __name__ == "__main__":
             text = convolution("bf16", filters, filters, descriptors=True, many=many)
             assert "wgmma.mma_async" in text, filters
             assert "cp.async.bulk.tensor" in text, filters
-        assert "mma.sync" in convolution("bf16", filters, filters, descriptors=True, capability=80), filters
+        for capability in (80, 89):
+            for many in (False, True):
+                text = convolution("bf16", filters, filters, descriptors=True, capability=capability, many=many)
+                assert "mma.sync" in text, filters
         for dtype in ("bf16", "fp32"):
             # First layer, heads, behind the blur, inner layer, last layer: the blurred heatmaps are added.
             first = {"KERNEL_SIZE": 5, "DILATION": 1, "ORIGIN": 128}
@@ -111,7 +117,8 @@ if __name__ == "__main__":
             sums = {"residual_ptr": "*fp32", "out_ptr": "*fp32"}
             convolution(dtype, 68, filters, descriptors=True, planes=True, types=sums, **head)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        assert "mma" in gaussian_sum(dtype, name)
+        for capability in SHARED_MEMORY:
+            assert "mma" in gaussian_sum(dtype, name, capability)
         channels_last(name)
     heatmap_reduction()
     for to_gray in (False, True):

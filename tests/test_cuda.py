@@ -70,10 +70,11 @@ def recorded(cuda):
 def test_batches_go_up_to_the_sizes_of_the_ladder(cuda, count, steps):
     run, sizes = recorded(cuda)
     images = torch.randint(0, 256, (count, *IMAGE), dtype=torch.uint8)
-    for form in (images, images.to(DEVICE)):
-        sums = run(form)
-        assert sums.device == DEVICE
-        assert torch.equal(sums.cpu(), images.float().sum(dim=(2, 3)))
+    expected = images.float().sum(dim=(2, 3))
+    for form, to_host in ((images, False), (images.to(DEVICE), True)):
+        sums = run(form, to_host)
+        assert sums.device == (torch.device("cpu") if to_host else DEVICE)
+        assert torch.equal(sums.cpu(), expected)
     # On a GPU a size is computed twice, to warm up and to record, and then replayed.
     assert sizes == ([s for s in dict.fromkeys(steps) for _ in range(2)] if DEVICE.type == "cuda" else steps * 2)
 
@@ -95,6 +96,14 @@ def test_other_images_are_not_recorded(cuda):
     assert sizes == [5, 5]
 
 
+@pytest.mark.parametrize("to_host", [False, True])
+@torch.inference_mode()
+def test_results_stay_when_others_follow(cuda, to_host):
+    run, _ = recorded(cuda)
+    results = [run(torch.full((2, *IMAGE), value, dtype=torch.uint8), to_host) for value in range(4)]
+    assert [result.cpu().tolist() for result in results] == [[[24.0 * value]] * 2 for value in range(4)]
+
+
 def test_batches_of_several_threads(cuda):
     run, _ = recorded(cuda)
     wrong = []
@@ -103,8 +112,8 @@ def test_batches_of_several_threads(cuda):
     def work(value: int) -> None:
         stream = torch.cuda.Stream() if DEVICE.type == "cuda" else None
         with torch.cuda.stream(stream):
-            for count in (1, 3, 7) * 5:
-                sums = run(torch.full((count, *IMAGE), value, dtype=torch.uint8, device=DEVICE))
+            for count, to_host in ((1, True), (3, False), (7, True)) * 5:
+                sums = run(torch.full((count, *IMAGE), value, dtype=torch.uint8, device=DEVICE), to_host)
                 if sums.cpu().tolist() != [[24.0 * value]] * count:
                     wrong.append(value)
 
@@ -178,12 +187,18 @@ def test_what_is_missing_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("there", "missing", "expected"),
-    [(True, (), torch.device("cuda", 3)), (True, "cupy", torch.device("cpu")), (False, (), torch.device("cpu"))],
+    ("there", "capability", "missing", "expected"),
+    [
+        (True, (9, 0), (), torch.device("cuda", 3)),
+        (True, (9, 0), ("cupy",), torch.device("cpu")),
+        (True, (7, 5), (), torch.device("cpu")),
+        (False, (9, 0), (), torch.device("cpu")),
+    ],
 )
-def test_auto_is_a_gpu_that_can_be_used(monkeypatch, there, missing, expected):
+def test_auto_is_a_gpu_that_can_be_used(monkeypatch, there, capability, missing, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(engine, "find_spec", lambda name: None if name in missing else "there")
     assert engine.engine_device("auto") == expected
     assert engine.engine_device("cpu") == torch.device("cpu")
@@ -219,7 +234,7 @@ def test_gpu_heatmaps_are_the_models(name, precision, tolerance):
 def test_gpu_points_are_those_of_a_cpu(frames, precision, pixels, fit):
     """From the host and from the device, in photo coordinates."""
     images, boxes = frames
-    expected = predict(images, boxes, device="cpu", precision="fp32", fit=fit)
+    expected = predict(images, boxes, "lgcn-nano", device="cpu", precision="fp32", fit=fit)
     forms = {
         "host": images,
         "device": torch.from_numpy(images).cuda(),
@@ -227,12 +242,12 @@ def test_gpu_points_are_those_of_a_cpu(frames, precision, pixels, fit):
         "float": torch.from_numpy(images).cuda().float(),
     }
     for name, form in forms.items():
-        found = predict(form, boxes, device="cuda", precision=precision, fit=fit)
+        found = predict(form, boxes, "lgcn-nano", device="cuda", precision=precision, fit=fit)
         distance = np.linalg.norm(found.points - expected.points, axis=-1)
         # (Crops of floating point are not rounded to whole levels.)
         assert np.median(distance) < max(pixels, 0.03 if name == "float" else 0), name
         np.testing.assert_allclose(found.scores, expected.scores, atol=0.05, err_msg=name)
-        there = predict(form, boxes, device="cuda", precision=precision, fit=fit, to_host=False)
+        there = predict(form, boxes, "lgcn-nano", device="cuda", precision=precision, fit=fit, to_host=False)
         assert there.points.is_cuda
         assert there.scores.dtype == torch.float32
         np.testing.assert_allclose(there.points.cpu(), found.points, atol=1e-3, err_msg=name)

@@ -105,6 +105,14 @@ def test_training_is_that_of_a_norm_behind_a_bias():
     for _ in range(2):
         x = torch.randn(2, 3, 7, 6, dtype=torch.float64)
         torch.testing.assert_close(block(x), 0.1 * plain(x))
+    (10 * block(x)).square().sum().backward()
+    plain(x).square().sum().backward()
+    for ours, expected in zip(block.parameters(), plain.parameters(), strict=True):
+        if ours is block[0].bias:
+            assert ours.grad is None
+            assert expected.grad.abs().max() < 1e-10
+        else:
+            torch.testing.assert_close(ours.grad, expected.grad)
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(getattr(block[1], name), getattr(plain[1], name))
     torch.testing.assert_close(block.eval()(x), 0.1 * plain.eval()(x))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from networks import randomised
 
-from lgcn_fast import LGCN, LGCNConfig, load_model
+from lgcn_fast import LGCN, LGCNConfig, load_model, training
 from lgcn_fast.augmentation import Augmentation
 from lgcn_fast.batches import EpochBatches
 from lgcn_fast.checkpoints import load_tensors, save_model
@@ -230,6 +230,50 @@ def test_cross_entropy_trains(cache, tmp_path):
 def test_options_that_do_not_fit_are_named(cache, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         Trainer(cache, tmp_path, replace(OPTIONS, **changes))
+
+
+def test_recipes_that_make_no_sense_are_named():
+    for name in ("batch_size", "repeats"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            replace(FAST, **{name: 0})
+
+
+def test_a_batch_may_be_larger_than_all_faces(cache, tmp_path):
+    trainer = Trainer(cache, tmp_path, replace(OPTIONS, recipe=replace(FAST, batch_size=1000, repeats=2), epochs=1))
+    assert len(trainer.loader) == 1
+    assert trainer.run()
+
+
+def test_a_loss_that_is_no_number_is_named_and_kept_out(cache, tmp_path, monkeypatch):
+    trainer = Trainer(cache, tmp_path, OPTIONS)
+    trainer.epochs = OPTIONS.epochs
+    trainer._run_epoch()
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    monkeypatch.setattr(training, "lgcn_loss", lambda *_: next(trainer.model.parameters()).sum() * torch.nan)
+    with pytest.raises(FloatingPointError, match="loss: expected a finite number, got nan in epoch 2"):
+        trainer.run()
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_averages_forget_the_first_weights_soon(cache, tmp_path):
+    trainer = Trainer(cache, tmp_path, OPTIONS)
+    first = next(iter(trainer.averaged.parameters()))
+    (weights := next(iter(trainer.model.parameters()))).data.fill_(1.0)
+    trainer._average(0)
+    assert torch.equal(first, weights)
+    weights.data.fill_(2.0)
+    trainer._average(1)
+    torch.testing.assert_close(first, torch.full_like(first, 2 - 2 / 11))
+    trainer.options = replace(OPTIONS, recipe=RECIPES["paper"])  # has none
+    weights.data.fill_(3.0)
+    trainer._average(7)
+    assert torch.equal(first, weights)
+
+
+def test_checkpoints_of_older_versions_are_named(cache, tmp_path):
+    trainer = Trainer(cache, tmp_path, OPTIONS)
+    with pytest.raises(ValueError, match="expected a run of this version, got one of an older"):
+        trainer._load_state(trainer._state() | {"averaged.n_averaged": torch.zeros(())})
 
 
 def test_caches_without_enough_faces_are_named(cache, tmp_path):

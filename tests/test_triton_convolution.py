@@ -111,10 +111,11 @@ def test_channels_last_wants_contiguous_images(convolution):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("channels", "size", "dilation"), [(128, 3, 4), (136, 3, 4), (128, 3, 1)])
-def test_large_batches_go_through_cudnn(convolution, monkeypatch, channels, size, dilation):
-    filters = min(channels, 128)
-    shape = (4, channels, filters, size, dilation, 96, 96)
+@pytest.mark.parametrize(
+    ("channels", "filters", "size", "dilation"), [(128, 128, 3, 4), (136, 128, 3, 4), (128, 128, 3, 1), (64, 64, 5, 1)]
+)
+def test_large_batches_go_through_cudnn(convolution, channels, filters, size, dilation):
+    shape = (4 if filters == 128 else 32, channels, filters, size, dilation, 96, 96)
     x, weight, bias = layer(shape, torch.bfloat16)
     x = x.contiguous(memory_format=torch.channels_last)
     ours = convolution(weight, bias, dilation, relu=True)
@@ -165,5 +166,14 @@ def test_wrong_input_is_named(convolution):
         convolution(weight, torch.zeros(3))
     with pytest.raises(ValueError, match=r"x: expected \(B, 3, H, W\), got \(1, 2, 9, 9\)"):
         convolution(weight, bias)(torch.zeros(1, 2, 9, 9))
+    x = torch.zeros(1, 3, 9, 9)
     with pytest.raises(ValueError, match="residual: expected strides"):
-        convolution(weight, bias)(torch.zeros(1, 3, 9, 9), torch.zeros(1, 2, 9, 9))
+        convolution(weight, bias)(x, torch.zeros(1, 2, 9, 9))
+    shuffling = convolution(torch.zeros(8, 3, 3, 3), torch.zeros(8), planes=True, shuffle=2)
+    for ours, shape in (
+        (convolution(weight, bias), (1, 2, 9, 8)),
+        (shuffling, (1, 2, 18, 19)),
+        (shuffling, (1, 8, 9, 9)),
+    ):
+        with pytest.raises(ValueError, match=r"out: expected \(1, 2, .*\), with a shuffle at most"):
+            ours(x, out=torch.zeros(shape))
