@@ -27,7 +27,7 @@ class FaceFinder:
 
     def __init__(self, model: str, min_face: float) -> None:
         cv2.setNumThreads(1)  # the other cores have workers of their own
-        self._engine = lgcn_fast.Engine(model, num_threads=1)
+        self._engine = lgcn_fast.Engine(model, "cpu", num_threads=1)
         self._min_face = min_face
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:

@@ -197,9 +197,10 @@ Peak nearest_peak(const Group& group, const Heatmap& map, double x, double y, do
                     const double distance = dy * dy + dx * dx;
                     // No early end here either.
                     const bool above = map.data[pixel] > threshold, maximum = is_local_maximum(map, row, column);
-                    if (!above || !maximum || !(distance < mine)) continue;
+                    const auto at = static_cast<double>(pixel);  // of equal distances the first pixel's counts
+                    if (!above || !maximum || distance > mine || (distance == mine && at > my_place)) continue;
                     mine = distance;
-                    my_place = static_cast<double>(pixel);
+                    my_place = at;
                 }
             }
         best = group.least(mine);

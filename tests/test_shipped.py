@@ -77,5 +77,9 @@ def test_figures_are_those_of_the_weights():
     assert sorted(measured) == model_names()
     for name, entry in measured.items():
         assert entry["sha256"] == hashlib.sha256(weights_path(name).read_bytes()).hexdigest(), name
-        assert (WEIGHTS / f"{name}.md").is_file(), f"{name} has no model card"
+        card = (WEIGHTS / f"{name}.md").read_text()
+        for test_set, methods in entry["percent"].items():
+            for method, errors in methods.items():
+                medians = " / ".join(f"{points['median']:.2f}" for points in errors.values())
+                assert f" {medians} " in card, f"{name}.md: expected {medians} for {test_set}, {method}"
     assert all(model.error and model.faces_per_second for model in models())
