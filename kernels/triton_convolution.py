@@ -186,8 +186,11 @@ def tiles_of(filters: int, channels: int, dtype: torch.dtype, planes: bool) -> t
     tiles = TILES[size]
     if dtype == torch.float32:
         tiles = 2 * (replace(FP32_TILE, block_k=min(FP32_TILE.block_k, size), block_f=min(FP32_TILE.block_f, size)),)
-    if planes:  # each element of the result has an address, which takes registers
+    # Where each element has an address, which takes registers: of the result, of the input.
+    if planes:
         tiles = tuple(replace(tile, block_f=min(tile.block_f, 64), num_warps=8, num_stages=2) for tile in tiles)
+    if channels < 16:
+        tiles = tuple(replace(tile, block_y=min(tile.block_y, 8), block_x=min(tile.block_x, 16)) for tile in tiles)
     # Filled up with zeros to whole blocks, the channels become at most half as many again.
     largest = max(tile.block_k for tile in tiles)
     while largest > 16 and padded(channels, largest) > 1.5 * channels:
