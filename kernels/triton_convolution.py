@@ -6,7 +6,6 @@ through tensor descriptors, which also fill the zero padding; elsewhere element 
 """
 
 import math
-import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -241,13 +240,12 @@ class Convolution:
         self.dilation, self.relu, self.origin, self.planes, self.shuffle = dilation, relu, origin, planes, shuffle
         self.tiles = (tile,) if tile else tiles_of(self.filters, self.channels, weight.dtype, planes)
         self.padded_channels = padded(self.channels, max(tile.block_k for tile in self.tiles))
-        filters = weight
-        weight = F.pad(weight, (0, 0, 0, 0, 0, self.padded_channels - self.channels))
-        self.weight = weight.permute(2, 3, 1, 0).reshape(-1, self.filters).contiguous()
+        whole = F.pad(weight, (0, 0, 0, 0, 0, self.padded_channels - self.channels))
+        self.weight = whole.permute(2, 3, 1, 0).reshape(-1, self.filters).contiguous()
         self.bias = bias.float().contiguous()
         self._cudnn = None
         if (self.filters, self.kernel_size) in CUDNN and relu and not (origin or planes or tile):
-            self._cudnn = filters.contiguous(memory_format=torch.channels_last), bias.to(filters.dtype)
+            self._cudnn = weight.contiguous(memory_format=torch.channels_last), bias.to(weight.dtype)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Convolve a batch of images.
@@ -267,12 +265,8 @@ class Convolution:
             raise ValueError(f"x: expected (B, {self.channels}, H, W), got {tuple(x.shape)}")
         batch, _, height, width = x.shape
         size = (batch, self.filters // self.shuffle**2, height * self.shuffle, width * self.shuffle)
-        if out is not None and out.shape != size:
-            fits = self.shuffle > 1 and out.shape[:2] == size[:2] and all(map(operator.le, out.shape[2:], size[2:]))
-            if not fits:
-                raise ValueError(
-                    f"out: expected {size}, with a shuffle at most as high and wide, got {tuple(out.shape)}"
-                )
+        if out is not None and not self._fits_result(out.shape, size):
+            raise ValueError(f"out: expected {size}, with a shuffle at most as high and wide, got {tuple(out.shape)}")
         if out is None and residual is None and self._is_faster_in_cudnn(x):
             padding = 2 * (self.kernel_size // 2 * self.dilation,)
             dilation = 2 * (self.dilation,)
@@ -306,6 +300,11 @@ class Convolution:
                 FILTER_BLOCKS=filter_blocks, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
         return out
+
+    def _fits_result(self, shape: torch.Size, size: tuple[int, ...]) -> bool:
+        if self.shuffle == 1:
+            return shape == size
+        return len(shape) == 4 and shape[:2] == size[:2] and shape[2] <= size[2] and shape[3] <= size[3]
 
     def _grid(self, tile: Tile, height: int, width: int) -> tuple[int, int, int]:
         """Programs an image, along y, x and the filters."""

@@ -136,6 +136,11 @@ def _block(length: int, dtype: torch.dtype) -> int:
     return block if block <= LARGEST_BLOCK[dtype] else PART[dtype]
 
 
+def num_warps(block_y: int, block_x: int) -> int:
+    """Of a program."""
+    return 8 if block_y * block_x > 64 * 64 else 4
+
+
 def _launch(
     x: Tensor, kernel_size: int, sigmas: tuple[float, ...], first_side: int, out: Tensor | None = None
 ) -> Tensor:
@@ -154,7 +159,7 @@ def _launch(
     _gaussian_sum_kernel[grid](
         x, bands_y, bands_x, out, height, width, channels, first_side,
         COUNT=bands_y.shape[1], REACH_Y=reach_y, REACH_X=reach_x, BLOCK_Y=block_y, BLOCK_X=block_x,
-        NUM_STAGES=NUM_STAGES, num_warps=8 if block_y * block_x > 64 * 64 else 4,
+        NUM_STAGES=NUM_STAGES, num_warps=num_warps(block_y, block_x),
     )  # fmt: skip
     return out
 

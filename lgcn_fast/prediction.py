@@ -301,7 +301,7 @@ def _packaged_shape(path: Path, num_landmarks: int) -> ShapeModel:
     if not path.exists():
         expected = f"the shape model of the {num_landmarks} landmarks (from `lgcn-fast fit-shape`) or fit=False"
         raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")
-    return ShapeModel.load(path)
+    return _loaded_shape(path)
 
 
 def engine_for(model: Engine | LGCN | Path | str | None, device: str, precision: str) -> Engine:

@@ -98,6 +98,7 @@ class Trainer:
         pinned = self.device.type == "cuda"
         self.loader = DataLoader(crops, batch_sampler=self.batches, pin_memory=pinned, **workers)
 
+    @cudnn_benchmark()
     def run(self, time_budget: float | None = None) -> bool:
         """Train to the end of the schedule, or until the time is up.
 
@@ -111,10 +112,6 @@ class Trainer:
             FloatingPointError: the loss became NaN or infinite; the state after the last whole epoch is kept.
         """
         reuse_freed_memory()
-        with cudnn_benchmark():
-            return self._run(time_budget)
-
-    def _run(self, time_budget: float | None) -> bool:
         start = time.monotonic()
         if self.epochs is None:
             self.epochs = self._plan(time_budget) if time_budget else self.options.recipe.epochs

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lgcn_fast_kernels import triton_convolution, triton_crop, triton_gaussian_sum, triton_peaks
-from lgcn_fast_kernels.triton_convolution import TILES, tiles_of
+from lgcn_fast_kernels.triton_convolution import TILES, Convolution
 
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
 """Kilobytes that a program may have on an A100, an RTX 40 and an H100, by capability."""
@@ -45,11 +45,11 @@ def convolution(
     capability: int = 90, many: bool = True, types: dict | None = None, **changes,
 ) -> str:  # fmt: skip
     """For many pixels or few; `types` and `changes` of the kernel's arguments, beside those of an inner layer."""
-    tiles = tiles_of(filters, channels, torch.float32 if dtype == "fp32" else torch.bfloat16, planes)
-    tile = tiles[many]
+    weight = torch.empty(filters, channels, 1, 1, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    layer = Convolution(weight, torch.empty(filters), planes=planes)
+    tile = layer.tiles[many]
     constants = {
-        "residual_ptr": None, "CHANNELS": channels,
-        "PADDED_CHANNELS": triton_convolution.padded(channels, max(t.block_k for t in tiles)), "FILTERS": filters,
+        "residual_ptr": None, "CHANNELS": channels, "PADDED_CHANNELS": layer.padded_channels, "FILTERS": filters,
         "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0, "RELU": True, "SHUFFLE": 1, "DESCRIPTORS": descriptors,
         "BLOCK_Y": tile.block_y, "BLOCK_X": tile.block_x,
         "BLOCK_K": tile.block_k if descriptors else min(tile.block_k, triton_convolution.LARGEST_GATHERED_K),
@@ -73,9 +73,8 @@ def gaussian_sum(dtype: torch.dtype, name: str, capability: int = 90) -> str:
         "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), f"*{name}") | {"out_ptr": "*fp32"}
-    return ptx(
-        triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, capability, num_warps=8 if block > 64 else 4
-    )
+    num_warps = triton_gaussian_sum.num_warps(block, block)
+    return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, capability, num_warps=num_warps)
 
 
 def heatmap_reduction() -> str:

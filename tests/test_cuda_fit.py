@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,116 +23,6 @@ NAMES = ("points", "shapes", "coefficients", "certainties", "residuals")
 CASES = [(9, 96, 96, 1), (68, 41, 67, 1), (68, 48, 48, 2), (5, 13, 7, 3), (2, 41, 67, 2), (1, 20, 33, 1), (3, 1, 1, 1)]
 # (threads, threads in a team): one, many alone, the teams of a GPU, a team of two rows of a window.
 BLOCKS = [(1, 1), (3, 1), (8, 4), (32, 32)]
-DEVICE = r"""
-// What the kernel needs of CUDA, on a CPU: its threads take turns, in another order each time, and pass a barrier when
-// all are there. Values that one warp exchanges, it exchanges at a barrier of its own.
-#include <math.h>
-#include <string.h>
-#include <ucontext.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <functional>
-#include <memory>
-#include <random>
-#include <vector>
-
-#define __device__
-#define __global__
-#define __shared__
-#define __launch_bounds__(threads, blocks)
-#define __align__(bytes)
-
-namespace {
-struct Number { int x; } threadIdx, blockIdx;
-
-struct Fiber {
-    ucontext_t context;
-    std::vector<char> stack = std::vector<char>(1 << 16);
-    bool done = false;
-    long block_barriers = 0, warp_barriers = 0;  // passed or waited at
-};
-std::vector<std::unique_ptr<Fiber>> fibers;
-ucontext_t scheduler;
-long long slots[LGCN_THREADS];
-
-// Waits until all threads of the block, or of the warp, have come as far.
-void barrier(long Fiber::* count, int size) {
-    const int me = threadIdx.x, first = me / size * size;
-    const long mine = ++(fibers[me].get()->*count);
-    const auto behind = [&](const auto& fiber) { return fiber.get()->*count < mine; };
-    while (std::any_of(fibers.begin() + first, fibers.begin() + first + size, behind))
-        swapcontext(&fibers[me]->context, &scheduler);
-}
-
-void __syncthreads() { barrier(&Fiber::block_barriers, LGCN_THREADS); }
-void __syncwarp() { barrier(&Fiber::warp_barriers, 32); }
-
-template <typename T>
-T __shfl_sync(unsigned, T value, int lane) {
-    memcpy(&slots[threadIdx.x], &value, sizeof(T));
-    __syncwarp();
-    memcpy(&value, &slots[threadIdx.x / 32 * 32 + lane % 32], sizeof(T));
-    __syncwarp();
-    return value;
-}
-
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int other) { return __shfl_sync(mask, value, threadIdx.x % 32 ^ other); }
-
-template <typename T>
-T __reduce_min_sync(unsigned mask, T value) {
-    for (int other = 16; other > 0; other /= 2) value = std::min(value, __shfl_xor_sync(mask, value, other));
-    return value;
-}
-
-float __int_as_float(int bits) { float value; memcpy(&value, &bits, 4); return value; }
-long long __double_as_longlong(double value) { long long bits; memcpy(&bits, &value, 8); return bits; }
-double __longlong_as_double(long long bits) { double value; memcpy(&value, &bits, 8); return value; }
-}  // namespace
-
-#define __CUDACC_RTC__
-#include "kernel.cu"
-
-namespace lgcn { double workspace[1 << 16]; }
-
-std::function<void()> kernel;
-
-extern "C" void fit_faces_on_device(long long faces, const float* heatmaps, const lgcn::Evidence<float>* evidence,
-                                    const double* constants, long long windows, long long height, long long width,
-                                    double stride, float* points, float* shapes, float* coefficients,
-                                    float* certainties, float* residuals) {
-    kernel = [=] {
-        lgcn::fit_faces(heatmaps, evidence, constants, windows, height, width, stride, points, shapes, coefficients,
-                        certainties, residuals);
-    };
-    std::mt19937 random;
-    for (blockIdx.x = 0; blockIdx.x < faces; ++blockIdx.x) {
-        std::fill(std::begin(lgcn::workspace), std::end(lgcn::workspace), NAN);
-        std::vector<int> order;
-        fibers.clear();
-        for (int i = 0; i < LGCN_THREADS; ++i) {
-            order.push_back(i);
-            Fiber& fiber = *fibers.emplace_back(std::make_unique<Fiber>());
-            getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = fiber.stack.data();
-            fiber.context.uc_stack.ss_size = fiber.stack.size();
-            fiber.context.uc_link = &scheduler;
-            makecontext(&fiber.context, +[] { kernel(); fibers[threadIdx.x]->done = true; }, 0);
-        }
-        for (bool running = true; running;) {
-            running = false;
-            std::shuffle(order.begin(), order.end(), random);
-            for (int i : order) {
-                if (fibers[i]->done) continue;
-                running = true;
-                threadIdx.x = i;
-                swapcontext(&scheduler, &fibers[i]->context);
-            }
-        }
-    }
-}
-"""
 
 
 def reduction(heatmaps: np.ndarray) -> np.ndarray:
@@ -180,37 +71,46 @@ def check_noise(found: Fit, model: ShapeModel, heatmaps: np.ndarray, stride: flo
     assert same.any(axis=0).all(), f"faces {np.flatnonzero(~same.any(axis=0))} of {found}"
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """`fit_face.hpp` on several CPU threads, as a function like `NativeFitter.__call__`."""
+def built(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
+    """A C++ file of this folder as a library, built in another one."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         pytest.skip("needs g++ or clang++")
-    library = tmp_path_factory.mktemp("emulated") / "emulated_block.so"
-    source = Path(__file__).with_name("emulated_block.cpp")
+    path, library = Path(__file__).with_name(source), folder / "library.so"
+    subprocess.run([compiler, *flags, f"-I{folder}", "-shared", "-fPIC", path, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def fit_with(function, model: ShapeModel, heatmaps: np.ndarray, stride: float, block=(), sizes=()) -> Fit:
+    """What a C++ function fits; `block` and `sizes` are arguments that not all of them have."""
+    native = NativeFitter(model).native
+    batch, count, height, width = heatmaps.shape
+    shapes = (batch, count, 2), (batch, count, 2), (batch, native.modes), (batch, count), (batch,)
+    out = [np.full(shape, np.nan, np.float32) for shape in shapes]
+
+    def numbers(*values):
+        return [ctypes.c_longlong(value) for value in values]
+
+    def pointers(*arrays):
+        return [array.ctypes.data_as(ctypes.c_void_p) for array in arrays]
+
+    evidence, constants = reduction(heatmaps), native.constants
+    function(
+        *block, *numbers(batch), *pointers(heatmaps, evidence, constants),
+        *numbers(*sizes, native.windows, height, width), ctypes.c_double(stride), *pointers(*out),
+    )  # fmt: skip
+    return Fit(*out)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """`fit_face.hpp` on several CPU threads, as a function like `NativeFitter.__call__`."""
     include = f"-I{cuda_fit.SOURCES[0].parent}"
-    flags = ["-std=c++20", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([compiler, *flags, include, source, "-o", library], check=True)
-    function = ctypes.CDLL(str(library)).fit_faces
+    flags = ("-std=c++20", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", include)
+    function = built("emulated_block.cpp", tmp_path_factory.mktemp("emulated"), *flags).fit_faces
 
     def run(model: ShapeModel, heatmaps: np.ndarray, stride: float, block: tuple[int, int]) -> Fit:
-        native = NativeFitter(model).native
-        evidence, constants = reduction(heatmaps), native.constants
-        batch, count, height, width = heatmaps.shape
-        shapes = (batch, count, 2), (batch, count, 2), (batch, native.modes), (batch, count), (batch,)
-        out = [np.full(shape, np.nan, np.float32) for shape in shapes]
-
-        def numbers(*values):
-            return [ctypes.c_longlong(value) for value in values]
-
-        def pointers(*arrays):
-            return [array.ctypes.data_as(ctypes.c_void_p) for array in arrays]
-
-        function(
-            *block, *numbers(batch), *pointers(heatmaps, evidence, constants),
-            *numbers(count, native.modes + 4, native.windows, height, width), ctypes.c_double(stride), *pointers(*out),
-        )  # fmt: skip
-        return Fit(*out)
+        return fit_with(function, model, heatmaps, stride, block, (model.num_landmarks, len(model.modes) + 4))
 
     return run
 
@@ -260,27 +160,16 @@ def test_nearest_maximum_beyond_the_window_hides_one_in_its_corner(emulated, ran
 @pytest.fixture(scope="module")
 def on_device(tmp_path_factory):
     """The kernel itself, with all that is for a GPU only, as a function like `NativeFitter.__call__`."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
-        pytest.skip("needs g++ or clang++")
+
+    @cache
+    def function(landmarks: int, parameters: int):
+        folder = tmp_path_factory.mktemp("device")
+        (folder / "kernel.cu").write_text(cuda_fit.cuda_source())
+        sizes = [option for option in cuda_fit.cuda_options(landmarks, parameters) if option.startswith("-D")]
+        return built("device_on_cpu.cpp", folder, "-std=c++17", "-O1", "-w", *sizes).fit_faces_on_device
 
     def run(model: ShapeModel, heatmaps: np.ndarray, stride: float = 1) -> Fit:
-        native = NativeFitter(model).native
-        evidence, constants = reduction(heatmaps), native.constants
-        batch, count, height, width = heatmaps.shape
-        folder = tmp_path_factory.mktemp("device")
-        (folder / "device.cpp").write_text(DEVICE)
-        (folder / "kernel.cu").write_text(cuda_fit.cuda_source())
-        sizes = [option for option in cuda_fit.cuda_options(count, native.modes + 4) if option.startswith("-D")]
-        flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", *sizes]
-        subprocess.run([compiler, *flags, folder / "device.cpp", "-o", folder / "device.so"], check=True)
-        function = ctypes.CDLL(str(folder / "device.so")).fit_faces_on_device
-        shapes = (batch, count, 2), (batch, count, 2), (batch, native.modes), (batch, count), (batch,)
-        out = [np.full(shape, np.nan, np.float32) for shape in shapes]
-        arrays = [array.ctypes.data_as(ctypes.c_void_p) for array in (heatmaps, evidence, constants, *out)]
-        numbers = [ctypes.c_longlong(number) for number in (batch, native.windows, height, width)]
-        function(numbers[0], *arrays[:3], *numbers[1:], ctypes.c_double(stride), *arrays[3:])
-        return Fit(*out)
+        return fit_with(function(model.num_landmarks, len(model.modes) + 4), model, heatmaps, stride)
 
     return run
 
