@@ -224,7 +224,7 @@ def fits() -> dict[str, float]:
     cupy_heatmaps = cupy.from_dlpack(on_device)
 
     def fused() -> object:
-        return fitter(on_device, heatmap_reduction(on_device), 1)
+        return fitter(on_device, heatmap_reduction(on_device, 0), 1)
 
     np.testing.assert_allclose(fused().points.cpu(), fit(model, heatmaps).points, atol=1e-2)
     start = time.perf_counter()
@@ -233,7 +233,7 @@ def fits() -> dict[str, float]:
     functions = {
         "PyTorch": lambda: fit(model, on_device),
         "CuPy arrays": lambda: fit(model, cupy_heatmaps),
-        "reduction": lambda: heatmap_reduction(on_device),
+        "reduction": lambda: heatmap_reduction(on_device, 0),
         "reduction and fit": fused,
     }
     with stream:

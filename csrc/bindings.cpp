@@ -16,17 +16,21 @@
 
 namespace {
 
-// Runs find(i) -> Peak for every heatmap, without the GIL.
-template <typename Find>
-py::tuple peaks(const Batch& batch, std::int64_t pixels, int num_threads, const Find& find) {
+void check_radius(double radius) {
+    if (!(radius >= 0)) throw py::value_error("radius: expected 0 or more pixels, got " + std::to_string(radius));
+}
+
+py::tuple peak_centroids(const Heatmaps& heatmaps, double radius, int num_threads) {
+    const Batch batch(heatmaps);
+    check_radius(radius);
     py::array_t<float> points({batch.faces, batch.landmarks, py::ssize_t{2}});
     py::array_t<float> values({batch.faces, batch.landmarks});
     float* points_data = points.mutable_data();
     float* values_data = values.mutable_data();
     {
         py::gil_scoped_release unlocked;
-        lgcn::parallel_for(batch.count(), pixels, num_threads, [&](std::int64_t i) {
-            const lgcn::Peak peak = find(i);
+        lgcn::parallel_for(batch.count(), batch.pixels(), num_threads, [&](std::int64_t i) {
+            const lgcn::Peak peak = lgcn::peak_centroid(batch.map(i), radius);
             points_data[2 * i] = peak.x;
             points_data[2 * i + 1] = peak.y;
             values_data[i] = peak.value;
@@ -35,56 +39,46 @@ py::tuple peaks(const Batch& batch, std::int64_t pixels, int num_threads, const 
     return py::make_tuple(points, values);
 }
 
-py::tuple peak_centroids(const Heatmaps& heatmaps, int num_threads) {
-    const Batch batch(heatmaps);
-    return peaks(batch, batch.pixels(), num_threads, [&](std::int64_t i) { return lgcn::peak_centroid(batch.map(i)); });
-}
-
-py::tuple nearest_peaks(const Heatmaps& heatmaps, const Points& targets, float threshold, int num_threads) {
-    const Batch batch(heatmaps);
-    const double* target = checked_points(targets, batch, "targets");
-    // Where there is a peak nearby, few pixels are looked at.
-    return peaks(batch, batch.pixels() / 8, num_threads, [&](std::int64_t i) {
-        return lgcn::nearest_peak(batch.map(i), target[2 * i], target[2 * i + 1], threshold);
-    });
-}
-
 py::tuple local_maxima(const Heatmaps& heatmaps, float threshold, int num_threads) {
+    struct Pixel {
+        std::int64_t x, y;
+        float value;
+    };
     const Batch batch(heatmaps);
-    std::vector<std::vector<lgcn::Peak>> found(static_cast<std::size_t>(batch.count()));
+    std::vector<std::vector<Pixel>> found(static_cast<std::size_t>(batch.count()));
     {
         py::gil_scoped_release unlocked;
         lgcn::parallel_for(batch.count(), batch.pixels(), num_threads, [&](std::int64_t i) {
             const lgcn::Heatmap map = batch.map(i);
             lgcn::for_each_local_maximum(map, threshold, [&](std::int64_t y, std::int64_t x) {
-                found[static_cast<std::size_t>(i)].push_back(lgcn::centroid(map, y, x));
+                found[static_cast<std::size_t>(i)].push_back({x, y, map.at(y, x)});
             });
         });
     }
     py::ssize_t total = 0;
-    for (const auto& peaks_of_map : found) total += static_cast<py::ssize_t>(peaks_of_map.size());
+    for (const auto& maxima : found) total += static_cast<py::ssize_t>(maxima.size());
     py::array_t<std::int64_t> maps({total, py::ssize_t{2}});
-    py::array_t<float> points({total, py::ssize_t{2}});
+    py::array_t<std::int64_t> pixels({total, py::ssize_t{2}});
     py::array_t<float> values(total);
     std::int64_t* map_out = maps.mutable_data();
-    float* point_out = points.mutable_data();
+    std::int64_t* pixel_out = pixels.mutable_data();
     float* value_out = values.mutable_data();
     for (std::size_t i = 0; i < found.size(); ++i)
-        for (const lgcn::Peak& peak : found[i]) {
+        for (const Pixel& pixel : found[i]) {
             *map_out++ = static_cast<std::int64_t>(i) / batch.landmarks;
             *map_out++ = static_cast<std::int64_t>(i) % batch.landmarks;
-            *point_out++ = peak.x;
-            *point_out++ = peak.y;
-            *value_out++ = peak.value;
+            *pixel_out++ = pixel.x;
+            *pixel_out++ = pixel.y;
+            *value_out++ = pixel.value;
         }
-    return py::make_tuple(maps, points, values);
+    return py::make_tuple(maps, pixels, values);
 }
 
 py::array_t<double> window_moments(const Heatmaps& heatmaps, const std::optional<Points>& centres, double radius,
                                    float threshold, int num_threads) {
     const Batch batch(heatmaps);
     const double* centre = centres ? checked_points(*centres, batch, "centres") : nullptr;
-    if (!(radius >= 0)) throw py::value_error("radius: expected 0 or more pixels, got " + std::to_string(radius));
+    check_radius(radius);
     const double side = 2 * radius + 1;
     const auto pixels =
         centre ? static_cast<std::int64_t>(std::min(side * side, static_cast<double>(batch.pixels()))) : batch.pixels();
@@ -94,7 +88,7 @@ py::array_t<double> window_moments(const Heatmaps& heatmaps, const std::optional
         py::gil_scoped_release unlocked;
         lgcn::parallel_for(batch.count(), pixels, num_threads, [&](std::int64_t i) {
             const lgcn::Heatmap map = batch.map(i);
-            const lgcn::Window window = centre ? lgcn::window(map, centre[2 * i], centre[2 * i + 1], radius)
+            const lgcn::Window window = centre ? lgcn::window(map, centre[2 * i], centre[2 * i + 1], radius, radius)
                                                : lgcn::Window{0, map.height, 0, map.width};
             const lgcn::Moments m = lgcn::window_moments(map, window, threshold);
             out[3 * i] = m.w2;
@@ -172,9 +166,8 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "Native functions of lgcn_fast; see lgcn_fast_kernels for their documentation.";
     module.def("gaussian_sum", &gaussian_sum, py::arg("maps").noconvert(), py::arg("taps"), py::arg("num_threads"),
                py::arg("instructions"));
-    module.def("peak_centroids", &peak_centroids, py::arg("heatmaps").noconvert(), py::arg("num_threads"));
-    module.def("nearest_peaks", &nearest_peaks, py::arg("heatmaps").noconvert(), py::arg("targets"),
-               py::arg("threshold"), py::arg("num_threads"));
+    module.def("peak_centroids", &peak_centroids, py::arg("heatmaps").noconvert(), py::arg("radius"),
+               py::arg("num_threads"));
     module.def("local_maxima", &local_maxima, py::arg("heatmaps").noconvert(), py::arg("threshold"),
                py::arg("num_threads"));
     module.def("window_moments", &window_moments, py::arg("heatmaps").noconvert(), py::arg("centres"),

@@ -40,10 +40,6 @@ inline Moments window_moments(const Alone&, const Heatmap& map, const Window& wi
     return window_moments(map, window, threshold);
 }
 
-inline Peak nearest_peak(const Alone&, const Heatmap& map, double x, double y, double, float threshold) {
-    return nearest_peak(map, x, y, threshold);
-}
-
 class Fitter {
 public:
     using Evidence = lgcn::Evidence<double>;
@@ -53,8 +49,9 @@ public:
     Fitter(const double* basis, const double* variances, std::int64_t parameters, std::int64_t landmarks,
            const std::vector<double>& radii, const FitOptions& options)
         : landmarks_(landmarks), parameters_(parameters), windows_(static_cast<std::int64_t>(radii.size())) {
-        constants_ = {options.certain,     options.fallback,     options.noise,     options.trust,
-                      options.size_spread, options.shift_spread, options.threshold, options.nominal_size};
+        constants_ = {options.certain,      options.fallback,     options.noise,
+                      options.peak_radius,  options.largest_move, options.size_spread,
+                      options.shift_spread, options.threshold,    options.nominal_size};
         constants_.reserve(static_cast<std::size_t>(model().constants()));
         const auto add = [&](double value) { constants_.push_back(value); };
         std::for_each(radii.begin(), radii.end(), add);
@@ -77,7 +74,7 @@ public:
 
     // What needs all pixels, in one pass over the heatmap.
     Evidence look(const Heatmap& map) const {
-        const Peak peak = peak_centroid(map);
+        const Peak peak = peak_centroid(map, 0);
         const auto threshold = static_cast<float>(model().options->threshold);
         const Moments moments = window_moments(map, Window{0, map.height, 0, map.width}, threshold);
         return {peak.x, peak.y, peak.value, moments.w2, moments.w2x, moments.w2y};

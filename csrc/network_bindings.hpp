@@ -284,19 +284,19 @@ inline void bind_network(py::module_& module) {
                              "The fit of section 3.3 with a shape model: basis (4 + K, N, 2) and variances (K,) "
                              "float64; the constants are those of `lgcn_fast.fitting`, which is the reference.")
         .def(py::init([](const Points& basis, const Points& variances, const std::vector<double>& radii, double certain,
-                         double fallback, double noise, double trust, double size_spread, double shift_spread,
-                         double threshold, double nominal_size) {
+                         double fallback, double noise, double peak_radius, double largest_move, double size_spread,
+                         double shift_spread, double threshold, double nominal_size) {
                  if (basis.ndim() != 3 || basis.shape(2) != 2 || basis.shape(1) == 0 || variances.ndim() != 1 ||
                      variances.shape(0) + 4 != basis.shape(0) || radii.empty()) {
                      throw py::value_error("expected a basis (4 + K, N, 2), variances (K,) and radii");
                  }
-                 return lgcn::Fitter(
-                     basis.data(), variances.data(), basis.shape(0), basis.shape(1), radii,
-                     {certain, fallback, noise, trust, size_spread, shift_spread, threshold, nominal_size});
+                 return lgcn::Fitter(basis.data(), variances.data(), basis.shape(0), basis.shape(1), radii,
+                                     {certain, fallback, noise, peak_radius, largest_move, size_spread, shift_spread,
+                                      threshold, nominal_size});
              }),
              py::arg("basis"), py::arg("variances"), py::kw_only(), py::arg("radii"), py::arg("certain"),
-             py::arg("fallback"), py::arg("noise"), py::arg("trust"), py::arg("size_spread"), py::arg("shift_spread"),
-             py::arg("threshold"), py::arg("nominal_size"))
+             py::arg("fallback"), py::arg("noise"), py::arg("peak_radius"), py::arg("largest_move"),
+             py::arg("size_spread"), py::arg("shift_spread"), py::arg("threshold"), py::arg("nominal_size"))
         .def("fit", &fit, py::arg("heatmaps").noconvert(), py::arg("stride"), py::arg("num_threads"),
              "Points (B, N, 2), shapes (B, N, 2), coefficients (B, K), certainties (B, N), residuals (B,), float64, of "
              "heatmaps (B, N, H, W) float32; see `lgcn_fast.fitting.Fit`.")

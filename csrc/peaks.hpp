@@ -79,10 +79,17 @@ inline std::int64_t first_maximum(const float* values, std::int64_t count) {
     return in_registers<detail::FirstMaximum>(widest_registers(), values, count);
 }
 
-// The first largest pixel, rows first, with its centroid.
-inline Peak peak_centroid(const Heatmap& map) {
-    const std::int64_t index = first_maximum(map.data, map.height * map.width);
-    return centroid(map, index / map.width, index % map.width);
+// Larger than the neighbours before it (rows first), not smaller than those after it, of eight.
+inline bool is_local_maximum(const Heatmap& map, std::int64_t y, std::int64_t x) {
+    const float value = map.at(y, x);
+    if (!(value > -INFINITY)) return false;
+    for (std::int64_t j = std::max<std::int64_t>(y - 1, 0); j <= std::min(y + 1, map.height - 1); ++j)
+        for (std::int64_t i = std::max<std::int64_t>(x - 1, 0); i <= std::min(x + 1, map.width - 1); ++i) {
+            if (j == y && i == x) continue;
+            const bool before = j < y || (j == y && i < x);
+            if (before ? value <= map.at(j, i) : value < map.at(j, i)) return false;
+        }
+    return true;
 }
 
 // What most pixels that are no local maximum fail already: a look at the neighbours in their row.
@@ -103,41 +110,6 @@ void for_each_local_maximum(const Heatmap& map, float threshold, Found found) {
             if (may_be_local_maximum(map, y, x) && is_local_maximum(map, y, x)) found(y, x);
         }
     }
-}
-
-// The local maximum above the threshold nearest to a target, searched in squares that grow around it; the target
-// itself, with value 0, where there is none.
-inline Peak nearest_peak(const Heatmap& map, double target_x, double target_y, float threshold) {
-    const std::int64_t middle_y = bound(std::round(target_y), map.height - 1);
-    const std::int64_t middle_x = bound(std::round(target_x), map.width - 1);
-    double best = std::numeric_limits<double>::infinity();
-    std::int64_t best_y = -1, best_x = -1;
-    const auto look = [&](std::int64_t y, std::int64_t x) {
-        if (!(map.data[y * map.width + x] > threshold)) return;
-        const double dy = static_cast<double>(y) - target_y, dx = static_cast<double>(x) - target_x;
-        const double distance = dy * dy + dx * dx;
-        const bool first = y < best_y || (y == best_y && x < best_x);
-        if (distance > best || (distance == best && !first)) return;
-        if (!may_be_local_maximum(map, y, x) || !is_local_maximum(map, y, x)) return;
-        best = distance;
-        best_y = y;
-        best_x = x;
-    };
-    const std::int64_t furthest = std::max({middle_y, map.height - 1 - middle_y, middle_x, map.width - 1 - middle_x});
-    for (std::int64_t ring = 0; ring <= furthest; ++ring) {
-        // A pixel of this ring is at least this far from the middle's pixel, which is the one nearest to the target.
-        const double reach = static_cast<double>(ring) - 0.5;
-        if (reach > 0 && reach * reach > best) break;
-        for (std::int64_t y = std::max<std::int64_t>(middle_y - ring, 0);
-             y <= std::min(middle_y + ring, map.height - 1); ++y) {
-            const bool edge = y == middle_y - ring || y == middle_y + ring;
-            const std::int64_t step = edge || ring == 0 ? 1 : 2 * ring;
-            for (std::int64_t x = middle_x - ring; x <= middle_x + ring; x += step)
-                if (x >= 0 && x < map.width) look(y, x);
-        }
-    }
-    if (best_y < 0) return {static_cast<float>(target_x), static_cast<float>(target_y), 0.0f};
-    return centroid(map, best_y, best_x);
 }
 
 namespace detail {
@@ -210,6 +182,14 @@ struct WindowMoments {
 // for so few pixels and for positions counted from x0; rows add up in double.
 inline Moments window_moments(const Heatmap& map, const Window& window, float threshold) {
     return in_registers<detail::WindowMoments>(widest_registers(), map, window, threshold);
+}
+
+// The first largest pixel, rows first, placed by a window around it: where that window's values above 0 put it.
+inline Peak peak_centroid(const Heatmap& map, double radius) {
+    const std::int64_t index = first_maximum(map.data, map.height * map.width);
+    const auto y = static_cast<double>(index / map.width), x = static_cast<double>(index % map.width);
+    const Peak found = centroid(map, window_moments(map, peak_window(map, x, y, radius), 0), x, y);
+    return {found.x, found.y, map.at(index / map.width, index % map.width)};
 }
 
 }  // namespace lgcn

@@ -24,7 +24,6 @@ __all__ = [
     "face_votes",
     "gaussian_sum",
     "local_maxima",
-    "nearest_peaks",
     "peak_centroids",
     "window_moments",
 ]
@@ -85,24 +84,13 @@ def kernel_taps(kernel_size: int, sigmas: tuple[float, ...], tolerance: float = 
     return (vectors[:, kept] * values[kept] ** 0.5).T.copy()
 
 
-def peak_centroids(heatmaps: np.ndarray, num_threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Find the maximum of every heatmap, to a fraction of a pixel.
+def peak_centroids(heatmaps: np.ndarray, radius: float, num_threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Find the maximum of every heatmap, to a fraction of a pixel: by a window of a radius in pixels around it.
 
     Returns:
         points (B, N, 2) float32, x and y in pixels; values (B, N) float32 of the largest pixels.
     """
-    return _native.peak_centroids(_contiguous(heatmaps), num_threads)
-
-
-def nearest_peaks(
-    heatmaps: np.ndarray, targets: np.ndarray, threshold: float = 0.0, num_threads: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Find the local maximum above a threshold that is nearest to a target in every heatmap.
-
-    Returns:
-        points (B, N, 2) float32, pixels; values (B, N) float32. Without a maximum the target and 0.
-    """
-    return _native.nearest_peaks(_contiguous(heatmaps), targets, threshold, num_threads)
+    return _native.peak_centroids(_contiguous(heatmaps), radius, num_threads)
 
 
 def local_maxima(
@@ -111,7 +99,7 @@ def local_maxima(
     """Find all local maxima above a threshold.
 
     Returns:
-        maps (M, 2) int64, face and landmark; points (M, 2) float32, pixels; values (M,) float32.
+        maps (M, 2) int64, face and landmark; pixels (M, 2) int64, x and y; values (M,) float32.
     """
     return _native.local_maxima(_contiguous(heatmaps), threshold, num_threads)
 

@@ -69,9 +69,8 @@ class CudaFitter:
 
         Args:
             heatmaps: (B, N, H, W) float32, contiguous, at least one pixel, on the device.
-            peaks: (B, N, 6) float32, contiguous, on the device: of every heatmap x, y and value of its largest pixel
-                (the centroid of the window around it, in pixels), and the sums of w^2, w^2 x and w^2 y over the pixels
-                with a value w above the threshold.
+            peaks: (B, N, 6) float32, contiguous, on the device: of every heatmap x, y and value of its largest pixel,
+                and the sums of w^2, w^2 x and w^2 y over the pixels with a value w above the threshold.
             stride: side of a heatmap's pixel in pixels of the image.
             out: what is returned, to write to: then nothing is allocated, as a CUDA graph needs it.
 

@@ -17,7 +17,7 @@
 
 namespace lgcn {
 
-// What needs all pixels of a heatmap: its largest one with its centroid, and the moments of those above the threshold.
+// What needs all pixels of a heatmap: its largest one, and the moments of those above the threshold.
 template <typename Number>
 struct Evidence {
     Number x, y, value, w2, w2x, w2y;
@@ -25,7 +25,7 @@ struct Evidence {
 
 // The constants of lgcn_fast/fitting.py, in pixels of the image, and the face size at which one fills the heatmap.
 struct FitOptions {
-    double certain, fallback, noise, trust, size_spread, shift_spread, threshold, nominal_size;
+    double certain, fallback, noise, peak_radius, largest_move, size_spread, shift_spread, threshold, nominal_size;
 };
 
 // A shape model and the options: views of one array, which starts with the options.
@@ -142,74 +142,6 @@ Moments window_moments(const Group& group, const Heatmap& map, const Window& win
     group.sum(sums);
     const double total = sums[0];
     return {total, sums[1] + total * static_cast<double>(window.x0), sums[2] + total * static_cast<double>(window.y0)};
-}
-
-// `centroid` of heatmap.hpp, for all threads of a team. As the window is symmetric about the pixel, what is subtracted
-// from all values changes the first of the three sums only: here the pixel's own value, and in the end the smallest.
-template <typename Group>
-Peak centroid(const Group& group, const Heatmap& map, Index y, Index x) {
-    constexpr Index side = 2 * kRadius + 1;
-    const Index dy = smaller(kRadius, smaller(y, map.height - 1 - y));
-    const Index dx = smaller(kRadius, smaller(x, map.width - 1 - x));
-    Peak peak{static_cast<float>(x), static_cast<float>(y), map.at(y, x)};
-    double smallest = INFINITY;
-    Sum sums[3] = {};
-    for (Index k = group.rank(); k < side * side; k += group.size()) {
-        const Index j = k / side - kRadius, i = k % side - kRadius;
-        if (j < -dy || j > dy || i < -dx || i > dx) continue;
-        const float value = map.at(y + j, x + i) - peak.value;
-        smallest = smaller(smallest, static_cast<double>(value));
-        sums[0] += value;
-        sums[1] += value * static_cast<float>(i);
-        sums[2] += value * static_cast<float>(j);
-    }
-    smallest = group.least(smallest);
-    group.sum(sums);
-    if (!(smallest > -INFINITY && peak.value < INFINITY)) return peak;
-    const double sum = sums[0] - smallest * static_cast<double>((2 * dy + 1) * (2 * dx + 1));
-    if (sum > 0 && sum < INFINITY) {
-        peak.x = static_cast<float>(static_cast<double>(x) + sums[1] / sum);
-        peak.y = static_cast<float>(static_cast<double>(y) + sums[2] / sum);
-    }
-    return peak;
-}
-
-// The local maximum above the threshold nearest to a target, for all threads of a team, if its centroid is at most
-// `radius` from the target along x and y; else a maximum that is not as near, or the target itself with value 0.
-template <typename Group>
-Peak nearest_peak(const Group& group, const Heatmap& map, double x, double y, double radius, float threshold) {
-    // A centroid is at most kRadius from its pixel along x and y. So the pixel of a centroid within the radius is at
-    // most sqrt(2) (radius + kRadius) from the target, and so is every pixel nearer to it: no others need be looked at.
-    // As most maxima are close to their target, a small square is searched first; it holds all pixels up to `reach`.
-    const double furthest = 1.4142136 * (radius + static_cast<double>(kRadius));
-    const Share share(group, 8);
-    constexpr Index rows = 2;  // of a thread at once; behind the last row it is that one again, which does no harm
-    double best, place;
-    for (double reach = smaller(3.0, furthest);; reach = furthest) {
-        const Window square = window(map, x, y, reach);
-        double mine = INFINITY, my_place = INFINITY;
-        for (Index y0 = square.y0 + share.row; y0 < square.y1; y0 += rows * share.down)
-            for (Index column = square.x0 + share.column; column < square.x1; column += share.across) {
-                LGCN_UNROLL
-                for (Index j = 0; j < rows; ++j) {
-                    const Index row = smaller(y0 + j * share.down, square.y1 - 1), pixel = row * map.width + column;
-                    const double dy = static_cast<double>(row) - y, dx = static_cast<double>(column) - x;
-                    const double distance = dy * dy + dx * dx;
-                    // No early end here either.
-                    const bool above = map.data[pixel] > threshold, maximum = is_local_maximum(map, row, column);
-                    const auto at = static_cast<double>(pixel);  // of equal distances the first pixel's counts
-                    if (!above || !maximum || distance > mine || (distance == mine && at > my_place)) continue;
-                    mine = distance;
-                    my_place = at;
-                }
-            }
-        best = group.least(mine);
-        place = group.least(mine == best ? my_place : INFINITY);
-        if (best <= reach * reach || reach == furthest) break;
-    }
-    if (best == INFINITY) return {static_cast<float>(x), static_cast<float>(y), 0.0f};
-    const auto pixel = static_cast<Index>(place);
-    return centroid(group, map, pixel / map.width, pixel % map.width);
 }
 
 // Rotation and size by Kabsch's algorithm from the certain maxima, or the best where fewer than two are. Every team
@@ -332,23 +264,25 @@ void finish(const Group& group, const FitModel& model, const Heatmap& maps, doub
     const FitOptions& options = *model.options;
     for (Index k = group.lane(); k < model.parameters - 4; k += group.lanes())
         result.coefficients[k] = static_cast<Out>(theta[4 + k] / (frame.size * model.deviations[k]));
-    const double radius = model.radii[model.windows - 1] / stride;
+    const double radius = options.peak_radius / stride, largest_move = options.largest_move / stride;
     for (Index i = group.team(); i < model.landmarks; i += group.teams()) {
         const auto [x, y] = Placed(frame, shape + 2 * i);
         const auto threshold = static_cast<float>(options.threshold);
-        const Peak peak = nearest_peak(group, maps.neighbour(i), x, y, radius, threshold);
+        const Heatmap map = maps.neighbour(i);
+        const Moments moments = window_moments(group, map, peak_window(map, x, y, radius), threshold);
         if (group.rank() > 0) continue;
+        const Peak peak = centroid(map, moments, x, y);
         const double dx = peak.x - x, dy = peak.y - y;
-        // A maximum outside the last window is a false one, however high.
-        const bool near = larger(fabs(dx), fabs(dy)) <= radius;
+        // What is further away is a false peak, however high.
+        const bool near = larger(fabs(dx), fabs(dy)) <= largest_move;
         const double certainty = near ? smaller(larger(0.0, static_cast<double>(peak.value)), 1.0) : 0;
         certainties[i] = certainty;
         squares[i] = dx * dx + dy * dy;
         result.certainties[i] = static_cast<Out>(certainty);
         result.shapes[2 * i] = static_cast<Out>(x);
         result.shapes[2 * i + 1] = static_cast<Out>(y);
-        result.points[2 * i] = static_cast<Out>(x + options.trust * certainty * dx);
-        result.points[2 * i + 1] = static_cast<Out>(y + options.trust * certainty * dy);
+        result.points[2 * i] = static_cast<Out>(x + certainty * dx);
+        result.points[2 * i + 1] = static_cast<Out>(y + certainty * dy);
     }
     group.sync();
     double totals[2] = {};  // of the certainties; of the squared distances, weighted by them
@@ -387,7 +321,7 @@ void fit_face(const Group& group, const FitModel& model, const Heatmap& maps, co
             if (round > 0) {
                 const Heatmap map = maps.neighbour(i);
                 const auto [x, y] = Placed(frame, shape + 2 * i);
-                m = window_moments(group, map, window(map, x, y, radius), threshold);
+                m = window_moments(group, map, window(map, x, y, radius, radius), threshold);
             }
             if (group.rank() > 0) continue;
             weights[i] = m.w2;

@@ -1,4 +1,4 @@
-// Pixels of heatmaps: windows, peaks and their centroids. For CPU and GPU, so without the standard library; the
+// Pixels of heatmaps: windows, and where in them a peak is. For CPU and GPU, so without the standard library; the
 // references are in lgcn_fast/peaks.py.
 #pragma once
 
@@ -66,65 +66,29 @@ inline Index bound(double v, Index largest) {
     return static_cast<Index>(smaller(larger(0.0, v), static_cast<double>(largest)));
 }
 
-// Pixels at most `radius` from a centre along x and along y.
-inline Window window(const Heatmap& map, double centre_x, double centre_y, double radius) {
-    return {bound(ceil(centre_y - radius), map.height), bound(floor(centre_y + radius) + 1, map.height),
-            bound(ceil(centre_x - radius), map.width), bound(floor(centre_x + radius) + 1, map.width)};
+// Pixels at most `reach` from a centre along x and along y.
+inline Window window(const Heatmap& map, double centre_x, double centre_y, double reach_x, double reach_y) {
+    return {bound(ceil(centre_y - reach_y), map.height), bound(floor(centre_y + reach_y) + 1, map.height),
+            bound(ceil(centre_x - reach_x), map.width), bound(floor(centre_x + reach_x) + 1, map.width)};
 }
 
-// The window around a peak reaches this many pixels to each side.
-constexpr Index kRadius = 2;
-
-// Centroid of the window around a pixel: weights are the values minus the window's smallest, the window is cut at the
-// border to one that is symmetric about the pixel. In a constant window, or one with an infinite value, the pixel.
-inline Peak centroid(const Heatmap& map, Index y, Index x) {
-    const Index dy = smaller(kRadius, smaller(y, map.height - 1 - y));
-    const Index dx = smaller(kRadius, smaller(x, map.width - 1 - x));
-    Peak peak{static_cast<float>(x), static_cast<float>(y), map.at(y, x)};
-    // Loops of constant length, so that a GPU has all pixels on their way at once. Outside of the window stands the
-    // peak's own value.
-    constexpr int reach = static_cast<int>(kRadius), side = 2 * reach + 1;
-    float values[side * side];
-    float smallest = peak.value;
-    for (int j = -reach; j <= reach; ++j)
-        for (int i = -reach; i <= reach; ++i) {
-            const bool inside = -dy <= j && j <= dy && -dx <= i && i <= dx;
-            const float value = inside ? map.at(y + j, x + i) : peak.value;
-            values[(j + reach) * side + i + reach] = value;
-            smallest = smaller(smallest, value);
-        }
-    if (!(smallest > -INFINITY && peak.value < INFINITY)) return peak;
-    double sum = 0, sum_x = 0, sum_y = 0;
-    for (int j = -reach; j <= reach; ++j)
-        for (int i = -reach; i <= reach; ++i) {
-            if (j < -dy || j > dy || i < -dx || i > dx) continue;
-            const double weight = static_cast<double>(values[(j + reach) * side + i + reach]) - smallest;
-            sum += weight;
-            sum_x += weight * i;
-            sum_y += weight * j;
-        }
-    if (sum > 0 && sum < INFINITY) {
-        peak.x = static_cast<float>(static_cast<double>(x) + sum_x / sum);
-        peak.y = static_cast<float>(static_cast<double>(y) + sum_y / sum);
-    }
-    return peak;
+// The window that places a peak: of a radius, but at a border cut to one that is symmetric about the centre, so that the
+// border does not pull the peak inwards. Without pixels about a centre outside.
+inline Window peak_window(const Heatmap& map, double centre_x, double centre_y, double radius) {
+    const double right = static_cast<double>(map.width - 1) - centre_x;
+    const double below = static_cast<double>(map.height - 1) - centre_y;
+    return window(map, centre_x, centre_y, smaller(radius, smaller(centre_x, right) + 0.5),
+                  smaller(radius, smaller(centre_y, below) + 0.5));
 }
 
-// Larger than the neighbours before it (rows first), not smaller than those after it, of eight.
-inline bool is_local_maximum(const Heatmap& map, Index y, Index x) {
-    const float value = map.at(y, x);
-    // No early end, and no condition on a load: a GPU has all neighbours on their way at once.
-    bool is_maximum = value > -INFINITY;
-    for (int j = -1; j <= 1; ++j)
-        for (int i = -1; i <= 1; ++i) {
-            const Index row = smaller(larger(y + j, Index{0}), map.height - 1);
-            const Index column = smaller(larger(x + i, Index{0}), map.width - 1);
-            const float nearest = map.at(row, column);
-            const float neighbour = row == y + j && column == x + i ? nearest : -INFINITY;
-            const bool before = j < 0 || (j == 0 && i < 0), itself = j == 0 && i == 0;
-            is_maximum &= itself || (before ? value > neighbour : value >= neighbour);
-        }
-    return is_maximum;
+// The centroid of the squares in a window, from their moments, and the value of the pixel nearest to it; where there are
+// none, or they overflow, a centre and 0.
+inline Peak centroid(const Heatmap& map, const Moments& moments, double centre_x, double centre_y) {
+    if (!(moments.w2 > 0 && moments.w2 < INFINITY))
+        return {static_cast<float>(centre_x), static_cast<float>(centre_y), 0.0f};
+    const double x = moments.w2x / moments.w2, y = moments.w2y / moments.w2;
+    const Index row = bound(floor(y + 0.5), map.height - 1), column = bound(floor(x + 0.5), map.width - 1);
+    return {static_cast<float>(x), static_cast<float>(y), map.at(row, column)};
 }
 
 }  // namespace lgcn

@@ -15,34 +15,30 @@ BLOCK = 4096
 """Pixels that a program reads at a time. Not compared with others."""
 NUM_WARPS = 8
 """16 pixels of a block per thread. Not compared with others."""
-WINDOW = tl.constexpr(5)
-"""Side of the window around a peak; its 25 pixels are the first of 32 lanes."""
 
 
 @triton.jit
-def _centroid_shift(x_ptr, peak, y, x, height, width):
-    """Of the window around the pixel (y, x) with value `peak`: its centroid's distance from it, along x and y.
-
-    In fp64, which 25 pixels can afford: neither large values overflow nor small ones vanish.
-    """
-    lane = tl.arange(0, 32)
-    dy, dx = lane // WINDOW - WINDOW // 2, lane % WINDOW - WINDOW // 2
+def _centroid_shift(x_ptr, y, x, height, width, RADIUS: tl.constexpr, LANES: tl.constexpr):
+    """Of the window around the pixel (y, x): its centroid's distance from it, along x and y."""
+    side = 2 * RADIUS + 1
+    lane = tl.arange(0, LANES)
+    dy, dx = lane // side - RADIUS, lane % side - RADIUS
     # Cut at the border to a window that is symmetric about the pixel.
     reach_y, reach_x = tl.minimum(y, height - 1 - y), tl.minimum(x, width - 1 - x)
-    inside = (tl.abs(dy) <= reach_y) & (tl.abs(dx) <= reach_x) & (lane < WINDOW * WINDOW)
-    # Beyond the window stands the peak's own value, which is never the smallest.
-    window = tl.load(x_ptr + (y + dy) * width + x + dx, mask=inside, other=peak).to(tl.float64)
-    finite = (window == window) & (tl.abs(window) != float("inf"))
-    all_finite = tl.min(finite.to(tl.int32), axis=0) > 0
-    window = tl.where(finite, window, 0.0)
-    weights = tl.where(inside & all_finite, window - tl.min(window, axis=0), 0.0)
-    total = tl.sum(weights, axis=0)
-    total = tl.where(total > 0, total, 1.0)  # A constant window: no weights, no shift.
-    return tl.sum(weights * dx, axis=0) / total, tl.sum(weights * dy, axis=0) / total
+    inside = (tl.abs(dy) <= reach_y) & (tl.abs(dx) <= reach_x) & (lane < side * side)
+    window = tl.load(x_ptr + (y + dy) * width + x + dx, mask=inside, other=0.0).to(tl.float32)
+    square = tl.where(window > 0, window * window, 0.0)
+    total = tl.sum(square, axis=0)
+    found = (total > 0) & (total < float("inf"))
+    square, total = tl.where(found, square, 0.0), tl.where(found, total, 1.0)
+    return tl.sum(square * dx, axis=0) / total, tl.sum(square * dy, axis=0) / total
 
 
 @triton.jit
-def _heatmap_reduction_kernel(x_ptr, out_ptr, height, width, threshold, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+def _heatmap_reduction_kernel(
+    x_ptr, out_ptr, height, width, threshold,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, RADIUS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     map_index = tl.program_id(0).to(tl.int64)
     pixels = height * width
     x_ptr += map_index * pixels
@@ -69,7 +65,7 @@ def _heatmap_reduction_kernel(x_ptr, out_ptr, height, width, threshold, BLOCKS: 
     # Of equal ones the first. Where nothing is above minus infinity, lane 0 holds pixel 0.
     first = tl.min(tl.where(largest == peak, largest_at, pixels), axis=0)
     y, x = first // width, first % width
-    shift_x, shift_y = _centroid_shift(x_ptr, peak, y, x, height, width)
+    shift_x, shift_y = _centroid_shift(x_ptr, y, x, height, width, RADIUS, LANES)
     out_ptr += map_index * 6
     tl.store(out_ptr, (x + shift_x).to(tl.float32))
     tl.store(out_ptr + 1, (y + shift_y).to(tl.float32))
@@ -79,16 +75,16 @@ def _heatmap_reduction_kernel(x_ptr, out_ptr, height, width, threshold, BLOCKS: 
     tl.store(out_ptr + 5, tl.sum(w2y, axis=0))
 
 
-def heatmap_reduction(heatmaps: Tensor, threshold: float = 0.01, out: Tensor | None = None) -> Tensor:
+def heatmap_reduction(heatmaps: Tensor, radius: int, threshold: float = 0.01, out: Tensor | None = None) -> Tensor:
     """Find the maximum of every heatmap, to a fraction of a pixel, and its moments; what `lgcn_fast.peaks` calls
     `peak_centroids` and `window_moments` (of all pixels), in one reading.
 
-    The point is the centroid of the 5 x 5 window around the first largest pixel (rows first). The moments are the sums
-    of w^2, w^2 x and w^2 y over the pixels with a value w above the threshold (section 3.3), in fp32. NaN counts as
-    minus infinity.
+    The moments are the sums of w^2, w^2 x and w^2 y over the pixels with a value w above the threshold (section 3.3),
+    in fp32. NaN counts as minus infinity.
 
     Args:
         heatmaps: (B, N, H, W) float32, float16 or bfloat16, contiguous, at least one pixel, on a GPU.
+        radius: half side of the window that places the point, pixels; 0: the point is the largest pixel.
         threshold: of the moments.
         out: (B, N, 6) float32, contiguous, to write to: then nothing is allocated, as a CUDA graph needs it.
 
@@ -107,6 +103,7 @@ def heatmap_reduction(heatmaps: Tensor, threshold: float = 0.01, out: Tensor | N
     if out.numel():
         _heatmap_reduction_kernel[(batch * channels,)](
             heatmaps, out, height, width, float(threshold),
-            BLOCKS=triton.cdiv(height * width, BLOCK), BLOCK=BLOCK, num_warps=NUM_WARPS,
+            BLOCKS=triton.cdiv(height * width, BLOCK), BLOCK=BLOCK,
+            RADIUS=radius, LANES=triton.next_power_of_2((2 * radius + 1) ** 2), num_warps=NUM_WARPS,
         )  # fmt: skip
     return out

@@ -22,6 +22,7 @@ from .fitting import THRESHOLD, Array, CudaFitter, Fit
 from .folding import ORIGIN, FoldedNetwork, Layer
 from .losses import probabilities
 from .model import cudnn_benchmark, pad_to_grid
+from .peaks import PEAK_RADIUS
 from .shape import ShapeModel
 
 LADDER = (1, 2, 4, 8, 16, 32, 64)
@@ -101,7 +102,8 @@ class CudaEngine:
         heatmaps_of, size = CudaNetwork(network, device, dtype), network.config.input_size
         recorded = partial(RecordedBatches, image=(network.config.in_channels, size, size), device=device)
         self._heatmaps = recorded(heatmaps_of)
-        self._reductions = recorded(lambda images: heatmap_reduction(heatmaps_of(images)))
+        radius = int(PEAK_RADIUS / network.config.stride)
+        self._reductions = recorded(lambda images: heatmap_reduction(heatmaps_of(images), radius))
         self._fits = lru_cache(maxsize=4)(lambda shape: recorded(packed_fit(heatmaps_of, fitter(shape, device))))
 
     @property
@@ -138,7 +140,7 @@ def packed_fit(network: CudaNetwork, fitter: Callable[..., Fit]) -> Callable[[Te
 
     def packed(images: Tensor) -> Tensor:
         heatmaps = network(images)
-        fit = fitter(heatmaps, heatmap_reduction(heatmaps, THRESHOLD), network.config.stride)
+        fit = fitter(heatmaps, heatmap_reduction(heatmaps, 0, THRESHOLD), network.config.stride)
         parts = fit.points, fit.shapes, fit.coefficients, fit.certainties, fit.residuals
         return torch.cat([part.reshape(len(images), -1) for part in parts], dim=1)
 

@@ -44,7 +44,7 @@ SETTLED = 0.02
 APART = 0.35
 """Hypotheses nearer than this share of the larger one's side are one, where their sizes differ by less than..."""
 SIZE_RATIO = 2.5
-RESIDUAL, PLAUSIBLE = 0.15, 4.0
+RESIDUAL, PLAUSIBLE = 0.12, 4.0
 """Scales of what lowers a confidence: the fit's residual, and the root mean square of its coefficients."""
 OVERLAP = 0.4
 """Of two faces whose boxes have more than this in common (over their union), the less confident one goes."""
@@ -155,9 +155,9 @@ def find_hypotheses(
     for scale, level in _levels(photo, engine, min_face, pyramid_step):
         for tiles, places, cores in _tiles(level):
             votes = engine.votes(torch.from_numpy(tiles), offsets, voters, VOTE_STEP)
-            maps, points, values = lgcn_fast_kernels.local_maxima(votes, LEAST_VOTE, engine.num_threads)
+            maps, pixels, values = lgcn_fast_kernels.local_maxima(votes, LEAST_VOTE, engine.num_threads)
             # A vote is that of a pixel of the heatmaps, which stands in the middle of its pixels of the level.
-            points = points * step + (engine.config.stride - 1) / 2 + places[maps[:, 0]]
+            points = pixels * step + (engine.config.stride - 1) / 2 + places[maps[:, 0]]
             inside = ((points >= cores[maps[:, 0], :2]) & (points < cores[maps[:, 0], 2:])).all(1)
             centres = (points[inside] - BORDER + 0.5) / scale - 0.5
             sides = nominal / scale * np.array(SIZES)[maps[inside, 1]]

@@ -16,6 +16,7 @@ from .fitting import NativeFitter
 from .images import check_touches, face_box, square_box
 from .landmarks import SCHEMES
 from .model import LGCN
+from .peaks import PEAK_RADIUS
 from .prediction import CHUNK, engine_for, locate, shape_for
 from .shape import ShapeModel
 
@@ -163,7 +164,8 @@ def _fit_and_maxima(engine: Engine, fitter: NativeFitter, crops: Tensor) -> tupl
     """Points (2, B, N, 2) in pixels of the heatmaps and scores (2, B, N), off the same heatmaps, on the host."""
     heatmaps = engine.heatmaps(crops).cpu().numpy()
     fitted = fitter(heatmaps, engine.config.stride, engine.num_threads)
-    maxima, values = lgcn_fast_kernels.peak_centroids(heatmaps, engine.num_threads)
+    radius = PEAK_RADIUS / engine.config.stride
+    maxima, values = lgcn_fast_kernels.peak_centroids(heatmaps, radius, engine.num_threads)
     return np.stack([fitted.points, maxima]), np.stack([fitted.certainties, values])
 
 

@@ -27,6 +27,7 @@ from .folding import ORIGIN, FoldedNetwork, Layer, fold
 from .losses import probabilities
 from .model import LGCN
 from .operators import bands, gaussian_taps, two_products
+from .peaks import PEAK_RADIUS
 from .prediction import default_shape, shape_for
 from .shape import ShapeModel
 
@@ -173,10 +174,12 @@ def metadata(config: LGCNConfig, shape: ShapeModel | None) -> dict[str, str]:
     """What a consumer needs beside the heatmaps; lists of numbers are separated by blanks.
 
     Returns:
-        num_landmarks, in_channels, input_size (pixels), stride; with a shape model also what `lgcn::Fitter` in
-        csrc/fit.hpp takes: fit_basis, P x N x 2 numbers; fit_variances, P - 4; fit_radii; fit_options, 8.
+        num_landmarks, in_channels, input_size (pixels), stride, peak_radius (see `peaks.PEAK_RADIUS`); with a shape
+        model also what `lgcn::Fitter` in csrc/fit.hpp takes: fit_basis, P x N x 2 numbers; fit_variances, P - 4;
+        fit_radii; fit_options, 9.
     """
     facts = {name: str(getattr(config, name)) for name in ("num_landmarks", "in_channels", "input_size", "stride")}
+    facts["peak_radius"] = _numbers(PEAK_RADIUS)
     if shape is None:
         return facts
     constants = fitter_constants(shape)
@@ -184,7 +187,7 @@ def metadata(config: LGCNConfig, shape: ShapeModel | None) -> dict[str, str]:
     return facts | {f"fit_{name}": _numbers(values) for name, values in lists.items()}
 
 
-def _numbers(values: np.ndarray | list[float]) -> str:
+def _numbers(values: np.ndarray | list[float] | float) -> str:
     return " ".join(repr(value) for value in np.asarray(values, np.float64).ravel().tolist())
 
 

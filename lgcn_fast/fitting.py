@@ -29,10 +29,8 @@ FALLBACK = 10
 NOISE = 50.0
 """What a pixel's equation is worth against the prior: square pixels of the image, times the sum of squared weights of
 a landmark. A clear heatmap has a sum of about 90 within 7 px: it places its landmark to better than a pixel."""
-TRUST = 0.8
-"""How much the final points listen to a heatmap's maximum where the network is as certain as can be. (The authors' code
-has 1. On the validation faces of 300-W the mean error of lgcn-128 is 3.91, 3.88 and 3.87 % with 0.5, 0.8 and 1, that of
-nano-128 3.91, 3.89 and 3.89 %, nano's 4.63, 4.63 and 4.66 %.)"""
+LARGEST_MOVE = 5.0
+"""Where a heatmap is high further than this from the shape, along x or y, pixels of the image, it is a false peak."""
 SIZE_SPREAD, SHIFT_SPREAD = 0.3, 1.0
 """Prior standard deviations: of size and turn, as a share of the first guess; of the position, as a share of the
 heatmap's side."""
@@ -43,15 +41,16 @@ class Fit:
     """Landmarks of a batch of faces, fitted to their heatmaps."""
 
     points: Array
-    """(B, N, 2), pixels: the shape, drawn to the nearest maxima of the heatmaps where the network is certain."""
+    """(B, N, 2), pixels: the shape, drawn to where the heatmaps are high around it (`peaks.window_centroids`), as
+    far as the network is certain there."""
     shapes: Array
     """(B, N, 2), pixels: the shape model's own points."""
     coefficients: Array
     """(B, K): of the modes, in units of their standard deviations in the training shapes."""
     certainties: Array
-    """(B, N) in 0..1: the heatmap's value at the local maximum nearest to the shape, 0 where none is within 7 px."""
+    """(B, N) in 0..1: the heatmap's value there; 0 where it is nowhere high, or not within `LARGEST_MOVE`."""
     residuals: Array
-    """(B,): root mean square distance from the shape to the nearest local maxima, weighted by the certainties, over
+    """(B,): root mean square distance from the shape to where the heatmaps are high, weighted by the certainties, over
     the face's size; infinite where no landmark has any certainty."""
 
 
@@ -142,8 +141,8 @@ class CudaFitter:
 
         Args:
             heatmaps: (B, N, H, W) float32 torch tensor on the device, contiguous, at least one pixel.
-            peaks: (B, N, 6) float32, likewise: of every heatmap the point and the value of `peaks.peak_centroids` and
-                the moments of `peaks.window_moments` over all pixels above `THRESHOLD`.
+            peaks: (B, N, 6) float32, likewise: of every heatmap x, y and value of the first largest pixel, and the
+                moments of `peaks.window_moments` over all pixels above `THRESHOLD`.
             stride: side of a heatmap's pixel in pixels of the image, see `LGCNConfig.stride`.
             out: float32 tensors to write to; then nothing is allocated, as CUDA graphs need it.
 
@@ -171,7 +170,8 @@ def fitter_constants(model: ShapeModel) -> dict[str, Any]:
         "certain": CERTAIN,
         "fallback": FALLBACK,
         "noise": NOISE,
-        "trust": TRUST,
+        "peak_radius": peaks.PEAK_RADIUS,
+        "largest_move": LARGEST_MOVE,
         "size_spread": SIZE_SPREAD,
         "shift_spread": SHIFT_SPREAD,
         "threshold": THRESHOLD,
@@ -311,7 +311,7 @@ def _fit(
     xp = array_namespace(heatmaps)
     variances = xp.asarray(model.variances, dtype=xp.float64, device=device(heatmaps))
     height, width = heatmaps.shape[2:]
-    guess = _first_guess(model, *peaks.peak_centroids(heatmaps), max(height, width))
+    guess = _first_guess(model, *peaks.peak_centroids(heatmaps, 0), max(height, width))
     shapes = None
     for radius in RADII:
         prior, precision = _prior(guess, variances, height, width)
@@ -320,16 +320,14 @@ def _fit(
         shapes = _shapes(basis, guess, theta)
         coefficients = theta[:, 4:] / (guess.size[:, None] * variances**0.5)
         guess = _next_guess(guess, theta)
-    points, values = peaks.nearest_peaks(heatmaps, shapes, THRESHOLD)
-    points = xp.astype(points, xp.float64)
-    # A maximum outside the last window is a false one, however high.
-    near = xp.max(xp.abs(points - shapes), axis=2) <= RADII[-1] / stride
+    points, values = peaks.window_centroids(heatmaps, shapes, peaks.PEAK_RADIUS / stride, THRESHOLD)
+    # What is further away is a false peak, however high.
+    near = xp.max(xp.abs(points - shapes), axis=2) <= LARGEST_MOVE / stride
     certainties = xp.where(near, xp.clip(xp.astype(values, xp.float64), 0.0, 1.0), 0.0)
     total = xp.sum(certainties, axis=1)
     squared = xp.sum(certainties * xp.sum((points - shapes) ** 2, axis=2), axis=1) / xp.where(total > 0, total, 1.0)
-    trust = TRUST * certainties[..., None]
     return Fit(
-        points=trust * points + (1 - trust) * shapes,
+        points=shapes + certainties[..., None] * (points - shapes),
         shapes=shapes,
         coefficients=coefficients,
         certainties=certainties,

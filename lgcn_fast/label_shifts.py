@@ -18,7 +18,7 @@ from .engine import Engine
 from .heatmaps import to_heatmap
 from .landmarks import SCHEMES
 from .model import LGCN
-from .peaks import peak_centroids
+from .peaks import PEAK_RADIUS, peak_centroids
 
 FACES = 128
 """Faces of a set that are looked at: the shift of one varies by about 0.5 % of the box, that of all by 0.04 %."""
@@ -42,7 +42,7 @@ def measured_shifts(cache: CropCache, model: LGCN) -> dict[str, float]:
         faces = np.flatnonzero(labelled & (cache.sets == name))
         faces = faces[:: -(-len(faces) // FACES)]
         images, points = (torch.stack(part) for part in zip(*(crops[0, int(face)] for face in faces), strict=True))
-        seen, mirrored = (_columns(heatmaps, view) for view in (images, images.flip(3)))
+        seen, mirrored = (_columns(heatmaps, view, PEAK_RADIUS / stride) for view in (images, images.flip(3)))
         middle = (seen + model.config.heatmap_size(size, size)[1] - 1 - mirrored[:, mirror]) / 2
         labels = to_heatmap(points[:, 0], stride)[..., 0].numpy()
         shifts[str(name)] = float(np.nanmedian(labels - middle)) * stride / size
@@ -58,7 +58,7 @@ def _heatmaps(model: LGCN) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def _columns(heatmaps: Callable[[Tensor], Tensor], images: Tensor) -> np.ndarray:
+def _columns(heatmaps: Callable[[Tensor], Tensor], images: Tensor, radius: float) -> np.ndarray:
     """Where the maxima of the heatmaps are along x, (B, N)."""
-    parts = [peak_centroids(heatmaps(part.contiguous()))[0][..., 0].cpu() for part in images.split(32)]
+    parts = [peak_centroids(heatmaps(part.contiguous()), radius)[0][..., 0].cpu() for part in images.split(32)]
     return torch.cat(parts).numpy()

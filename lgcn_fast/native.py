@@ -12,6 +12,7 @@ from lgcn_fast_kernels import INSTRUCTIONS
 from .fitting import Array, Fit, NativeFitter
 from .folding import FoldedNetwork
 from .losses import probabilities
+from .peaks import PEAK_RADIUS
 from .shape import ShapeModel
 
 
@@ -48,7 +49,8 @@ class NativeEngine:
         return heatmaps if self._config.loss == "squared_error" else probabilities(heatmaps).contiguous()
 
     def maxima(self, images: Tensor, to_host: bool) -> tuple[Array, Array]:
-        found = lgcn_fast_kernels.peak_centroids(self.heatmaps(images).numpy(), self.num_threads)
+        radius = PEAK_RADIUS / self._config.stride
+        found = lgcn_fast_kernels.peak_centroids(self.heatmaps(images).numpy(), radius, self.num_threads)
         return found if to_host else tuple(map(torch.from_numpy, found))
 
     def votes(self, images: Tensor, offsets: np.ndarray, voters: list[int], step: int) -> np.ndarray:

@@ -37,7 +37,7 @@ from .landmarks import SCHEMES
 from .losses import distillation_loss, lgcn_loss
 from .model import LGCN, checked_device, cudnn_benchmark
 from .operators import gaussian_sum_banded, gaussian_sum_native
-from .peaks import peak_centroids
+from .peaks import PEAK_RADIUS, peak_centroids
 from .training_log import COLUMNS, draw_log, write_log
 from .training_options import TrainingOptions, check_cache, check_faces
 
@@ -216,7 +216,7 @@ class Trainer:
             images, points = zip(*(crops[0, int(index)] for index in indices), strict=True)
             with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 heatmaps = self.averaged(torch.stack(images).to(self.device)).output
-                found, _ = peak_centroids(heatmaps.float())
+                found, _ = peak_centroids(heatmaps.float(), PEAK_RADIUS / self.options.config.stride)
             labelled = to_heatmap(torch.cat(points), self.options.config.stride).numpy()
             errors.append(landmark_errors(found.cpu().numpy(), labelled))
         errors = np.concatenate(errors)

@@ -7,7 +7,7 @@ import subprocess
 from tempfile import NamedTemporaryFile
 
 import torch
-from triton import compile, knobs
+from triton import compile, knobs, next_power_of_2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -77,8 +77,9 @@ def gaussian_sum(dtype: torch.dtype, name: str, capability: int = 90) -> str:
     return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, capability, num_warps=num_warps)
 
 
-def heatmap_reduction() -> str:
-    constants = {"BLOCKS": 9, "BLOCK": triton_peaks.BLOCK}
+def heatmap_reduction(radius: int) -> str:
+    lanes = next_power_of_2((2 * radius + 1) ** 2)
+    constants = {"BLOCKS": 9, "BLOCK": triton_peaks.BLOCK, "RADIUS": radius, "LANES": lanes}
     pointers = {"x_ptr": "*fp32", "out_ptr": "*fp32", "threshold": "fp32"}
     return ptx(triton_peaks._heatmap_reduction_kernel, constants, pointers, num_warps=triton_peaks.NUM_WARPS)
 
@@ -119,7 +120,8 @@ if __name__ == "__main__":
         for capability in SHARED_MEMORY:
             assert "mma" in gaussian_sum(dtype, name, capability)
         channels_last(name)
-    heatmap_reduction()
+    for radius in (0, 6, 12):
+        heatmap_reduction(radius)
     for to_gray in (False, True):
         for taps in (1, 4, 32):
             crop(to_gray, taps)

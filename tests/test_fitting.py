@@ -10,6 +10,7 @@ from lgcn_fast.evaluation import landmark_errors
 from lgcn_fast.fitting import Fit, NativeFitter, fit, fit_reference
 from lgcn_fast.heatmaps import blurred_ground_truth
 from lgcn_fast.images import crop, face_box, square_box, to_crop
+from lgcn_fast.peaks import PEAK_RADIUS
 from lgcn_fast.prediction import WEIGHTS
 
 HALF_SIGMAS = (0.5, 1.5, 2.5, 3.5, 4.5)
@@ -216,7 +217,7 @@ def real(data):
 def test_fit_helps_on_real_faces(model, real):
     heatmaps, labels = real
     with_fit = landmark_errors(native(model, heatmaps, 2).points, labels)
-    without = landmark_errors(lgcn_fast_kernels.peak_centroids(heatmaps)[0], labels)
+    without = landmark_errors(lgcn_fast_kernels.peak_centroids(heatmaps, PEAK_RADIUS)[0], labels)
     assert np.median(with_fit) <= np.median(without)
     assert with_fit.mean() < without.mean()
     assert (with_fit > 0.1).sum() <= (without > 0.1).sum()

@@ -9,20 +9,23 @@ from lgcn_fast import peaks
 from lgcn_fast.heatmaps import blurred_ground_truth
 
 FAST = lgcn_fast_kernels.peak_centroids
+RADII = pytest.mark.parametrize("radius", [0, 2, 6.5, 12])
 BOTH = pytest.mark.parametrize("find", [peaks.peak_centroids, FAST], ids=["reference", "native"])
 SHAPES = [(2, 3, 96, 96), (1, 1, 1, 1), (1, 4, 1, 7), (3, 1, 500, 3), (1, 2, 5, 5), (1, 300, 13, 17), (0, 3, 4, 4)]
 
 
+@RADII
 @pytest.mark.parametrize("shape", SHAPES)
-def test_native_equals_reference(shape, random):
+def test_native_equals_reference(shape, radius, random):
     heatmaps = random.normal(size=shape).astype(np.float32)
-    for expected, found in zip(peaks.peak_centroids(heatmaps), FAST(heatmaps), strict=True):
+    for expected, found in zip(peaks.peak_centroids(heatmaps, radius), FAST(heatmaps, radius), strict=True):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=2e-5, strict=True)
 
 
-@pytest.mark.parametrize("kind", ["nan", "all nan", "infinite", "minus infinite", "equal", "few values"])
-def test_native_equals_reference_on_odd_values(kind, random):
+@RADII
+@pytest.mark.parametrize("kind", ["nan", "all nan", "minus infinite", "equal", "few values"])
+def test_native_equals_reference_on_odd_values(kind, radius, random):
     heatmaps = random.normal(size=(2, 5, 12, 9)).astype(np.float32)
     places = random.random(heatmaps.shape) < 0.3
     if kind == "few values":
@@ -30,63 +33,74 @@ def test_native_equals_reference_on_odd_values(kind, random):
     elif kind == "equal":
         heatmaps[:] = 0.5
     else:
-        heatmaps[places] = {"infinite": np.inf, "minus infinite": -np.inf}.get(kind, np.nan)
+        heatmaps[places] = -np.inf if kind == "minus infinite" else np.nan
         if kind == "all nan":
             heatmaps[0] = np.nan
-    for expected, found in zip(peaks.peak_centroids(heatmaps), FAST(heatmaps), strict=True):
+    for expected, found in zip(peaks.peak_centroids(heatmaps, radius), FAST(heatmaps, radius), strict=True):
         assert not np.isnan(found).any()
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+def test_an_infinite_value_is_found(random):
+    heatmaps = random.normal(size=(1, 1, 12, 9)).astype(np.float32)
+    heatmaps[0, 0, 5, 3] = np.inf
+    points, values = FAST(heatmaps, 4)
+    np.testing.assert_array_equal([*points[0, 0], values[0, 0]], [3, 5, np.inf])
+
+
 def test_native_does_not_depend_on_threads(random):
     heatmaps = random.normal(size=(4, 68, 96, 96)).astype(np.float32)
-    expected = FAST(heatmaps, num_threads=1)
+    expected = FAST(heatmaps, 12, num_threads=1)
     for threads in (0, 2, 3, 64):
-        for a, b in zip(expected, FAST(heatmaps, num_threads=threads), strict=True):
+        for a, b in zip(expected, FAST(heatmaps, 12, num_threads=threads), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
 @BOTH
 def test_centroid_by_hand(find):
     heatmap = np.zeros((1, 1, 7, 8), np.float32)
-    heatmap[0, 0, 3, 4], heatmap[0, 0, 3, 5], heatmap[0, 0, 5, 4] = 4, 2, 2
-    points, values = find(heatmap)
+    heatmap[0, 0, 3, 4], heatmap[0, 0, 3, 5], heatmap[0, 0, 5, 4], heatmap[0, 0, 3, 1] = 4, 2, 2, -9
+    points, values = find(heatmap, 2)
     assert values[0, 0] == 4
-    np.testing.assert_allclose(points[0, 0], [4 + 2 / 8, 3 + 2 * 2 / 8])
+    np.testing.assert_allclose(points[0, 0], [4 + 4 / 24, 3 + 2 * 4 / 24])
+    np.testing.assert_allclose(find(heatmap, 1)[0][0, 0], [4 + 4 / 20, 3])
+    np.testing.assert_array_equal(find(heatmap, 0)[0][0, 0], [4, 3])
 
 
 @BOTH
 def test_first_of_equal_maxima_wins_and_a_plateau_pulls(find):
-    heatmap = np.zeros((1, 2, 9, 9), np.float32)
+    heatmap = np.zeros((1, 3, 9, 9), np.float32)
     heatmap[0, 0, 2, 2] = heatmap[0, 0, 6, 6] = 1  # far apart: the first
     heatmap[0, 1, 4, 4] = heatmap[0, 1, 4, 5] = 1  # side by side: the middle
-    points, _ = find(heatmap)
-    np.testing.assert_allclose(points[0], [[2, 2], [4.5, 4]])
+    heatmap[0, 2] = -1 - heatmap[0, 0]  # nothing above 0: the pixel
+    points, _ = find(heatmap, 2)
+    np.testing.assert_allclose(points[0], [[2, 2], [4.5, 4], [0, 0]])
 
 
 @BOTH
 def test_peak_at_the_border_is_not_pulled_inwards(find):
-    heatmap = np.zeros((1, 1, 6, 6), np.float32)
+    heatmap = np.zeros((1, 2, 6, 6), np.float32)
     heatmap[0, 0, 0, 3], heatmap[0, 0, 1, 3] = 2, 1
-    points, _ = find(heatmap)
-    np.testing.assert_allclose(points[0, 0], [3, 0])
+    heatmap[0, 1, 4, 4], heatmap[0, 1, 4, 2], heatmap[0, 1, 1, 4] = 2, 1, 1  # one pixel away: only the next ones count
+    points, _ = find(heatmap, 4)
+    np.testing.assert_allclose(points[0], [[3, 0], [4, 4]])
 
 
 @BOTH
 def test_blurred_labels_are_found_to_a_fraction_of_a_pixel(find, random):
     points = random.uniform(10, 85, (1, 1, 50, 2)).astype(np.float32)
     heatmaps = blurred_ground_truth(torch.from_numpy(points), 96, 96).numpy()
-    found, values = find(heatmaps)
+    found, values = find(heatmaps, peaks.PEAK_RADIUS)
     error = np.linalg.norm(found - points[:, 0], axis=-1)
     whole = np.linalg.norm(points[:, 0].round() - points[:, 0], axis=-1)
-    assert error.max() < 0.3
-    assert error.mean() < 0.6 * whole.mean()
+    assert error.max() < 0.1
+    assert error.mean() < 0.1 * whole.mean()
     assert (values > 0.9).all()
 
 
 def test_native_takes_other_layouts(random):
     heatmaps = random.normal(size=(2, 12, 9, 5)).astype(np.float32).transpose(0, 3, 1, 2)
-    np.testing.assert_array_equal(FAST(heatmaps)[0], FAST(np.ascontiguousarray(heatmaps))[0])
+    np.testing.assert_array_equal(FAST(heatmaps, 3)[0], FAST(np.ascontiguousarray(heatmaps), 3)[0])
 
 
 @pytest.mark.parametrize(
@@ -99,7 +113,7 @@ def test_native_takes_other_layouts(random):
 )
 def test_native_refuses_what_it_cannot_read(heatmaps, message):
     with pytest.raises(ValueError, match=message):
-        FAST(heatmaps)
+        FAST(heatmaps, 3)
 
 
 def batch_of(kind, shape, random):
@@ -120,22 +134,8 @@ KINDS = pytest.mark.parametrize("kind", ["random", "levels", "nan", "inf", "-inf
 def test_native_local_maxima_equal_reference(kind, shape, threads, random):
     heatmaps = batch_of(kind, shape, random)
     expected, found = peaks.local_maxima(heatmaps, 0.5), lgcn_fast_kernels.local_maxima(heatmaps, 0.5, threads)
-    np.testing.assert_array_equal(found[0], expected[0])
-    np.testing.assert_allclose(found[1], expected[1], atol=5e-5)
-    np.testing.assert_array_equal(found[2], expected[2])
-
-
-@KINDS
-@pytest.mark.parametrize("shape", SHAPES)
-def test_native_nearest_peaks_equal_reference(kind, shape, random):
-    heatmaps = batch_of(kind, shape, random)
-    targets = random.uniform(-5, 20, (*shape[:2], 2))
-    targets[..., :1] = targets[..., :1].round()  # equal distances happen
-    for threshold in (0.0, 2.5):
-        expected = peaks.nearest_peaks(heatmaps, targets, threshold)
-        found = lgcn_fast_kernels.nearest_peaks(heatmaps, targets, threshold)
-        np.testing.assert_allclose(found[0], expected[0], atol=5e-5)
-        np.testing.assert_array_equal(found[1], expected[1])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -161,9 +161,9 @@ def test_local_maxima_are_scipys(random):
     heatmaps = random.normal(size=(2, 3, 40, 50)).astype(np.float32)
     filtered = scipy.ndimage.maximum_filter(heatmaps, size=(1, 1, 3, 3), mode="constant", cval=-np.inf)
     expected = np.argwhere((heatmaps == filtered) & (heatmaps > 0.5))
-    maps, points, values = lgcn_fast_kernels.local_maxima(heatmaps, 0.5)
+    maps, pixels, values = lgcn_fast_kernels.local_maxima(heatmaps, 0.5)
     np.testing.assert_array_equal(maps, expected[:, :2])
-    assert np.abs(points - expected[:, :1:-1]).max() < 2
+    np.testing.assert_array_equal(pixels, expected[:, :1:-1])
     np.testing.assert_array_equal(values, heatmaps[tuple(expected.T)])
 
 
@@ -172,15 +172,25 @@ def test_a_flat_top_is_one_peak_and_a_constant_map_one_in_the_corner():
     heatmaps[0, 0, 3:6, 4:7] = 1
     heatmaps[0, 1] = 1
     for find in (peaks.local_maxima, lgcn_fast_kernels.local_maxima):
-        maps, points, _ = find(heatmaps, 0.5)
+        maps, pixels, _ = find(heatmaps, 0.5)
         np.testing.assert_array_equal(maps, [[0, 0], [0, 1]])
-        np.testing.assert_array_equal(points[1], [0, 0])
+        np.testing.assert_array_equal(pixels, [[4, 3], [0, 0]])
 
 
-def test_nearest_peak_without_any_is_the_target():
-    points, values = lgcn_fast_kernels.nearest_peaks(np.zeros((1, 1, 5, 5), np.float32), np.array([[[1.5, 9.0]]]))
-    np.testing.assert_array_equal(points, [[[1.5, 9.0]]])
-    assert values[0, 0] == 0
+def test_window_centroids_by_hand():
+    heatmaps = np.zeros((1, 1, 9, 9))
+    heatmaps[0, 0, 4, 5], heatmaps[0, 0, 4, 7], heatmaps[0, 0, 0, 0] = 1, 2, 3
+
+    def around(x, y, radius=3, threshold=0.0):
+        points, values = peaks.window_centroids(heatmaps, np.array([[[x, y]]]), radius, threshold)
+        return [*points[0, 0], values[0, 0]]
+
+    np.testing.assert_allclose(around(4.4, 4.2), [(5 + 4 * 7) / 5, 4, 2])
+    np.testing.assert_allclose(around(4.4, 4.2, threshold=1.5), [7, 4, 2])
+    np.testing.assert_allclose(around(4.4, 4.2, radius=1), [5, 4, 1])
+    np.testing.assert_allclose(around(2.2, 4.2, radius=1), [2.2, 4.2, 0])  # nothing there
+    np.testing.assert_allclose(around(-0.4, -0.4), [-0.4, -0.4, 0])  # outside
+    np.testing.assert_allclose(around(0.4, 0.4, radius=30), [0, 0, 3])  # cut at the border
 
 
 @pytest.mark.parametrize("namespace", ["array_api_strict", "torch"])
@@ -188,8 +198,8 @@ def test_references_run_on_any_array_namespace(namespace, random):
     heatmaps, targets = random.normal(size=(2, 3, 11, 13)), random.uniform(0, 10, (2, 3, 2))
     convert = array_api_strict.asarray if namespace == "array_api_strict" else torch.from_numpy
     for name, arguments in (
-        ("peak_centroids", ()),
-        ("nearest_peaks", (targets, 0.5)),
+        ("peak_centroids", (3,)),
+        ("window_centroids", (targets, 3, 0.5)),
         ("window_moments", (targets, 3)),
         ("local_maxima", (0.5,)),
     ):
@@ -204,8 +214,9 @@ def test_references_run_on_any_array_namespace(namespace, random):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda k, h: k.nearest_peaks(h, np.zeros((1, 1, 2))), r"targets: expected \(1, 2, 2\)"),
-        (lambda k, h: k.nearest_peaks(h, np.full((1, 2, 2), np.nan)), "targets: expected finite"),
+        (lambda k, h: k.peak_centroids(h, -1), "radius: expected 0 or more"),
+        (lambda k, h: k.peak_centroids(h, np.nan), "radius: expected 0 or more"),
+        (lambda k, h: k.window_moments(h, np.zeros((1, 1, 2)), 3), r"centres: expected \(1, 2, 2\)"),
         (lambda k, h: k.window_moments(h, np.full((1, 2, 2), np.inf), 3), "centres: expected finite"),
         (lambda k, h: k.window_moments(h, np.zeros((1, 2, 2)), -1), "radius: expected 0 or more"),
         (lambda k, h: k.local_maxima(h[0], 0.5), "got 3 dimensions"),

@@ -26,7 +26,7 @@ for shape in shapes:
         elif fill in ("nan", "inf"):
             maps[random.random(shape) < 0.3] = float(fill)
         for threads in (1, 5):
-            _native.peak_centroids(maps, threads)
+            _native.peak_centroids(maps, 12.0, threads)
             _native.local_maxima(maps, 0.5, threads)
             for size in (1, 45, 101):
                 line = np.exp(-((np.arange(size) - size // 2) ** 2) / np.array([[0.1], [50.0]]))
@@ -35,7 +35,6 @@ for shape in shapes:
             _native.window_moments(maps, None, 0.0, 0.01, threads)
             for spread in (1, 1e3, 1e300):
                 points = random.normal(size=(*shape[:2], 2)) * spread
-                _native.nearest_peaks(maps, points, 0.0, threads)
                 for radius in (0.0, 7.0, 20.0, 1e300, np.inf):
                     _native.window_moments(maps, points, radius, 0.01, threads)
 
@@ -54,8 +53,9 @@ for instructions in _native.instruction_sets():
         heads, refine = layers(((7 + side) * grid, filters, 1, 1), (7 * grid, filters, 1, 1))
         network = _native.Network(instructions, shape, local, heads, context, refine)
         basis = random.normal(size=(6, 7, 2))
-        fitter = _native.Fitter(basis, np.ones(2), radii=[20.0, 7.0], certain=0.1, fallback=10, noise=50.0, trust=0.5,
-                                size_spread=0.3, shift_spread=1.0, threshold=0.01, nominal_size=0.3)
+        fitter = _native.Fitter(basis, np.ones(2), radii=[20.0, 7.0], certain=0.1, fallback=10, noise=50.0,
+                                peak_radius=12.0, largest_move=5.0, size_spread=0.3, shift_spread=1.0,
+                                threshold=0.01, nominal_size=0.3)
         for batch, height, width in ((1, 1, 1), (3, 33, 95), (2, 96, 96), (0, 5, 5)):
             images = random.integers(0, 256, (batch, 1, height, width)).astype(np.uint8)
             for threads in (1, 2, 5):

@@ -183,10 +183,10 @@ struct Landmarks {
     std::vector<double> points, scores;  // (landmarks, 2) pixels of the heatmaps, (landmarks,)
 };
 
-Landmarks maxima(const lgcn::Heatmap& first, std::int64_t count) {
+Landmarks maxima(const lgcn::Heatmap& first, std::int64_t count, double radius) {
     Landmarks found;
     for (std::int64_t i = 0; i < count; ++i) {
-        const lgcn::Peak peak = lgcn::peak_centroid(first.neighbour(i));
+        const lgcn::Peak peak = lgcn::peak_centroid(first.neighbour(i), radius);
         found.points.insert(found.points.end(), {peak.x, peak.y});
         found.scores.push_back(peak.value);
     }
@@ -198,11 +198,11 @@ Landmarks fitted(const Network& network, const lgcn::Heatmap& first, std::int64_
     const std::vector<double> basis = network.numbers("fit_basis"), variances = network.numbers("fit_variances");
     const std::vector<double> radii = network.numbers("fit_radii"), values = network.numbers("fit_options");
     const std::size_t parameters = variances.size() + 4;
-    if (radii.empty() || values.size() != 8 || basis.size() != parameters * static_cast<std::size_t>(2 * count)) {
+    if (radii.empty() || values.size() != 9 || basis.size() != parameters * static_cast<std::size_t>(2 * count)) {
         throw std::runtime_error("expected a shape model in the file's metadata (export with one, or use --no-fit)");
     }
-    const lgcn::FitOptions options{values[0], values[1], values[2], values[3],
-                                   values[4], values[5], values[6], values[7]};
+    const lgcn::FitOptions options{values[0], values[1], values[2], values[3], values[4],
+                                   values[5], values[6], values[7], values[8]};
     const lgcn::Fitter fitter(basis.data(), variances.data(), static_cast<std::int64_t>(parameters), count, radii,
                               options);
     std::vector<lgcn::Fitter::Evidence> evidence;
@@ -226,8 +226,8 @@ void run(const std::string& model, const std::string& path, const std::array<dou
     const Ort::Value heatmaps = network.heatmaps(crop, channels, size);
     const std::vector<std::int64_t> shape = heatmaps.GetTensorTypeAndShapeInfo().GetShape();
     const lgcn::Heatmap first{heatmaps.GetTensorData<float>(), shape.at(2), shape.at(3)};
-    const auto step = static_cast<double>(stride);
-    const Landmarks found = fit ? fitted(network, first, count, step) : maxima(first, count);
+    const auto step = static_cast<double>(stride), radius = static_cast<double>(network.number("peak_radius")) / step;
+    const Landmarks found = fit ? fitted(network, first, count, step) : maxima(first, count, radius);
 
     const double scale = static_cast<double>(box.side) * step / static_cast<double>(size);
     std::ostringstream points, scores;
