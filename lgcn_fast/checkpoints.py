@@ -4,6 +4,7 @@ import json
 import math
 import os
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,17 @@ def weights_path(model: Path | str) -> Path:
     """
     if not isinstance(model, Path | str):
         raise ValueError(f"model: expected a name, a path, a network or an engine, got {type(model).__name__}")
-    text = str(model)
-    shipped = WEIGHTS / f"{text}.safetensors"
-    if text.startswith("lgcn-") and shipped.parent == WEIGHTS and shipped.is_file():
+    return _existing(str(model), WEIGHTS)
+
+
+@lru_cache(maxsize=32)
+def _existing(model: str, folder: Path) -> Path:
+    shipped = folder / f"{model}.safetensors"
+    if model.startswith("lgcn-") and shipped.parent == folder and shipped.is_file():
         return shipped
     if not Path(model).is_file():
         names = ", ".join(model_names())
-        raise ValueError(f"model: expected one of {names}, or a safetensors file, got {text!r}")
+        raise ValueError(f"model: expected one of {names}, or a safetensors file, got {model!r}")
     return Path(model)
 
 

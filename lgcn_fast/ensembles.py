@@ -36,6 +36,8 @@ def views(images: list[np.ndarray], boxes: np.ndarray, count: int, num_landmarks
     """
     if count < 1:
         raise ValueError(f"ensemble: expected 1 or more, got {count}")
+    if count == 1:
+        return boxes, np.zeros(len(boxes), bool)
     moved = [boxes]
     for view in range(1, count):
         moved.append(np.stack([_moved(box, image, view) for box, image in zip(boxes, images, strict=True)]))

@@ -126,7 +126,7 @@ def locate(
         part = slice(start, start + CHUNK)
         faces = np.arange(len(boxes))[part] % count
         crops = _crops(images, faces, boxes[part], config.input_size, config.in_channels)
-        if mirrored[part].any():
+        if ensemble > 1:
             crops[mirrored[part]] = crops[mirrored[part]].flip(-1)
         found, values = read(crops)
         points.append(found)
@@ -290,14 +290,15 @@ def default_shape(num_landmarks: int) -> Path:
 def shape_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> ShapeModel:
     if isinstance(shape, ShapeModel):
         return shape
-    return _loaded_shape(Path(shape)) if shape else _packaged_shape(default_shape(num_landmarks), num_landmarks)
+    return _loaded_shape(Path(shape)) if shape else _packaged_shape(num_landmarks)
 
 
 _loaded_shape = lru_cache(maxsize=8)(ShapeModel.load)
 
 
 @lru_cache(maxsize=8)
-def _packaged_shape(path: Path, num_landmarks: int) -> ShapeModel:
+def _packaged_shape(num_landmarks: int) -> ShapeModel:
+    path = default_shape(num_landmarks)
     if not path.exists():
         expected = f"the shape model of the {num_landmarks} landmarks (from `lgcn-fast fit-shape`) or fit=False"
         raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")
@@ -310,7 +311,7 @@ def engine_for(model: Engine | LGCN | Path | str | None, device: str, precision:
     found = engine_device(device)
     if isinstance(model, LGCN):
         return _built(model, str(found), precision)
-    return _loaded(weights_path(model or default_model(found.type)), str(found), precision)
+    return _loaded(weights_path(default_model(found.type) if model is None else model), str(found), precision)
 
 
 def finder_for(
