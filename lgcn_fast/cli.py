@@ -73,6 +73,9 @@ def _add_predict(commands) -> None:
         metavar="X,Y,W,H",
         help="the face in pixels, in every file; default: the whole picture is one face (for photos: detect)",
     )
+    parser.add_argument(
+        "--passes", type=int, default=1, metavar="N", help="2: look again, in the box around the points (default: 1)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and numbers")
     parser.add_argument("--format", choices=["json", "csv"], default="json", help="of the numbers")
     _add_prediction_options(parser)
@@ -91,9 +94,8 @@ def _run_predict(options: argparse.Namespace) -> int:
     boxes = [options.box] if options.box else None
 
     def find(image: np.ndarray) -> Landmarks:
-        return predict(
-            image, boxes, options.model, options.fit, options.shape, options.device, ensemble=options.ensemble
-        )
+        chosen = {"ensemble": options.ensemble, "passes": options.passes}
+        return predict(image, boxes, options.model, options.fit, options.shape, options.device, **chosen)
 
     try:
         for path, image, result in found_in("predict", options.files, find):

@@ -16,7 +16,7 @@ from . import ensembles
 from .checkpoints import WEIGHTS, weights_path
 from .engine import Engine, engine_device
 from .fitting import Array
-from .images import check_touches, crop, from_crop, square_box
+from .images import check_touches, crop, face_box, from_crop, square_box, touches
 from .model import LGCN
 from .shape import ShapeModel
 from .shipped import default_model, smallest_model
@@ -51,6 +51,7 @@ def predict(
     precision: str = "auto",
     to_host: bool = True,
     ensemble: int = 1,
+    passes: int = 1,
 ) -> Landmarks:
     """Find the landmarks of one face in each image, or of several in one.
 
@@ -72,7 +73,9 @@ def predict(
         precision: "fp32", "bf16" or "auto", likewise.
         to_host: NumPy arrays; otherwise torch tensors on the engine's device, which is not waited for.
         ensemble: see each face so many times, mirrored and in slightly other boxes, and average: 10 take ten times as
-            long and have 2 to 5 % less error, see `ensembles`.
+            long and have 2 to 4 % less error, see `ensembles`.
+        passes: 2: look again, in the box around the points that were found first, for boxes that are not quite those
+            described above, such as another detector's. It takes twice as long.
 
     Returns:
         `Landmarks` of all faces, in the order given.
@@ -81,7 +84,7 @@ def predict(
         ValueError: an empty batch, an image without pixels, a wrong number of channels, integers that are not uint8,
             NaN or values outside 0..255, a box outside its image, an unknown model, a device that is not there, a
             precision that the processor lacks, no shape model for the number of landmarks or one of another number,
-            an ensemble below 1; the message names the argument, what was expected and what came.
+            an ensemble or passes below 1; the message names the argument, what was expected and what came.
     """
     engine = engine_for(model, device, precision)
     shape = shape_for(shape, engine.config.num_landmarks) if fit else None
@@ -93,8 +96,14 @@ def predict(
         frames = frames if frames is None else frames.expand(count, *frames.shape[1:])
     boxes = _square_boxes(boxes, images)
     _check_sides(boxes)
-    read = partial(engine.maxima, to_host=to_host) if shape is None else partial(_fitted, engine, shape, to_host)
-    return Landmarks(*locate(images if frames is None else frames, boxes, engine, read, ensemble))
+    if passes < 1:
+        raise ValueError(f"passes: expected 1 or more, got {passes}")
+    read = engine.maxima if shape is None else partial(_fitted, engine, shape)
+    faces = images if frames is None else frames
+    for _ in range(passes - 1):
+        points, _ = locate(faces, boxes, engine, read)
+        boxes = np.stack([_box_of(*face) for face in zip(points, boxes, images, strict=True)])
+    return Landmarks(*locate(faces, boxes, engine, partial(read, to_host=to_host), ensemble))
 
 
 def locate(
@@ -140,7 +149,13 @@ def locate(
     return xp.astype(points, xp.float32), xp.astype(scores, xp.float32)
 
 
-def _fitted(engine: Engine, shape: ShapeModel, to_host: bool, crops: Tensor) -> tuple[Array, Array]:
+def _box_of(points: np.ndarray, box: np.ndarray, image: np.ndarray | Tensor) -> np.ndarray:
+    """The square box around the points of a face; the one that they were found in, where that is none to look at."""
+    found = square_box(face_box(points))
+    return found if touches(found, image) and found[2] <= MAX_SIDE else box
+
+
+def _fitted(engine: Engine, shape: ShapeModel, crops: Tensor, to_host: bool = True) -> tuple[Array, Array]:
     fitted = engine.fit(crops, shape, to_host)
     return fitted.points, fitted.certainties
 

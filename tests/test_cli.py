@@ -121,11 +121,11 @@ def test_models_are_listed_with_what_is_known_of_them(package, capsys):
     assert small[:1] + small[4:] == ["lgcn-small", "-", "-", "-"]
 
 
-def test_predict_takes_a_name_and_an_ensemble(tmp_path, demo_picture):
-    files = [str(demo_picture), "--box", "82,70,124,124", "--model", "lgcn-nano", "--ensemble", "2"]
+def test_predict_takes_a_name_an_ensemble_and_passes(tmp_path, demo_picture):
+    files = [str(demo_picture), "--box", "90,70,140,140", "--model", "lgcn-nano", "--ensemble", "2", "--passes", "2"]
     assert main(["predict", *files, "--out", str(tmp_path)]) == 0
     (found,) = json.loads((tmp_path / "landmarks.json").read_text()).values()
-    expected = predict(read_image(demo_picture, color=True), [[82, 70, 124, 124]], "lgcn-nano", ensemble=2)
+    expected = predict(read_image(demo_picture, color=True), [[90, 70, 140, 140]], "lgcn-nano", ensemble=2, passes=2)
     np.testing.assert_allclose(found["points"], expected.points[0], atol=1e-3)
 
 

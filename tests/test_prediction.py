@@ -10,7 +10,7 @@ import torch
 
 import lgcn_fast
 from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model, predict, prediction
-from lgcn_fast.datasets import read_300w
+from lgcn_fast.datasets import is_validation, read_300w
 from lgcn_fast.evaluation import evaluate, landmark_errors, summary
 from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.images import crop, face_box, read_image, square_box, to_crop
@@ -190,6 +190,43 @@ def test_one_image_may_have_several_faces(image, ensemble):
         alone = predict(image, box, ensemble=ensemble)
         np.testing.assert_allclose(together.points[index], alone.points[0], atol=1e-3)
     np.testing.assert_array_equal(together.points, predict([image] * 3, boxes, ensemble=ensemble).points)
+
+
+def test_a_second_pass_looks_in_the_box_of_the_first(image):
+    boxes = [[90, 60, 150, 140], FACE]
+    first = predict(image, boxes)
+    expected = predict(image, [face_box(points) for points in first.points])
+    found = predict(image, boxes, passes=2)
+    np.testing.assert_array_equal(found.points, expected.points)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    assert np.abs(found.points[0] - found.points[1]).mean() < np.abs(first.points[0] - first.points[1]).mean()
+
+
+def test_a_pass_that_ends_beside_the_image_is_not_followed(image, monkeypatch):
+    monkeypatch.setattr(prediction, "face_box", lambda points: np.array([-900.0, 0, 100, 100]))
+    np.testing.assert_array_equal(predict(image, [FACE], passes=3).points, predict(image, [FACE]).points)
+
+
+def test_too_few_passes_are_named(gray):
+    with pytest.raises(ValueError, match="passes: expected 1 or more, got 0"):
+        predict(gray, passes=0)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_a_second_pass_puts_up_with_boxes_of_others(data):
+    """Validation faces in boxes that are moved and scaled; measured with lgcn-nano: 3.99 -> 3.56 %."""
+    faces = [face for face in read_300w(data / "300w" / "helen") if is_validation(face.group)]
+    random, boxes = np.random.default_rng(0), []
+    for face in faces:
+        x, y, side, _ = face_box(face.points)
+        (dx, dy), scale = random.uniform(-0.12, 0.12, 2), random.uniform(0.85, 1.2)
+        boxes.append([x + (dx + 0.5 - scale / 2) * side, y + (dy + 0.5 - scale / 2) * side, scale * side, scale * side])
+    images, labels = [face.image() for face in faces], np.stack([face.points for face in faces])
+    one, two = (
+        landmark_errors(predict(images, boxes, "lgcn-nano", passes=passes).points, labels).mean() for passes in (1, 2)
+    )
+    assert two < 0.94 * one
 
 
 def test_what_is_no_model_is_named(gray):
