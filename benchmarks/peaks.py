@@ -9,7 +9,7 @@ from timing import compare, run, show
 import lgcn_fast_kernels as kernels
 from lgcn_fast import peaks
 
-THRESHOLD = 0.1
+THRESHOLD, RADIUS = 0.1, peaks.PEAK_RADIUS
 
 
 def scipy_maxima(heatmaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +35,7 @@ def main() -> dict:
             "lgcn_fast.peaks.local_maxima (reference)": lambda h=heatmaps: peaks.local_maxima(h, THRESHOLD),
             "local_maxima, 1 thread": lambda h=heatmaps: kernels.local_maxima(h, THRESHOLD, 1),
             f"local_maxima, {threads} threads": lambda h=heatmaps: kernels.local_maxima(h, THRESHOLD, threads),
-            f"peak_centroids, {threads} threads": lambda h=heatmaps: kernels.peak_centroids(h, 12, threads),
+            f"peak_centroids, {threads} threads": lambda h=heatmaps: kernels.peak_centroids(h, RADIUS, threads),
         }
         results[f"{count} faces"] = compare(functions)
         show(f"68 heatmaps of 96 x 96, {count} faces, {len(values)} peaks", results[f"{count} faces"])

@@ -47,15 +47,15 @@ struct Batch {
     lgcn::Heatmap map(std::int64_t i) const { return {data + i * height * width, height, width}; }
 };
 
-inline const double* checked_points(const Points& points, const Batch& batch, const char* name) {
-    if (points.ndim() != 3 || points.shape(0) != batch.faces || points.shape(1) != batch.landmarks ||
-        points.shape(2) != 2) {
-        throw py::value_error(std::string(name) + ": expected (" + std::to_string(batch.faces) + ", " +
+inline const double* checked_centres(const Points& centres, const Batch& batch) {
+    if (centres.ndim() != 3 || centres.shape(0) != batch.faces || centres.shape(1) != batch.landmarks ||
+        centres.shape(2) != 2) {
+        throw py::value_error("centres: expected (" + std::to_string(batch.faces) + ", " +
                               std::to_string(batch.landmarks) + ", 2), one point for each heatmap");
     }
-    const double* data = points.data();
-    if (!std::all_of(data, data + points.size(), [](double v) { return std::isfinite(v); })) {
-        throw py::value_error(std::string(name) + ": expected finite coordinates, got NaN or infinity");
+    const double* data = centres.data();
+    if (!std::all_of(data, data + centres.size(), [](double v) { return std::isfinite(v); })) {
+        throw py::value_error("centres: expected finite coordinates, got NaN or infinity");
     }
     return data;
 }

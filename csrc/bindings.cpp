@@ -77,7 +77,7 @@ py::tuple local_maxima(const Heatmaps& heatmaps, float threshold, int num_thread
 py::array_t<double> window_moments(const Heatmaps& heatmaps, const std::optional<Points>& centres, double radius,
                                    float threshold, int num_threads) {
     const Batch batch(heatmaps);
-    const double* centre = centres ? checked_points(*centres, batch, "centres") : nullptr;
+    const double* centre = centres ? checked_centres(*centres, batch) : nullptr;
     check_radius(radius);
     const double side = 2 * radius + 1;
     const auto pixels =

@@ -4,7 +4,7 @@ Each function has the name, the signature and the meaning of its reference in `l
 `lgcn_fast.operators`; `Network` and `Fitter` are what `lgcn_fast.Engine` and `lgcn_fast.fitting.NativeFitter` run on.
 All functions take heatmaps (B, N, H, W) float32, of which contiguous ones are not copied; `num_threads=0` is all
 cores, and results do not depend on it. They raise ValueError for another dtype or number of dimensions, heatmaps
-without pixels, or points that are not finite.
+without pixels, points that are not finite, or a radius below 0.
 """
 
 from collections.abc import Sequence

@@ -95,33 +95,22 @@ void project(const Group& group, const FitModel& model, const double* turned, do
     }
 }
 
-// How the threads of a team share a window: in rows of up to `columns` columns.
-struct Share {
-    Index across, down, column, row;
-
-    template <typename Group>
-    Share(const Group& group, Index columns)
-        : across(smaller(static_cast<Index>(group.size()), columns)),
-          down(static_cast<Index>(group.size()) / across),
-          column(static_cast<Index>(group.rank()) % across),
-          row(static_cast<Index>(group.rank()) / across) {}
-};
-
 // Moments of the pixels with a value above the threshold in a window, for all threads of a team.
 template <typename Group>
 Moments window_moments(const Group& group, const Heatmap& map, const Window& window, float threshold) {
-    const Share share(group, 16);
+    // The threads share the window in rows of up to 16 columns.
+    const Index size = group.size(), rank = group.rank(), across = smaller(size, Index{16}), down = size / across;
     constexpr Index columns = 2, rows = 10;  // of a thread at once
     // A thread adds up few pixels, and a team few threads, with positions counted from the corner: fp32 is enough.
     float w2 = 0, w2x = 0, w2y = 0;
-    for (Index x0 = window.x0 + share.column; x0 < window.x1; x0 += columns * share.across)
-        for (Index y0 = window.y0 + share.row; y0 < window.y1; y0 += rows * share.down) {
+    for (Index x0 = window.x0 + rank % across; x0 < window.x1; x0 += columns * across)
+        for (Index y0 = window.y0 + rank / across; y0 < window.y1; y0 += rows * down) {
             float values[columns][rows];
             LGCN_UNROLL
             for (Index i = 0; i < columns; ++i) {
                 LGCN_UNROLL
                 for (Index j = 0; j < rows; ++j) {
-                    const Index x = x0 + i * share.across, y = y0 + j * share.down;
+                    const Index x = x0 + i * across, y = y0 + j * down;
                     values[i][j] = x < window.x1 && y < window.y1 ? map.data[y * map.width + x] : threshold;
                 }
             }
@@ -132,10 +121,10 @@ Moments window_moments(const Group& group, const Heatmap& map, const Window& win
                 for (Index j = 0; j < rows; ++j) {
                     const float value = values[i][j], squared = value > threshold ? value * value : 0.0f;
                     column += squared;
-                    w2y += squared * static_cast<float>(y0 + j * share.down - window.y0);
+                    w2y += squared * static_cast<float>(y0 + j * down - window.y0);
                 }
                 w2 += column;
-                w2x += column * static_cast<float>(x0 + i * share.across - window.x0);
+                w2x += column * static_cast<float>(x0 + i * across - window.x0);
             }
         }
     Sum sums[3] = {w2, w2x, w2y};
@@ -366,17 +355,8 @@ struct Block {
     }
 
     __device__ double least(double value) const {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
         for (int other = 16; other > 0; other /= 2) value = smaller(value, __shfl_xor_sync(~0u, value, other));
         return value;
-#else
-        // By the order of integers, one half of the bits after the other: there are instructions for these.
-        const auto flipped = [](long long bits) { return bits ^ (bits >> 63 & 0x7fffffffffffffff); };
-        const long long bits = flipped(__double_as_longlong(value));
-        const int half = static_cast<int>(bits >> 32), upper = __reduce_min_sync(~0u, half);
-        const unsigned lower = __reduce_min_sync(~0u, half == upper ? static_cast<unsigned>(bits) : ~0u);
-        return __longlong_as_double(flipped(static_cast<long long>(upper) << 32 | lower));
-#endif
     }
 };
 

@@ -92,8 +92,10 @@ def heatmap_reduction(heatmaps: Tensor, radius: int, threshold: float = 0.01, ou
         (B, N, 6) float32: x and y in pixels, the largest pixel's value, the sums of w^2, w^2 x, w^2 y.
 
     Raises:
-        ValueError: another shape, dtype, layout or device.
+        ValueError: another shape, dtype, layout or device, or a radius that is no whole number or below 0.
     """
+    if not (isinstance(radius, int) and radius >= 0):
+        raise ValueError(f"radius: expected 0 or more whole pixels, got {radius}")
     fits = heatmaps.ndim == 4 and heatmaps.dtype in DTYPES and heatmaps.is_contiguous()
     if not fits or not 0 < heatmaps.shape[2] * heatmaps.shape[3] < 2**31 - BLOCK:
         expected = "contiguous (B, N, H, W) float32, float16 or bfloat16 with 1 to about 2**31 pixels"

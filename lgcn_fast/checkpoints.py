@@ -37,18 +37,20 @@ def weights_path(model: Path | str) -> Path:
     """
     if not isinstance(model, Path | str):
         raise ValueError(f"model: expected a name, a path, a network or an engine, got {type(model).__name__}")
-    return _existing(str(model), WEIGHTS)
-
-
-@lru_cache(maxsize=32)
-def _existing(model: str, folder: Path) -> Path:
-    shipped = folder / f"{model}.safetensors"
-    if model.startswith("lgcn-") and shipped.parent == folder and shipped.is_file():
+    text = str(model)
+    shipped = _in_package(text, WEIGHTS)
+    if text.startswith("lgcn-") and shipped.parent == WEIGHTS and shipped.is_file():
         return shipped
     if not Path(model).is_file():
         names = ", ".join(model_names())
-        raise ValueError(f"model: expected one of {names}, or a safetensors file, got {model!r}")
+        raise ValueError(f"model: expected one of {names}, or a safetensors file, got {text!r}")
     return Path(model)
+
+
+@lru_cache(maxsize=32)
+def _in_package(name: str, folder: Path) -> Path:
+    """(Kept, as `predict` asks for it in every call.)"""
+    return folder / f"{name}.safetensors"
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

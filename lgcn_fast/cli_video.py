@@ -16,8 +16,7 @@ from tqdm import tqdm
 from .cli_photos import add_device_option, add_model_options, as_json
 from .cli_training import add_command
 from .drawing import STYLES, draw, write_text
-from .engine import Engine, engine_device
-from .shipped import default_model, smallest_model
+from .prediction import engine_for
 from .tracking import TrackedFaces, Tracker
 from .video import Frame, LinesWriter, VideoReader, VideoWriter, newest
 
@@ -78,17 +77,8 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
         The exit code: 0, or 130 after Ctrl-C.
     """
     _check_options(options)
-    names = options.model or default_model(engine_device(options.device).type), options.model or smallest_model()
-    engines = {name: Engine(name, options.device, num_threads=options.threads) for name in set(names)}
-    engine, finder = (engines[name] for name in names)
-    tracker = Tracker(
-        engine,
-        options.detect_every,
-        options.min_face,
-        smoothing=options.smoothing,
-        finder=finder,
-        shape=options.shape,
-    )
+    engine = engine_for(options.model, options.device, "auto", options.threads)
+    tracker = Tracker(engine, options.detect_every, options.min_face, smoothing=options.smoothing, shape=options.shape)
     latencies, start, code = array("d"), time.perf_counter(), 0
     try:
         with ExitStack() as outputs:

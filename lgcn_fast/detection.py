@@ -98,7 +98,7 @@ def detect(
             square. Photos are enlarged twice at most: less than 0.3 input sizes (29 pixels) changes nothing.
         min_confidence: faces below it are dropped.
         model: finds the landmarks of each face, see `predict`.
-        finder: finds the faces; default: `model`, and where that is not given either, the smallest in the package.
+        finder: finds the faces; default: the smallest in the package with the model's landmarks, or the model.
         shape: the shape model, see `predict`.
         device: see `predict`.
         precision: see `predict`.
@@ -118,7 +118,7 @@ def detect(
     if not 1.05 <= step <= 2.2:
         raise ValueError(f"step: expected a factor from 1.05 to 2.2, got {step}")
     engine = engine_for(model, device, precision)
-    seeker = finder_for(finder, model, device, precision)
+    seeker = finder_for(finder, engine)
     count = engine.config.num_landmarks
     if seeker.config.num_landmarks != count:
         raise ValueError(f"finder: expected a model of {count} landmarks, got one of {seeker.config.num_landmarks}")
@@ -171,13 +171,13 @@ def combined_heatmap(image: Any, min_face: float = 40, model: Engine | LGCN | Pa
 
     Args:
         image, min_face: as for `detect`.
-        model: default: the one that `detect` finds faces with, the smallest in the package.
+        model: as for `detect`: the heatmaps are those of the one that it finds faces with.
 
     Returns:
         (H, W) float32 in 0..1.
     """
     photo = one_image(image, "image")
-    engine = finder_for(None, model, "cpu", "auto")
+    engine = finder_for(None, engine_for(model, "cpu", "auto"))
     combined = np.zeros(photo.shape[:2], np.float32)
     for scale, level in _levels(photo, engine, min_face, 2.0):
         heat = np.zeros(level.shape[1:], np.float32)

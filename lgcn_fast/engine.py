@@ -69,6 +69,8 @@ class Engine:
         self.precision = _checked_precision(precision, self.device)
         if num_threads < 0:
             raise ValueError(f"num_threads: expected 0 or more, got {num_threads}")
+        self.options = str(self.device), precision, num_threads
+        """Device, precision and threads that were asked for: an engine with the same runs where and as this one."""
         network = fold(model)
         self._backend: _Backend
         if self.device.type == "cpu":

@@ -21,7 +21,7 @@ Array = Any
 RADII = (None, 20.0, 7.0)
 """Half sides of the windows of the three rounds, pixels of the image: all, then those near the last prediction."""
 THRESHOLD = 0.01
-"""Pixels and maxima up to this value do not count."""
+"""Pixels up to this value do not count."""
 CERTAIN = 0.1
 """Heatmap maxima of at least this value give the first rotation and size."""
 FALLBACK = 10

@@ -1,7 +1,8 @@
 """References of the peak finder: heatmaps to points and moments, on any array namespace (NumPy, CuPy, torch).
 
-The fast ones for NumPy arrays have the same names in `lgcn_fast_kernels`. Coordinates are pixels, x before y. Heatmaps
-have values up to 1e15, whose squares fit float32; NaN in a heatmap counts as minus infinity.
+The fast ones for NumPy arrays have the same names in `lgcn_fast_kernels` (of `window_centroids`: `peak_window` and
+`centroid` in heatmap.hpp). Coordinates are pixels, x before y. Heatmaps have values up to 1e15, whose squares fit
+float32; beyond that references and fast versions may differ. NaN counts as minus infinity.
 """
 
 from collections.abc import Sequence
@@ -43,8 +44,8 @@ def window_centroids(heatmaps: Array, centres: Array, radius: float, threshold: 
 
     Squares, because they are the weights of section 3.3: the point is where the equations of the window's pixels alone
     put the landmark. At a border the window is cut to one that is symmetric about the centre, so that the border does
-    not pull the point inwards. Where no value is above the threshold, or the centre is outside, the point is the centre
-    and the value 0.
+    not pull the point inwards. Where no value is above the threshold, or the centre lies outside (by more than a
+    quarter of a pixel), the point is the centre and the value 0.
 
     Args:
         heatmaps: (B, N, H, W) floating point, at least one pixel.

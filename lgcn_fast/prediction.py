@@ -34,8 +34,8 @@ class Landmarks:
     points: Array
     """(B, N, 2) float32: x and y in pixels of the input image, pixel centres at integers."""
     scores: Array
-    """(B, N) float32 in 0..1: how certain the network is, the height of the heatmap's maximum (with the fit: of the
-    local maximum nearest to the shape)."""
+    """(B, N) float32 in 0..1: how certain the network is, the height of the heatmap's maximum; with the fit, where it
+    is high around the shape, and 0 where that is far from the shape."""
 
     def __len__(self) -> int:
         return len(self.points)
@@ -67,7 +67,7 @@ def predict(
         model: an engine, a network, the name of one in the package (`lgcn_fast.models()`), or the path of weights.
             Default: the best in the package; on a CPU the best above 30 faces/s. Engines are kept and used again.
         fit: fit a shape model to the heatmaps, which filters outliers and reconstructs hidden points (section 3.3);
-            otherwise each point is the maximum of its heatmap.
+            otherwise each point is where its heatmap is high around its maximum.
         shape: the shape model, or its file. Default: the one in the package for the model's number of landmarks.
         device: where the network runs, "cpu", "cuda" or "auto", see `Engine`; an engine brings its own.
         precision: "fp32", "bf16" or "auto", likewise.
@@ -305,7 +305,7 @@ def default_shape(num_landmarks: int) -> Path:
 def shape_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> ShapeModel:
     if isinstance(shape, ShapeModel):
         return shape
-    return _loaded_shape(Path(shape)) if shape else _packaged_shape(num_landmarks)
+    return _packaged_shape(num_landmarks) if shape is None else _loaded_shape(Path(shape))
 
 
 _loaded_shape = lru_cache(maxsize=8)(ShapeModel.load)
@@ -320,35 +320,36 @@ def _packaged_shape(num_landmarks: int) -> ShapeModel:
     return _loaded_shape(path)
 
 
-def engine_for(model: Engine | LGCN | Path | str | None, device: str, precision: str) -> Engine:
+def engine_for(model: Engine | LGCN | Path | str | None, device: str, precision: str, num_threads: int = 0) -> Engine:
     if isinstance(model, Engine):
         return model
     found = engine_device(device)
     if isinstance(model, LGCN):
-        return _built(model, str(found), precision)
-    return _loaded(weights_path(default_model(found.type) if model is None else model), str(found), precision)
+        return _built(model, str(found), precision, num_threads)
+    path = weights_path(default_model(found.type) if model is None else model)
+    return _loaded(path, str(found), precision, num_threads)
 
 
-def finder_for(
-    finder: Engine | LGCN | Path | str | None, model: Engine | LGCN | Path | str | None, device: str, precision: str
-) -> Engine:
-    """What looks for faces: `finder`, else `model`, else the smallest in the package."""
-    asked_for = model if finder is None else finder
-    return engine_for(smallest_model() if asked_for is None else asked_for, device, precision)
+def finder_for(finder: Engine | LGCN | Path | str | None, engine: Engine) -> Engine:
+    """What looks for faces whose landmarks an engine reads, where and as that one runs: `finder`; else the smallest
+    model in the package with these landmarks; where there is none, the engine itself."""
+    asked_for = smallest_model(engine.config.num_landmarks) if finder is None else finder
+    return engine if asked_for is None else engine_for(asked_for, *engine.options)
 
 
 @lru_cache(maxsize=8)
-def _loaded(path: Path, device: str, precision: str) -> Engine:
-    return Engine(path, device, precision)
+def _loaded(path: Path, device: str, precision: str, num_threads: int) -> Engine:
+    return Engine(path, device, precision, num_threads)
 
 
 _engines: WeakKeyDictionary[LGCN, tuple[list, Engine]] = WeakKeyDictionary()
 
 
-def _built(model: LGCN, device: str, precision: str) -> Engine:
+def _built(model: LGCN, device: str, precision: str, num_threads: int) -> Engine:
     """The engine of a network, built again when its weights have changed."""
-    state = [device, precision, *((tensor.data_ptr(), tensor._version) for tensor in model.state_dict().values())]
+    options = device, precision, num_threads
+    state = [options, *((tensor.data_ptr(), tensor._version) for tensor in model.state_dict().values())]
     known = _engines.get(model)
     if known is None or known[0] != state:
-        known = _engines[model] = state, Engine(model, device, precision)
+        known = _engines[model] = state, Engine(model, *options)
     return known[1]

@@ -65,11 +65,10 @@ def default_model(device: str) -> str:
 
 
 @lru_cache
-def smallest_model() -> str:
-    """Name of the model that takes the least work, of those with the best one's landmarks: it can look for faces."""
-    known = models()
-    landmarks = known[0].config.num_landmarks
-    return min((m for m in known if m.config.num_landmarks == landmarks), key=lambda model: model.size).name
+def smallest_model(num_landmarks: int) -> str | None:
+    """Name of the model with so many landmarks that takes the least work, if there is one: it can look for faces."""
+    candidates = [model for model in models() if model.config.num_landmarks == num_landmarks]
+    return min(candidates, key=lambda model: model.size).name if candidates else None
 
 
 def best_model(candidates: list[ShippedModel], device: str) -> ShippedModel:

@@ -154,7 +154,7 @@ class Tracker:
         if smoothing is not None and not smoothing >= 0:
             raise ValueError(f"smoothing: expected 0 or more, got {smoothing}")
         self.engine = engine_for(model, device, precision)
-        self._finder = finder_for(finder, model, device, precision)
+        self._finder = finder_for(finder, self.engine)
         self._shape = shape_for(shape, self.engine.config.num_landmarks)
         self._detect_every, self._min_face = detect_every, min_face
         self._min_confidence, self._lost_below = min_confidence, lost_below

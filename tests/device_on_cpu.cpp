@@ -59,25 +59,9 @@ T __shfl_xor_sync(unsigned mask, T value, int other) {
     return __shfl_sync(mask, value, threadIdx.x % 32 ^ other);
 }
 
-template <typename T>
-T __reduce_min_sync(unsigned mask, T value) {
-    for (int other = 16; other > 0; other /= 2) value = std::min(value, __shfl_xor_sync(mask, value, other));
-    return value;
-}
-
 float __int_as_float(int bits) {
     float value;
     memcpy(&value, &bits, 4);
-    return value;
-}
-long long __double_as_longlong(double value) {
-    long long bits;
-    memcpy(&bits, &value, 8);
-    return bits;
-}
-double __longlong_as_double(long long bits) {
-    double value;
-    memcpy(&value, &bits, 8);
     return value;
 }
 }  // namespace

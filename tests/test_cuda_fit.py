@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_fitting import faces, heatmaps_of, small_model
+from test_fitting import faces, heatmaps_of, small_model, weak_peaks
 
 from lgcn_fast import ShapeModel, fitting
 from lgcn_fast.fitting import CudaFitter, Fit, NativeFitter, fit
@@ -130,6 +130,19 @@ def test_emulated_block_of_faces_is_the_fit(emulated, random, block):
     check(emulated(model, heatmaps, 1, block), fit(model, heatmaps), 1e-3)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+def test_emulated_block_leaves_out_peaks_far_from_the_shape(emulated, random, block):
+    model = real_model()
+    heatmaps, _ = weak_peaks(model, random)
+    check(emulated(model, heatmaps, 1, block), fit(model, heatmaps), 1e-3)
+
+
+def test_emulated_block_of_faces_partly_outside_is_the_fit(emulated, random):
+    model = real_model()
+    heatmaps = heatmaps_of(faces(model, random) - [35, 20])
+    check(emulated(model, heatmaps, 1, (8, 4)), fit(model, heatmaps), 1e-3)
+
+
 def test_without_evidence_the_mean_face_stands_in_the_middle(emulated):
     fitted = emulated(real_model(), np.zeros((1, 68, 96, 96), np.float32), 1, (8, 4))
     np.testing.assert_allclose(fitted.shapes[0].mean(axis=0), 47.5, atol=1e-5)
@@ -165,6 +178,12 @@ def test_kernel_of_faces_is_the_fit(on_device, random):
     model = real_model()
     heatmaps = noisy_faces(model, random)
     check(on_device(model, heatmaps), fit(model, heatmaps), 1e-4)
+
+
+def test_kernel_leaves_out_peaks_far_from_the_shape(on_device, random):
+    model = real_model()
+    heatmaps, _ = weak_peaks(model, random)
+    check(on_device(model, heatmaps), fit(model, heatmaps), 1e-3)
 
 
 @pytest.mark.parametrize("modes", [0, 27, 28, 29, 40])

@@ -75,8 +75,10 @@ def test_native_fit_is_the_fit(random, height, width, stride):
         np.testing.assert_allclose(getattr(one, name), getattr(two, name), rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-def test_native_fit_of_faces_is_the_fit(model, random):
-    heatmaps = heatmaps_of(faces(model, random)) + random.normal(size=(4, 68, 96, 96)).astype(np.float32) * 0.01
+@pytest.mark.parametrize("shift", [0, (-35, -20)])
+def test_native_fit_of_faces_is_the_fit(model, random, shift):
+    """Also of faces that are partly outside."""
+    heatmaps = heatmaps_of(faces(model, random) + shift) + random.normal(size=(4, 68, 96, 96)).astype(np.float32) * 0.01
     one, two = fit(model, heatmaps), native(model, heatmaps)
     np.testing.assert_allclose(one.shapes, two.shapes, atol=1e-3)
     np.testing.assert_allclose(one.points, two.points, atol=1e-3)
@@ -125,6 +127,28 @@ def test_erased_heatmaps_are_reconstructed(model, random):
     fitted = native(model, heatmaps)
     assert np.median(distances(fitted.points, points)[gone]) < 1.5
     assert fitted.certainties[gone].max() == 0
+
+
+def weak_peaks(model, random) -> tuple[np.ndarray, np.ndarray]:
+    """Heatmaps of faces, of which every other has one pixel only, too weak to move the shape, 3 or 8 pixels from it;
+    and which of them are near (B, 34)."""
+    heatmaps = heatmaps_of(faces(model, random))
+    heatmaps[:, ::2] = 0
+    pixels = np.round(fit(model, heatmaps).shapes).astype(int)
+    near = random.random(heatmaps.shape[:2]) < 0.5
+    for face in range(len(heatmaps)):
+        for landmark in range(0, 68, 2):
+            x, y = pixels[face, landmark]
+            heatmaps[face, landmark, y, x + (3 if near[face, landmark] else 8)] = 0.02
+    return heatmaps, near[:, ::2]
+
+
+@pytest.mark.parametrize("method", [fit, native])
+def test_a_peak_far_from_the_shape_does_not_count(model, method, random):
+    heatmaps, near = weak_peaks(model, random)
+    fitted = method(model, heatmaps)
+    np.testing.assert_allclose(fitted.certainties[:, ::2], np.where(near, 0.02, 0), atol=1e-6)
+    np.testing.assert_array_equal(fitted.points[:, ::2][~near], fitted.shapes[:, ::2][~near])
 
 
 def test_false_peaks_are_filtered(model, random):
@@ -217,7 +241,7 @@ def real(data):
 def test_fit_helps_on_real_faces(model, real):
     heatmaps, labels = real
     with_fit = landmark_errors(native(model, heatmaps, 2).points, labels)
-    without = landmark_errors(lgcn_fast_kernels.peak_centroids(heatmaps, PEAK_RADIUS)[0], labels)
+    without = landmark_errors(lgcn_fast_kernels.peak_centroids(heatmaps, PEAK_RADIUS / 2)[0], labels)
     assert np.median(with_fit) <= np.median(without)
     assert with_fit.mean() < without.mean()
     assert (with_fit > 0.1).sum() <= (without > 0.1).sum()

@@ -26,7 +26,8 @@ for shape in shapes:
         elif fill in ("nan", "inf"):
             maps[random.random(shape) < 0.3] = float(fill)
         for threads in (1, 5):
-            _native.peak_centroids(maps, 12.0, threads)
+            for radius in (0.0, 12.0, np.inf):
+                _native.peak_centroids(maps, radius, threads)
             _native.local_maxima(maps, 0.5, threads)
             for size in (1, 45, 101):
                 line = np.exp(-((np.arange(size) - size // 2) ** 2) / np.array([[0.1], [50.0]]))

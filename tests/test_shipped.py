@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lgcn_fast import LGCN, LGCNConfig, load_model, models, predict
+from lgcn_fast import LGCN, Engine, LGCNConfig, load_model, models, predict
 from lgcn_fast.checkpoints import WEIGHTS, model_names, save_model, weights_path
 from lgcn_fast.prediction import engine_for, finder_for
 from lgcn_fast.shipped import MEASURED, best_model, smallest_model
@@ -57,18 +57,21 @@ def test_the_default_is_the_best_that_is_fast_enough(family, cpu, cuda):
     assert best_model(candidates[::-1], "cpu").name == cpu
 
 
-def test_the_smallest_looks_for_faces(package):
-    assert smallest_model() == "lgcn-small"
-    small, big = (engine_for(name, "cpu", "fp32") for name in ("lgcn-small", "lgcn-big"))
-    assert finder_for(None, None, "cpu", "fp32") is small
-    assert finder_for(None, "lgcn-big", "cpu", "fp32") is big
-    assert finder_for("lgcn-small", "lgcn-big", "cpu", "fp32") is small
-    assert finder_for(None, big, "cpu", "fp32") is big
-
-
-def test_a_model_of_other_landmarks_does_not_look_for_faces(package):
+def test_the_smallest_with_these_landmarks_looks_for_faces(package):
     save_model(package / "lgcn-other.safetensors", LGCN(LGCNConfig.nano(filters=2, num_landmarks=15)), {})
-    assert smallest_model() == "lgcn-small"
+    assert [smallest_model(count) for count in (68, 15, 5)] == ["lgcn-small", "lgcn-other", None]
+    small, big = (engine_for(name, "cpu", "fp32") for name in ("lgcn-small", "lgcn-big"))
+    assert finder_for(None, big) is small
+    assert finder_for(None, small) is small
+    assert finder_for("lgcn-big", small) is big
+    assert finder_for(big, small) is big
+    own = engine_for(LGCN(LGCNConfig.nano(filters=2, num_landmarks=5)), "cpu", "fp32")
+    assert finder_for(None, own) is own
+
+
+def test_what_looks_for_faces_runs_as_the_model_does():
+    finder = finder_for(None, Engine("lgcn-nano-128", "cpu", "fp32", num_threads=1))
+    assert (finder.config.filters, finder.backend, finder.precision, finder.num_threads) == (64, "cpu", "fp32", 1)
 
 
 def test_figures_are_those_of_the_weights():

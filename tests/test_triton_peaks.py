@@ -115,6 +115,12 @@ def test_wrong_heatmaps_are_named(kernel, shape, step, dtype):
         kernel(heatmaps, 2)
 
 
+@pytest.mark.parametrize("radius", [-1, 2.5])
+def test_wrong_radius_is_named(kernel, radius):
+    with pytest.raises(ValueError, match=f"radius: expected 0 or more whole pixels, got {radius}"):
+        kernel(torch.zeros(1, 1, 4, 4, device=DEVICE), radius)
+
+
 @pytest.mark.parametrize(
     ("columns", "step", "dtype"), [(3, 1, torch.float32), (6, 1, torch.float64), (12, 2, torch.float32)]
 )

@@ -156,10 +156,10 @@ public:
         return values;
     }
 
-    std::int64_t number(const char* name) const {
+    double number(const char* name) const {
         const std::vector<double> values = numbers(name);
         if (values.size() != 1) throw std::runtime_error(std::string("expected ") + name + " in the file's metadata");
-        return static_cast<std::int64_t>(values[0]);
+        return values[0];
     }
 
     // Heatmaps (1, landmarks, height, width) of an image (1, channels, size, size).
@@ -220,13 +220,13 @@ void run(const std::string& model, const std::string& path, const std::array<dou
     const Picture picture = read_picture(path);
     const Box box = square_box(where, picture);
     Network network(model);
-    const std::int64_t size = network.number("input_size"), channels = network.number("in_channels");
-    const std::int64_t stride = network.number("stride"), count = network.number("num_landmarks");
+    const auto whole = [&](const char* name) { return static_cast<std::int64_t>(network.number(name)); };
+    const std::int64_t size = whole("input_size"), channels = whole("in_channels"), count = whole("num_landmarks");
     std::vector<std::uint8_t> crop = cut_out(picture, box, size, channels);
     const Ort::Value heatmaps = network.heatmaps(crop, channels, size);
     const std::vector<std::int64_t> shape = heatmaps.GetTensorTypeAndShapeInfo().GetShape();
     const lgcn::Heatmap first{heatmaps.GetTensorData<float>(), shape.at(2), shape.at(3)};
-    const auto step = static_cast<double>(stride), radius = static_cast<double>(network.number("peak_radius")) / step;
+    const double step = network.number("stride"), radius = network.number("peak_radius") / step;
     const Landmarks found = fit ? fitted(network, first, count, step) : maxima(first, count, radius);
 
     const double scale = static_cast<double>(box.side) * step / static_cast<double>(size);
