@@ -4,6 +4,7 @@ OpenCV 4 ships the cascade, OpenCV 5 does not. The face of demo.jpg is all that 
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,7 @@ import matplotlib.figure
 import numpy as np
 from end_to_end import latencies
 from heatmaps import DEMO
-from timing import run
+from timing import output_folder, run
 
 import lgcn_fast
 from lgcn_fast.images import read_image
@@ -19,7 +20,7 @@ from lgcn_fast.images import read_image
 MEGAPIXELS = (0.1, 0.3, 1, 2, 4, 8)
 SMALLEST = (40, 60, 100)
 """Sides of the smallest face boxes that are looked for, pixels."""
-CURVE = Path(__file__).parents[1] / "docs" / "detect-time.png"
+detect = partial(lgcn_fast.detect, model="lgcn-nano", device="cpu")
 
 
 def photo_of(megapixels: float) -> np.ndarray:
@@ -41,24 +42,24 @@ def main() -> dict:
     print(f"{'':<16}" + "".join(f"{f'faces from {size}':>16}" for size in SMALLEST))
     for megapixels in MEGAPIXELS:
         photo, calls = photo_of(megapixels), max(round(20 / megapixels), 3)
-        row = {
-            f"faces from {size}": latencies(lambda p=photo, s=size: lgcn_fast.detect(p, s), calls) for size in SMALLEST
-        }
+        row = {f"faces from {size}": latencies(lambda p=photo, s=size: detect(p, s), calls) for size in SMALLEST}
         results[f"{megapixels} megapixels"] = row
         times = "".join(f"{quantiles['median_ms']:>13.1f} ms" for quantiles in row.values())
         print(f"{f'{megapixels} megapixels':<16}{times}", flush=True)
     photo = cv2.resize(photo_of(0.3), (640, 480))
-    results["640 x 480, faces from 60"] = latencies(lambda: lgcn_fast.detect(photo, 60), 100)
+    results["640 x 480, faces from 60"] = latencies(lambda: detect(photo, 60), 100)
     print("640 x 480, faces from 60:", {k: round(v, 1) for k, v in results["640 x 480, faces from 60"].items()})
     if find := cascade():
         gray = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
         results["640 x 480, cascade"] = latencies(lambda: find(gray), 50)
         print("640 x 480, OpenCV's cascade:", {k: round(v, 1) for k, v in results["640 x 480, cascade"].items()})
-    draw(results)
+    if out := output_folder():
+        out.mkdir(parents=True, exist_ok=True)
+        draw(results, out / "detect-time.png")
     return results
 
 
-def draw(results: dict[str, dict]) -> None:
+def draw(results: dict[str, dict], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(5.5, 4), layout="constrained")
     axes = figure.subplots()
     for size in SMALLEST:
@@ -67,7 +68,7 @@ def draw(results: dict[str, dict]) -> None:
     axes.set(xlabel="photo [megapixels]", ylabel="detect [ms]", title="lgcn-nano on two CPU cores")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(CURVE, dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,9 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: expected another file than the input, got {path}")
     # Qt would end the process.
     if options.show and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        raise ValueError("--show: expected a display, got no $DISPLAY (write a file with --out, or --json, instead)")
+        raise ValueError(
+            "--show: expected a display, got no $DISPLAY (write --out or --json instead; webcam: --no-show)"
+        )
 
 
 def _record(index: int, frame: Frame, faces: TrackedFaces) -> dict:
