@@ -20,7 +20,8 @@ from runtimes import constant_bands
 from timing import output_folder, turn, write
 
 from lgcn_fast import LGCN, Engine, ShapeModel, gaussian_sum, load_model, predict
-from lgcn_fast.fitting import CudaFitter, fit
+from lgcn_fast.fitting import CudaFitter, Fit, fit
+from lgcn_fast.images import from_crop
 from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import WEIGHTS
 
@@ -248,6 +249,15 @@ def end_to_end(name: str) -> dict[str, dict | float]:
     engine, shape = Engine(exact, "cuda"), ShapeModel.load(WEIGHTS / "shape-68.safetensors")
     crops = real_crops(64)
     results: dict[str, dict | float] = {}
+
+    @torch.inference_mode()
+    def eager(images: torch.Tensor) -> Fit:
+        return fit(shape, exact(images).output.float(), exact.config.stride)
+
+    points = eager(torch.from_numpy(crops[:, None]).cuda()).points.cpu().numpy()
+    expected = from_crop(points, np.array([[0, 0, 96, 96]]), 96 / exact.config.stride)
+    moved = np.linalg.norm(predict(crops, model=engine).points - expected, axis=-1)
+    results["bf16 moves the points by, pixels"] = {"median": float(np.median(moved)), "99 %": np.percentile(moved, 99)}
     results["one crop, host to host"] = latencies(lambda: predict(crops[0], model=engine), 2000)
     for batch in (64, 256):
         images = torch.from_numpy(np.tile(crops, (batch // 64, 1, 1))).cuda()
@@ -255,12 +265,10 @@ def end_to_end(name: str) -> dict[str, dict | float]:
         results[f"faces/s, batch {batch}"] = 1e3 * batch / time_ms
     for batch in BATCHES:
         images = torch.from_numpy(crops[:batch, None]).cuda()
-
-        @torch.inference_mode()
-        def eager(images: torch.Tensor = images) -> object:
-            return fit(shape, exact(images).output.float(), exact.config.stride)
-
-        functions = {"eager": eager, "predict": lambda x=images: predict(x, model=engine, to_host=False)}
+        functions = {
+            "eager": lambda x=images: eager(x),
+            "predict": lambda x=images: predict(x, model=engine, to_host=False),
+        }
         times = table(f"{name}, image to points, batch {batch}", functions, by_the_clock)
         results[f"times eager, batch {batch}"] = times["eager"] / times["predict"]
     print(name, results)
