@@ -135,7 +135,7 @@ void blur(const Batch& batch, const lgcn::Taps& taps, const lgcn::Multiplier<T>&
     lgcn::run_threads(parts, [&](std::int64_t part) {
         Blur& mine = blurs[static_cast<std::size_t>(part)];
         T* map = maps[static_cast<std::size_t>(part)].data();
-        multiplier.begin();
+        const lgcn::Ready<T> ready(multiplier);
         const lgcn::Range share = lgcn::share(batch.count(), part, parts);
         for (std::int64_t i = share.first; i < share.last; ++i) {
             const float* values = batch.map(i).data;
@@ -144,7 +144,6 @@ void blur(const Batch& batch, const lgcn::Taps& taps, const lgcn::Multiplier<T>&
                                                           false, map + y * mine.row_stride());
             mine(multiplier, map, out + i * batch.pixels());
         }
-        multiplier.end();
     });
 }
 

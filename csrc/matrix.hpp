@@ -80,9 +80,22 @@ struct Multiplier {
     void (*panels)(const Product<T>&, std::int64_t rows, std::int64_t count, float* c);
     Registers registers = Registers::bits128;
     std::int64_t inner_step = 1;  // what of the inner dimension is multiplied at once
-    // Around all products of a thread.
+    // Around all products of a thread, see Ready.
     void (*begin)() = [] {};
     void (*end)() = [] {};
+};
+
+// A thread that is ready for products, until its work ends or fails.
+template <typename T>
+class Ready {
+public:
+    explicit Ready(const Multiplier<T>& multiplier) : end_(multiplier.end) { multiplier.begin(); }
+    ~Ready() { end_(); }
+    Ready(const Ready&) = delete;
+    Ready& operator=(const Ready&) = delete;
+
+private:
+    void (*end_)();
 };
 
 namespace detail {

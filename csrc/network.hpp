@@ -84,7 +84,7 @@ public:
                 face.data += i * image.channels * image.height * image.width;
                 run(face, *workspaces[static_cast<std::size_t>(workspace)], team, member, i, user);
             };
-            multiplier_.begin();
+            const Ready<T> ready(multiplier_);
             try {
                 Team self(1);
                 for (std::int64_t i = t; i < alone; i += threads) run_face(i, t, self, 0);
@@ -94,10 +94,8 @@ public:
             } catch (...) {
                 everyone.fail(std::current_exception());
                 for (Team& team : teams) team.fail(std::current_exception());
-                multiplier_.end();
                 throw;
             }
-            multiplier_.end();
         });
         for (auto& workspace : workspaces) give_back(std::move(workspace));
     }
