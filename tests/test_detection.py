@@ -118,8 +118,8 @@ def test_tiles_find_the_same_faces(face, monkeypatch):
     monkeypatch.setattr(detection, "TILE", 256)
     monkeypatch.setattr(detection, "TILES", 3)
     parts = detect(photo)
-    # What a tile does not see makes a difference, where its part ends.
-    assert np.abs(combined_heatmap(photo) - heatmap).mean() < 0.01
+    # What a tile does not see makes a difference, but only near where its part ends (one pixel aside: 0.0026).
+    assert np.median(np.abs(combined_heatmap(photo) - heatmap)) < 0.001
     assert len(whole) == len(parts) == 6
     for found in parts.points:
         assert min(distance(found, known) for known in whole.points) < 0.01
