@@ -12,7 +12,7 @@ import matplotlib.figure
 import numpy as np
 from end_to_end import latencies
 from heatmaps import DEMO
-from timing import output_folder, run
+from timing import output_folder, write
 
 import lgcn_fast
 from lgcn_fast.images import read_image
@@ -53,9 +53,6 @@ def main() -> dict:
         gray = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
         results["640 x 480, cascade"] = latencies(lambda: find(gray), 50)
         print("640 x 480, OpenCV's cascade:", {k: round(v, 1) for k, v in results["640 x 480, cascade"].items()})
-    if out := output_folder():
-        out.mkdir(parents=True, exist_ok=True)
-        draw(results, out / "detect-time.png")
     return results
 
 
@@ -72,4 +69,8 @@ def draw(results: dict[str, dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    out = output_folder()
+    times = main()
+    write(out, times)
+    if out:
+        draw(times, out / "detect-time.png")

@@ -179,7 +179,7 @@ def metadata(config: LGCNConfig, shape: ShapeModel | None) -> dict[str, str]:
         fit_radii; fit_options, 9.
     """
     facts = {name: str(getattr(config, name)) for name in ("num_landmarks", "in_channels", "input_size", "stride")}
-    facts["peak_radius"] = _numbers(PEAK_RADIUS)
+    facts["peak_radius"] = str(PEAK_RADIUS)
     if shape is None:
         return facts
     constants = fitter_constants(shape)
@@ -187,7 +187,7 @@ def metadata(config: LGCNConfig, shape: ShapeModel | None) -> dict[str, str]:
     return facts | {f"fit_{name}": _numbers(values) for name, values in lists.items()}
 
 
-def _numbers(values: np.ndarray | list[float] | float) -> str:
+def _numbers(values: np.ndarray | list[float]) -> str:
     return " ".join(repr(value) for value in np.asarray(values, np.float64).ravel().tolist())
 
 

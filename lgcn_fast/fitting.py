@@ -311,7 +311,7 @@ def _fit(
     xp = array_namespace(heatmaps)
     variances = xp.asarray(model.variances, dtype=xp.float64, device=device(heatmaps))
     height, width = heatmaps.shape[2:]
-    guess = _first_guess(model, *peaks.peak_centroids(heatmaps, 0), max(height, width))
+    guess = _first_guess(model, *peaks.largest_pixels(heatmaps), max(height, width))
     shapes = None
     for radius in RADII:
         prior, precision = _prior(guess, variances, height, width)

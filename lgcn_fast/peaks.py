@@ -1,8 +1,9 @@
 """References of the peak finder: heatmaps to points and moments, on any array namespace (NumPy, CuPy, torch).
 
-The fast ones for NumPy arrays have the same names in `lgcn_fast_kernels` (of `window_centroids`: `peak_window` and
-`centroid` in heatmap.hpp). Coordinates are pixels, x before y. Heatmaps have values up to 1e15, whose squares fit
-float32; beyond that references and fast versions may differ. NaN counts as minus infinity.
+The fast ones for NumPy arrays have the same names in `lgcn_fast_kernels` (of `largest_pixels`: `peak_centroids` with a
+radius of 0; of `window_centroids`: `peak_window` and `centroid` in heatmap.hpp). Coordinates are pixels, x before y.
+Heatmaps have values up to 1e15, whose squares fit float32; beyond that references and fast versions may differ. NaN
+counts as minus infinity.
 """
 
 from collections.abc import Sequence
@@ -30,13 +31,25 @@ def peak_centroids(heatmaps: Array, radius: float, num_threads: int = 0) -> tupl
     Returns:
         points (B, N, 2), x and y in pixels; values (B, N) of the largest pixels.
     """
+    pixels, values = largest_pixels(heatmaps)
+    points, _ = window_centroids(heatmaps, pixels, radius)
+    return points, values
+
+
+def largest_pixels(heatmaps: Array) -> tuple[Array, Array]:
+    """Find the largest pixel of every heatmap, the first of several (rows first).
+
+    Args:
+        heatmaps: (B, N, H, W) floating point, at least one pixel.
+
+    Returns:
+        pixels (B, N, 2), x and y, dtype of the heatmaps; values (B, N).
+    """
     xp = array_namespace(heatmaps)
     batch, channels, height, width = heatmaps.shape
     flat = xp.reshape(_without_nan(heatmaps), (batch, channels, height * width))
     index = xp.argmax(flat, axis=2)
-    pixels = xp.astype(xp.stack([index % width, index // width], axis=-1), heatmaps.dtype)
-    points, _ = window_centroids(heatmaps, pixels, radius)
-    return points, xp.max(flat, axis=2)
+    return xp.astype(xp.stack([index % width, index // width], axis=-1), heatmaps.dtype), xp.max(flat, axis=2)
 
 
 def window_centroids(heatmaps: Array, centres: Array, radius: float, threshold: float = 0.0) -> tuple[Array, Array]:

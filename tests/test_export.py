@@ -9,7 +9,7 @@ from networks import CONFIGS, eager, randomised
 import lgcn_fast_kernels
 from lgcn_fast import ShapeModel, cli, export, load_model
 from lgcn_fast.checkpoints import WEIGHTS, save_model
-from lgcn_fast.fitting import NativeFitter, fitter_constants
+from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.folding import fold
 
 needs_onnx = pytest.mark.skipif(
@@ -78,8 +78,11 @@ def test_metadata_holds_the_fit(format, tmp_path, random):
     numbers = {"num_landmarks": 68, "in_channels": 1, "input_size": 96, "stride": 2, "peak_radius": 12}
     assert {name: float(facts[name]) for name in numbers} == numbers
     lists = {name: np.array(facts[f"fit_{name}"].split(), float) for name in ("basis", "variances", "radii", "options")}
-    shape = ShapeModel.load(WEIGHTS / "shape-68.safetensors")
-    options = [name for name in fitter_constants(shape) if name not in lists]
+    # The order of the members of `lgcn::FitOptions`, on which consumers rely.
+    options = (
+        "certain", "fallback", "noise", "peak_radius", "largest_move", "size_spread", "shift_spread", "threshold",
+        "nominal_size",
+    )  # fmt: skip
     fitter = lgcn_fast_kernels.Fitter(
         lists["basis"].reshape(-1, 68, 2),
         lists["variances"],
@@ -87,7 +90,7 @@ def test_metadata_holds_the_fit(format, tmp_path, random):
         **dict(zip(options, lists["options"], strict=True)),
     )
     heatmaps = random.random((2, 68, 48, 48), np.float32)
-    expected = NativeFitter(shape)(heatmaps, 2)
+    expected = NativeFitter(ShapeModel.load(WEIGHTS / "shape-68.safetensors"))(heatmaps, 2)
     np.testing.assert_array_equal(fitter.fit(heatmaps, 2, 1)[0], expected.points)
 
 
