@@ -153,6 +153,10 @@ class RecordedBatches:
     Its buffers stay where they are, as a CUDA graph demands. Threads and streams may call it at once: it runs in the
     caller's stream, behind what others have it do. While a size is recorded, in the first call that needs it, nobody
     may wait for the whole device (`torch.cuda.synchronize()`): CUDA forbids it. (On a CPU nothing is recorded.)
+
+    Small batches from host to host have records of their own, with both copies in them, out of and into pinned memory:
+    so the host has the least to do. The call that has this memory keeps it until it returns; one that comes meanwhile
+    takes the records on the device, so that its work lies ready there when that of the first is done.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], image: tuple[int, int, int], device: torch.device) -> None:
@@ -163,8 +167,8 @@ class RecordedBatches:
             image: C, H, W of the images that are recorded, uint8; others are computed without a record.
         """
         self._function, self._image, self._device = function, image, device
-        self._recorded: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
-        self._lock = threading.Lock()
+        self._recorded: dict[tuple[int, bool], tuple[Tensor, Callable[[], Tensor]]] = {}  # see `_record`
+        self._lock, self._pinned_memory = threading.Lock(), threading.Lock()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # One for all sizes: they share the memory of their intermediate results.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -176,8 +180,18 @@ class RecordedBatches:
         Returns:
             (B, ...) on the device; or on the host, and then it has been waited for.
         """
-        with torch.cuda.device(self._device if self._pool else -1):
-            if images.dtype != torch.uint8 or images.shape[1:] != self._image:
+        recorded = images.dtype == torch.uint8 and images.shape[1:] == self._image
+        pinned = recorded and to_host and images.device.type == "cpu" and len(images) <= LADDER[-1]
+        if pinned and self._pinned_memory.acquire(blocking=False):
+            try:
+                result, done = self._replay(images, to_host, pinned=True)
+                if done:
+                    done.synchronize()
+                return result.clone()
+            finally:
+                self._pinned_memory.release()
+        with self._on_device():
+            if not recorded:
                 result = self._function(images.to(self._device))
                 return result.cpu() if to_host else result
             parts, done = zip(*(self._replay(part, to_host) for part in images.split(LADDER[-1])), strict=True)
@@ -185,44 +199,57 @@ class RecordedBatches:
                 done[-1].synchronize()
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _replay(self, images: Tensor, to_host: bool) -> tuple[Tensor, torch.cuda.Event | None]:
-        """The result for a part, and what happens when it is there."""
+    def _replay(self, images: Tensor, to_host: bool, pinned: bool = False) -> tuple[Tensor, torch.cuda.Event | None]:
+        """The result for a part, and what happens when it is there; with `pinned` the record's own, to be copied."""
         count = len(images)
-        if self._pool and images.device.type == "cpu":
+        if self._pool and not pinned and images.device.type == "cpu":
             images = images.pin_memory()  # or the copy would wait for all that the stream has to do before
         with self._lock:
-            size = next(size for size in LADDER if size >= count)
-            if size not in self._recorded:
-                with _RECORDING:
-                    self._recorded[size] = self._record(size)
-            buffer, replay = self._recorded[size]
-            stream = torch.cuda.current_stream() if self._pool else None
+            key = next(size for size in LADDER if size >= count), pinned
+            if key not in self._recorded:
+                with _RECORDING, self._on_device():
+                    self._recorded[key] = self._record(*key)
+            buffer, replay = self._recorded[key]
+            stream = torch.cuda.current_stream(self._device) if self._pool else None
             if stream and self._done:
                 stream.wait_event(self._done)
             buffer[:count].copy_(images, non_blocking=True)
             result = replay()[:count]
-            result = result.to("cpu", non_blocking=True) if to_host else result.clone()  # (pinned memory)
+            if not pinned:
+                # (What is copied to the host comes into fresh pinned memory.)
+                result = result.to("cpu", non_blocking=True, copy=True) if to_host else result.clone()
             if stream:
                 self._done = stream.record_event()
             return result, self._done
 
-    def _record(self, size: int) -> tuple[Tensor, Callable[[], Tensor]]:
-        buffer = torch.zeros((size, *self._image), dtype=torch.uint8, device=self._device)
-        function, stream = self._function, self._stream
+    def _record(self, size: int, pinned: bool) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Where images go, and what makes a result of them: both on the device, or both in pinned memory."""
+        function, device, stream = self._function, self._device, self._stream
+        place = {"device": "cpu", "pin_memory": True} if pinned and stream else {"device": device}
+        buffer = torch.zeros((size, *self._image), dtype=torch.uint8, **place)
         if stream is None:
             return buffer, lambda: function(buffer)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with cudnn_benchmark():
             with torch.cuda.stream(stream):
-                function(buffer)  # compiles what is not compiled yet, and lets cuDNN choose
+                # Compiles what is not compiled yet, and lets cuDNN choose.
+                result = function(buffer.to(device, non_blocking=True))
             stream.synchronize()
+            if pinned:
+                host_result = torch.empty(result.shape, dtype=result.dtype, **place)
+            del result  # (not needed, but large)
             # Other threads may go on allocating meanwhile.
             with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
-                result = function(buffer)
+                result = function(buffer.to(device, non_blocking=True))
+                if pinned:
+                    result = host_result.copy_(result, non_blocking=True)
 
         def replay() -> Tensor:
             graph.replay()
             return result
 
         return buffer, replay
+
+    def _on_device(self) -> torch.cuda.device:
+        return torch.cuda.device(self._device if self._pool else -1)

@@ -41,7 +41,10 @@ class Muon(optim.AdamW):
             {"params": pixelwise},
             {"params": others, "weight_decay": 0.0},
         ]
-        super().__init__(groups, lr=rate, weight_decay=weight_decay)
+        on_gpu = model.main.weight.is_cuda
+        super().__init__(groups, rate, weight_decay=weight_decay, capturable=on_gpu, fused=on_gpu or None)
+        for group in self.param_groups:
+            group["lr"] = recordable_rate(group["lr"], model.main.weight)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -62,7 +65,7 @@ class Muon(optim.AdamW):
             directions = torch.stack([parameter.grad.flatten(1) for parameter in parameters])
             steps = orthogonalised(directions.to(self.dtype)).float()
             size = STEP_OF_ADAMW * max(steps.shape[1:]) ** 0.5
-            torch._foreach_add_(parameters, steps.view(-1, *shape).unbind(), alpha=-rate * size)
+            torch._foreach_sub_(parameters, (steps * (rate * size)).view(-1, *shape).unbind())
         for parameter in moved:
             parameter.grad = None  # AdamW leaves out what has none
         super().step()
@@ -73,6 +76,18 @@ class Muon(optim.AdamW):
             state["momentum"] = torch.zeros_like(parameter)
             state["step"] = torch.zeros(())  # unused, but AdamW expects one when a state is loaded
         return state["momentum"]
+
+
+def recordable_rate(rate: float, parameter: Tensor) -> float | Tensor:
+    """A learning rate for an optimiser: on a GPU in its memory, where a CUDA graph reads it in each step."""
+    return torch.tensor(rate, device=parameter.device) if parameter.is_cuda else rate
+
+
+def set_rate(optimiser: optim.Optimizer, rate: float) -> None:
+    """Set the learning rates of all groups, wherever they are, each with the group's `rate_scale`."""
+    for group in optimiser.param_groups:
+        scaled = rate * group.get("rate_scale", 1.0)
+        group["lr"] = group["lr"].fill_(scaled) if isinstance(group["lr"], Tensor) else scaled
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:

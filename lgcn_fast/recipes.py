@@ -7,7 +7,7 @@ import torch
 from torch import nn, optim
 
 from .augmentation import FIXED_VARIANTS, Augmentation
-from .optimiser import Muon
+from .optimiser import Muon, recordable_rate
 
 PAPER_RATES = ((11, 1e-3), (21, 5e-4), (31, 2e-4), (41, 1e-4), (51, 5e-5), (math.inf, 2e-5))
 """Learning rate per sample before each epoch (authors' published configuration)."""
@@ -41,8 +41,11 @@ class Recipe:
         """SGD with momentum as in the paper, or Muon with products in `dtype`."""
         if self.muon_rate:
             return Muon(model, dtype=dtype)
+        weight = next(model.parameters())
         # The authors' toolkit scales the gradient by 1 - momentum before adding it: "unit gain".
-        return optim.SGD(model.parameters(), lr=1.0, momentum=0.9, dampening=0.9)
+        return optim.SGD(
+            model.parameters(), recordable_rate(1.0, weight), momentum=0.9, dampening=0.9, fused=weight.is_cuda or None
+        )
 
     def learning_rate(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """Learning rate of a step, counted from 0.

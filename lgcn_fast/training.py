@@ -37,7 +37,9 @@ from .landmarks import SCHEMES
 from .losses import distillation_loss, lgcn_loss
 from .model import LGCN, checked_device, cudnn_benchmark
 from .operators import gaussian_sum_banded, gaussian_sum_native
+from .optimiser import set_rate
 from .peaks import PEAK_RADIUS, peak_centroids
+from .recorded_step import RecordedStep
 from .training_log import COLUMNS, draw_log, write_log
 from .training_options import TrainingOptions, check_cache, check_faces
 
@@ -74,7 +76,12 @@ class Trainer:
             self.teacher = load_teacher(options.teacher, options.config).to(self.device)
             self.teacher.kernel_convolution.operator = operator
         self.averaged = deepcopy(self.model)
+        self._floats = tuple(
+            [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+            for model in (self.averaged, self.model)
+        )
         self.optimiser = options.recipe.optimiser(self.model, torch.bfloat16 if self.amp else torch.float32)
+        self._recorded = RecordedStep(self._update, self.device)
         validation = np.array([is_validation(group) for group in cache.groups])
         shares = np.array([options.shares.get(name, 1.0) for name in cache.sets])
         labelled = ~np.isnan(cache.points).all((1, 2))
@@ -160,10 +167,14 @@ class Trainer:
     def _step(self, images: Tensor, points: Tensor, step: int, losses: list[Tensor]) -> float:
         recipe = self.options.recipe
         rate = recipe.learning_rate(step, len(self.batches), self.epochs or recipe.epochs)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate * group.get("rate_scale", 1.0)
-        images = images.to(self.device, non_blocking=True)
-        points = points.to(self.device, non_blocking=True)
+        set_rate(self.optimiser, rate)
+        losses.append(self._recorded(images, points))
+        self._average(step)
+        return rate
+
+    def _update(self, images: Tensor, points: Tensor) -> Tensor:
+        """Loss of a batch, and a step of the optimiser."""
+        recipe = self.options.recipe
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             heatmaps = self.model(images)
         loss = lgcn_loss(heatmaps, points, self.options.config)
@@ -176,9 +187,7 @@ class Trainer:
         if recipe.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         self.optimiser.step()
-        self._average(step)
-        losses.append(loss.detach())
-        return rate
+        return loss.detach()
 
     def _finite(self, loss: Tensor) -> float:
         number = loss.item()
@@ -197,10 +206,7 @@ class Trainer:
     def _average(self, step: int) -> None:
         """Exponential moving average; the decay grows with the steps, so that the first weights are soon forgotten."""
         decay = min(self.options.recipe.ema_decay, (1 + step) / (10 + step)) if step else 0.0
-        averaged, current = (
-            [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
-            for model in (self.averaged, self.model)
-        )
+        averaged, current = self._floats
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def validate(self) -> float:
@@ -290,6 +296,7 @@ class Trainer:
             slots.setdefault(int(index), {})[slot] = tensor
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": slots, "param_groups": groups})
+        self._recorded = RecordedStep(self._update, self.device)  # (the old one's tensors are gone)
 
     def _save(self) -> None:
         progress = {

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import threading
 import weakref
+from contextlib import nullcontext
 from dataclasses import fields
 
 import numpy as np
@@ -16,6 +17,7 @@ from lgcn_fast.fitting import Fit, NativeFitter
 from lgcn_fast.folding import fold
 from lgcn_fast.images import read_image
 from lgcn_fast.native import NativeEngine
+from lgcn_fast.prediction import shape_for
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton (pip install '.[gpu]')")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -56,11 +58,15 @@ def test_half_precision_is_near_the_model(cuda, name):
 
 def recorded(cuda):
     """Sums of images, and the batches that the function behind them was asked for."""
-    sizes = []
+    sizes, results = [], {}
 
     def sums(images):
         sizes.append(len(images))
-        return images.float().sum(dim=(2, 3))
+        result = images.float().sum(dim=(2, 3))
+        if DEVICE.type == "cuda":
+            return result
+        # As of a graph: each buffer has one result, which is written again and again.
+        return results.setdefault((images.data_ptr(), len(images)), torch.empty_like(result)).copy_(result)
 
     return cuda.RecordedBatches(sums, IMAGE, DEVICE), sizes
 
@@ -71,12 +77,14 @@ def test_batches_go_up_to_the_sizes_of_the_ladder(cuda, count, steps):
     run, sizes = recorded(cuda)
     images = torch.randint(0, 256, (count, *IMAGE), dtype=torch.uint8)
     expected = images.float().sum(dim=(2, 3))
-    for form, to_host in ((images, False), (images.to(DEVICE), True)):
-        sums = run(form, to_host)
-        assert sums.device == (torch.device("cpu") if to_host else DEVICE)
-        assert torch.equal(sums.cpu(), expected)
-    # On a GPU a size is computed twice, to warm up and to record, and then replayed.
-    assert sizes == ([s for s in dict.fromkeys(steps) for _ in range(2)] if DEVICE.type == "cuda" else steps * 2)
+    for form, to_host in ((images, False), (images.to(DEVICE), True), (images, True)):
+        for _ in range(2):
+            sums = run(form, to_host)
+            assert sums.device == (torch.device("cpu") if to_host else DEVICE)
+            assert torch.equal(sums.cpu(), expected)
+    # On a GPU a size is computed twice, to warm up and to record, and then replayed; once more from host to host.
+    once = [size for size in dict.fromkeys(steps) for _ in range(2)]
+    assert sizes == (once * (2 if count <= 64 else 1) if DEVICE.type == "cuda" else steps * 6)
 
 
 @torch.inference_mode()
@@ -97,32 +105,69 @@ def test_other_images_are_not_recorded(cuda):
 
 
 @pytest.mark.parametrize("to_host", [False, True])
+@pytest.mark.parametrize("busy", [False, True])
 @torch.inference_mode()
-def test_results_stay_when_others_follow(cuda, to_host):
+def test_results_stay_when_others_follow(cuda, to_host, busy):
+    """Also where another call has the pinned memory."""
     run, _ = recorded(cuda)
-    results = [run(torch.full((2, *IMAGE), value, dtype=torch.uint8), to_host) for value in range(4)]
+    with run._pinned_memory if busy else nullcontext():
+        results = [run(torch.full((2, *IMAGE), value, dtype=torch.uint8), to_host) for value in range(4)]
     assert [result.cpu().tolist() for result in results] == [[[24.0 * value]] * 2 for value in range(4)]
+
+
+@torch.inference_mode()
+def test_a_call_that_comes_in_between_takes_other_memory(cuda, monkeypatch):
+    run, _ = recorded(cuda)
+    replay, others = run._replay, []
+
+    def interrupted(images, to_host, pinned=False):
+        result = replay(images, to_host, pinned)
+        if pinned:
+            others.append(run(images + 1, True))
+        return result
+
+    monkeypatch.setattr(run, "_replay", interrupted)
+    results = [run(torch.full((2, *IMAGE), value, dtype=torch.uint8), True) for value in (1, 3)]
+    assert [result.unique().tolist() for result in results + others] == [[24.0], [72.0], [48.0], [96.0]]
+
+
+@torch.inference_mode()
+def test_pinned_memory_is_handed_back_when_a_call_fails(cuda):
+    fails = cuda.RecordedBatches(lambda images: images.no_such_method(), IMAGE, DEVICE)
+    with pytest.raises(AttributeError, match="no_such_method"):
+        fails(torch.zeros(1, *IMAGE, dtype=torch.uint8), True)
+    assert not fails._pinned_memory.locked()
+
+
+@torch.inference_mode()
+def test_images_need_not_be_contiguous(cuda, random):
+    run, _ = recorded(cuda)
+    images = random.integers(0, 256, (6, 8, 6, 1), np.uint8)[::2, ::2]
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    assert not images.is_contiguous()
+    assert torch.equal(run(images, True), images.float().sum(dim=(2, 3)))
 
 
 def test_batches_of_several_threads(cuda):
     run, _ = recorded(cuda)
-    wrong = []
+    calls = [(1, DEVICE, True), (3, DEVICE, False), (3, "cpu", True), (7, DEVICE, True), (7, "cpu", True)]
+    results = []
 
     @torch.inference_mode()
     def work(value: int) -> None:
         stream = torch.cuda.Stream() if DEVICE.type == "cuda" else None
         with torch.cuda.stream(stream):
-            for count, to_host in ((1, True), (3, False), (7, True)) * 5:
-                sums = run(torch.full((count, *IMAGE), value, dtype=torch.uint8, device=DEVICE), to_host)
-                if sums.cpu().tolist() != [[24.0 * value]] * count:
-                    wrong.append(value)
+            for count, device, to_host in calls * 5:
+                sums = run(torch.full((count, *IMAGE), value, dtype=torch.uint8, device=device), to_host)
+                results.append((sums.cpu().tolist(), [[24.0 * value]] * count))
 
     threads = [threading.Thread(target=work, args=(value,)) for value in range(1, 6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert len(results) == 5 * len(calls) * 5
+    assert all(found == expected for found, expected in results)
 
 
 class HostFitter:
@@ -251,6 +296,49 @@ def test_gpu_points_are_those_of_a_cpu(frames, precision, pixels, fit):
         assert there.points.is_cuda
         assert there.scores.dtype == torch.float32
         np.testing.assert_allclose(there.points.cpu(), found.points, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("name", "counts"), [("lgcn-nano", (1, 3, 64, 65, 3, 1)), ("lgcn-128", (1, 1))])
+def test_gpu_host_to_host_is_device_to_device(random, name, counts, stream):
+    """Bit for bit, and still when later calls have used the same memory; images as they may lie on the host."""
+    ours, shape = Engine(name, "cuda"), shape_for(None, 68)
+    channels, size = ours.config.in_channels, ours.config.input_size
+    results = []
+    with torch.cuda.stream(torch.cuda.Stream() if stream else None):
+        for count in counts:
+            pictures = random.integers(0, 256, (count, size, 2 * size, channels), np.uint8)
+            images = torch.from_numpy(pictures)[:, :, ::2].permute(0, 3, 1, 2)
+            expected, maxima = ours.fit(images.cuda(), shape, to_host=False), ours.maxima(images.cuda(), to_host=False)
+            for form in (images, images.numpy(), images.contiguous(), images.contiguous().pin_memory()):
+                fitted, found = ours.fit(form, shape), ours.maxima(form)
+                results += [(getattr(fitted, f.name), getattr(expected, f.name)) for f in fields(Fit)]
+                results += list(zip(found, maxima, strict=True))
+        for found, known in results:
+            np.testing.assert_array_equal(found, known.cpu())
+
+
+@pytest.mark.gpu
+def test_gpu_host_to_host_of_several_threads(random):
+    """One has the pinned memory, the others do not; each in a stream of its own."""
+    ours, shape = Engine("lgcn-nano", "cuda"), shape_for(None, 68)
+    images = random.integers(0, 256, (4, 3, ours.config.in_channels, *[ours.config.input_size] * 2), np.uint8)
+    expected = [ours.fit(batch, shape).points for batch in images]
+    results = []
+
+    def work(index: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results.extend((index, ours.fit(images[index], shape).points) for _ in range(50))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(images))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 50 * len(images)
+    for index, found in results:
+        np.testing.assert_array_equal(found, expected[index])
 
 
 @pytest.mark.gpu

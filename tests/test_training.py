@@ -7,7 +7,7 @@ import pytest
 import torch
 from networks import randomised
 
-from lgcn_fast import LGCN, LGCNConfig, load_model, training
+from lgcn_fast import LGCN, LGCNConfig, load_model, recorded_step, training
 from lgcn_fast.augmentation import Augmentation
 from lgcn_fast.batches import EpochBatches
 from lgcn_fast.checkpoints import load_tensors, save_model
@@ -363,3 +363,29 @@ def test_trains_on_cuda(cache, tmp_path, amp):
     assert trainer.run()
     assert trainer.log[-1]["loss"] < trainer.log[0]["loss"]
     assert Trainer(cache, tmp_path, replace(OPTIONS, epochs=10, device="cuda", amp=amp)).epoch == 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", [FAST, replace(RECIPES["paper"], batch_size=8, repeats=1)], ids=["fast", "paper"])
+def test_recorded_steps_are_those_launched_one_by_one(cache, tmp_path, monkeypatch, recipe):
+    options = replace(OPTIONS, config=replace(CONFIG, dropout=0.0), recipe=recipe, device="cuda")
+    recorded = Trainer(cache, tmp_path / "recorded", options)
+    assert recorded.run()
+    assert recorded._recorded._replay
+    monkeypatch.setattr(recorded_step, "WARM_UP", 1000)
+    launched = Trainer(cache, tmp_path / "launched", options)
+    assert launched.run()
+    for one, other in zip(recorded.log, launched.log, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
+        assert one["validation_error"] == pytest.approx(other["validation_error"], rel=5e-2)
+
+
+@pytest.mark.gpu
+def test_recorded_runs_go_on(cache, tmp_path):
+    options = replace(OPTIONS, config=replace(CONFIG, dropout=0.0), device="cuda")
+    assert Trainer(cache, tmp_path / "whole", options).run()
+    for _ in range(3):
+        finished = Trainer(cache, tmp_path / "parts", options).run(time_budget=1e-9)
+    assert finished or Trainer(cache, tmp_path / "parts", options).run()
+    for one, other in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-2)
