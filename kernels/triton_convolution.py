@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .early_launch import await_previous_kernel, launch_options
 from .tensors import described
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -90,9 +89,7 @@ def _convolution_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
     FILTER_BLOCKS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    await_previous_kernel(EARLY)
     PIXELS: tl.constexpr = BLOCK_Y * BLOCK_X
     REACH: tl.constexpr = KERNEL_SIZE // 2 * DILATION
     TERMS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE * PADDED_CHANNELS
@@ -150,8 +147,7 @@ def _convolution_kernel(
 
 
 @triton.jit
-def _channels_last_kernel(x, out, channels, pixels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, EARLY: tl.constexpr):
-    await_previous_kernel(EARLY)
+def _channels_last_kernel(x, out, channels, pixels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     image = tl.program_id(2).to(tl.int64) * channels * pixels
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -179,9 +175,7 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel():
         grid = (triton.cdiv(height * width, BLOCK_P), triton.cdiv(channels, BLOCK_C), batch)
-        _channels_last_kernel[grid](
-            x, out, channels, height * width, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P, **launch_options(x)
-        )
+        _channels_last_kernel[grid](x, out, channels, height * width, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P)
     return out
 
 
@@ -304,7 +298,6 @@ class Convolution:
                 BLOCK_Y=tile.block_y, BLOCK_X=tile.block_x, BLOCK_F=tile.block_f,
                 BLOCK_K=tile.block_k if descriptors else min(tile.block_k, LARGEST_GATHERED_K),
                 FILTER_BLOCKS=filter_blocks, num_warps=tile.num_warps, num_stages=tile.num_stages,
-                **launch_options(x),
             )  # fmt: skip
         return out
 

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import BF16_TOLERANCE, kernel_taps
-from .early_launch import await_previous_kernel, launch_options
 
 TOLERANCES = {torch.float32: 0.0, torch.float16: 2.0**-15, torch.bfloat16: BF16_TOLERANCE}
 """Of `kernel_taps`: an eighth of the rounding error. Fewer lines, fewer products."""
@@ -46,9 +45,7 @@ def _gaussian_sum_kernel(
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    await_previous_kernel(EARLY)
     WHOLE_SQUARE: tl.constexpr = REACH_Y == 0 and REACH_X == 0 and BLOCK_Y == BLOCK_X
     map_index = tl.program_id(0)
     start = map_index.to(tl.int64) * height * width
@@ -162,7 +159,7 @@ def _launch(
     _gaussian_sum_kernel[grid](
         x, bands_y, bands_x, out, height, width, channels, first_side,
         COUNT=bands_y.shape[1], REACH_Y=reach_y, REACH_X=reach_x, BLOCK_Y=block_y, BLOCK_X=block_x,
-        NUM_STAGES=NUM_STAGES, num_warps=num_warps(block_y, block_x), **launch_options(x),
+        NUM_STAGES=NUM_STAGES, num_warps=num_warps(block_y, block_x),
     )  # fmt: skip
     return out
 

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .early_launch import await_previous_kernel, launch_options
 from .tensors import described, result_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,9 +38,7 @@ def _centroid_shift(x_ptr, y, x, height, width, RADIUS: tl.constexpr, LANES: tl.
 def _heatmap_reduction_kernel(
     x_ptr, out_ptr, height, width, threshold,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, RADIUS: tl.constexpr, LANES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    await_previous_kernel(EARLY)
     map_index = tl.program_id(0).to(tl.int64)
     pixels = height * width
     x_ptr += map_index * pixels
@@ -110,6 +107,5 @@ def heatmap_reduction(heatmaps: Tensor, radius: int, threshold: float = 0.01, ou
             heatmaps, out, height, width, float(threshold),
             BLOCKS=triton.cdiv(height * width, BLOCK), BLOCK=BLOCK,
             RADIUS=radius, LANES=triton.next_power_of_2((2 * radius + 1) ** 2), num_warps=NUM_WARPS,
-            **launch_options(heatmaps),
         )  # fmt: skip
     return out

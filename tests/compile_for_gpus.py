@@ -3,7 +3,6 @@
 What Triton would see at a launch is written down here: types of the arguments, and those that are constants.
 """
 
-import re
 import subprocess
 from tempfile import NamedTemporaryFile
 
@@ -23,21 +22,12 @@ def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90,
     """PTX of a kernel whose other arguments are 32-bit integers, checked to fit a multiprocessor, on
     Hopper without spilled registers.
 
-    Pointers, height and width are multiples of 16, as for 96 x 96. On Hopper a kernel is launched early, where it can
-    be: then it touches memory only behind its wait for the kernel before.
+    Pointers, height and width are multiples of 16, as for 96 x 96.
     """
-    early = capability >= 90 and "EARLY" in kernel.arg_names
-    if "EARLY" in kernel.arg_names:
-        constants = constants | {"EARLY": early}
     types = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
     sixteens = [name for name in kernel.arg_names if types[name].startswith("*") or name in ("height", "width")]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in sixteens}
-    options |= {"launch_pdl": early}
     compiled = compile(ASTSource(kernel, types, constants, attributes), GPUTarget("cuda", capability, 32), options)
-    before, wait, _ = compiled.asm["ptx"].partition("griddepcontrol.wait")
-    assert bool(wait) == early, f"{kernel.__name__}, {constants}: waits for the kernel before: {bool(wait)}"
-    touching = re.search(r"(ld|st|atom|red)\.(global|volatile)|cp\.async", before) if early else None
-    assert not touching, f"{kernel.__name__}, {constants}: {touching[0]} in front of the wait"
     assert compiled.metadata.shared <= 1024 * SHARED_MEMORY[capability], (
         f"{kernel.__name__}, {constants}: {compiled.metadata.shared} bytes"
     )

@@ -128,45 +128,6 @@ def test_large_batches_go_through_cudnn(convolution, channels, filters, size, di
     torch.testing.assert_close(ours(x[:1]).double(), expected[:1], rtol=0, atol=tolerance)
 
 
-@pytest.mark.gpu
-def test_kernels_that_start_early_wait_for_those_before(convolution, monkeypatch):
-    """One after the other in a CUDA graph, for images that change, in memory that is used again and again."""
-    from lgcn_fast_kernels import early_launch
-    from lgcn_fast_kernels.triton_convolution import channels_last
-    from lgcn_fast_kernels.triton_gaussian_sum import gaussian_sum
-    from lgcn_fast_kernels.triton_peaks import heatmap_reduction
-
-    x, weight, bias = layer((1, 64, 64, 3, 1, 96, 96), torch.bfloat16)
-    x = x.contiguous(memory_format=torch.channels_last)
-    weight = weight / 4  # and the sums stay as large as they are
-    inner, last = convolution(weight, bias, relu=True), convolution(weight, bias, planes=True)
-
-    def maxima():
-        seen = x
-        for _ in range(8):
-            blurred = gaussian_sum(last(inner(seen)))
-            seen = inner(channels_last(blurred, torch.bfloat16), x)
-        return heatmap_reduction(last(seen), 6)
-
-    def recorded(early):
-        monkeypatch.setattr(early_launch, "EARLY_LAUNCH", early)
-        assert early_launch.launch_options(x)["EARLY"] == early
-        maxima()  # compiles
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = maxima()
-        return graph, result
-
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("from Hopper on")
-    (early, result), (in_turn, expected) = recorded(True), recorded(False)
-    for _ in range(100):
-        x.normal_()
-        early.replay()
-        in_turn.replay()
-        assert torch.equal(result, expected)
-
-
 def test_descriptors_are_used_where_they_can_be(convolution):
     for name, shape in SHAPES.items():
         x, weight, bias = layer(shape, torch.float16)
