@@ -1,6 +1,6 @@
 """A convolution with all that stands around it in one Triton kernel: an implicit matrix product on tensor cores.
 
-The rows of the product are the pixels of a block of the result, its columns the filters, and what is summed over are
+The rows of the product are the filters, its columns the pixels of a block of the result, and what is summed over are
 the taps and channels that a pixel sees. Where the channels of a pixel lie side by side, blocks of the image are loaded
 through tensor descriptors, which also fill the zero padding; elsewhere element by element.
 """
@@ -35,11 +35,12 @@ class Tile:
 TILES = {
     16: (Tile(8, 16, 16, 16, 4, 4), Tile(32, 32, 16, 16, 8, 3)),
     32: (Tile(8, 16, 32, 32, 4, 4), Tile(16, 32, 32, 32, 8, 3)),
-    64: (Tile(8, 8, 64, 32, 4, 4), Tile(8, 16, 64, 64, 4, 3)),
-    128: (Tile(8, 8, 128, 64, 4, 3), Tile(8, 16, 64, 128, 8, 4)),
+    64: (Tile(4, 8, 64, 64, 4, 4), Tile(8, 16, 64, 64, 4, 3)),
+    128: (Tile(8, 8, 128, 64, 4, 3), Tile(8, 16, 64, 128, 8, 3)),
 }
-"""By the number of filters, rounded up: for few pixels, and for many. The fastest of those measured on an H100; at 32 a
-tile that is as fast and fits the 99 KB of shared memory of smaller GPUs."""
+"""By the number of filters, rounded up: for few pixels, and for many. At 64 and 128 the filters fill the 64 rows of a
+product of a group of warps, and two programs a multiprocessor. Chosen on an H100 when the pixels were the rows; since
+then changed (64, few: half the pixels, twice the filters; 128, many: a stage less), not yet compared again."""
 MANY = 64
 """Programs that make the tile for many pixels the faster one: half as many as an H100 has multiprocessors."""
 FP32_TILE = Tile(8, 16, 32, 64, 8, 3)
@@ -102,13 +103,13 @@ def _convolution_kernel(
     rows, columns = y0 + pixel // BLOCK_X, x0 + pixel % BLOCK_X
     filters = f0 + tl.arange(0, BLOCK_F)
     dtype = weight.dtype if DESCRIPTORS else weight.dtype.element_ty
-    total = tl.zeros((PIXELS, BLOCK_F), tl.float32)
+    total = tl.zeros((BLOCK_F, PIXELS), tl.float32)
     for k0 in range(0, TERMS, BLOCK_K):
         if DESCRIPTORS:  # all of a block's terms belong to one tap
             tap = k0 // PADDED_CHANNELS
             seen_y, seen_x = y0 + tap // KERNEL_SIZE * DILATION - REACH, x0 + tap % KERNEL_SIZE * DILATION - REACH
             seen = tl.reshape(x.load([image, seen_y, seen_x, k0 % PADDED_CHANNELS]), (PIXELS, BLOCK_K))
-            filter_block = weight.load([k0, f0])
+            filter_block = weight.load([f0, k0])
         else:
             term = k0 + tl.arange(0, BLOCK_K)
             tap, channel = term // PADDED_CHANNELS, term % PADDED_CHANNELS
@@ -122,23 +123,25 @@ def _convolution_kernel(
             if ORIGIN:
                 seen = seen.to(tl.float32) - ORIGIN
             seen = seen.to(dtype)
-            kept = is_term[:, None] & (filters < FILTERS)[None, :]
-            filter_block = tl.load(weight + term[:, None] * FILTERS + filters[None, :], mask=kept, other=0.0)
-        total = tl.dot(seen, filter_block, total, input_precision="tf32x3")  # (of fp32, as exact)
-    total += tl.load(bias_ptr + filters, mask=filters < FILTERS, other=0.0)[None, :]
+            kept = (filters < FILTERS)[:, None] & is_term[None, :]
+            filter_block = tl.load(weight + filters[:, None] * TERMS + term[None, :], mask=kept, other=0.0)
+        # The filters in front: what is reshaped there would come to the tensor cores through registers, and Triton (3.6
+        # to 3.9) loads the next block into them while the last products still read them.
+        total = tl.dot(filter_block, tl.trans(seen), total, input_precision="tf32x3")  # (of fp32, as exact)
+    total += tl.load(bias_ptr + filters, mask=filters < FILTERS, other=0.0)[:, None]
     if RELU:
         total = tl.maximum(total, 0.0)
     if SHUFFLE == 1:
-        inside = ((rows < height) & (columns < width))[:, None] & (filters < FILTERS)[None, :]
+        inside = (filters < FILTERS)[:, None] & ((rows < height) & (columns < width))[None, :]
         places = rows.to(tl.int64) * out_row + columns * out_column
-        places = places[:, None] + filters[None, :].to(tl.int64) * out_channel
+        places = filters[:, None].to(tl.int64) * out_channel + places[None, :]
     else:
         channel, part = filters // (SHUFFLE * SHUFFLE), filters % (SHUFFLE * SHUFFLE)
-        out_rows = rows[:, None] * SHUFFLE + (part // SHUFFLE)[None, :]
-        out_columns = columns[:, None] * SHUFFLE + (part % SHUFFLE)[None, :]
-        inside = (out_rows < out_height) & (out_columns < out_width) & (filters < FILTERS)[None, :]
+        out_rows = (part // SHUFFLE)[:, None] + rows[None, :] * SHUFFLE
+        out_columns = (part % SHUFFLE)[:, None] + columns[None, :] * SHUFFLE
+        inside = (filters < FILTERS)[:, None] & (out_rows < out_height) & (out_columns < out_width)
         places = out_rows.to(tl.int64) * out_row + out_columns * out_column
-        places += channel[None, :].to(tl.int64) * out_channel
+        places += channel[:, None].to(tl.int64) * out_channel
     if residual_ptr is not None:
         residual = residual_ptr + image.to(tl.int64) * residual_batch + places
         total += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
@@ -241,7 +244,7 @@ class Convolution:
         self.tiles = (tile,) if tile else tiles_of(self.filters, self.channels, weight.dtype, planes)
         self.padded_channels = padded(self.channels, max(tile.block_k for tile in self.tiles))
         whole = F.pad(weight, (0, 0, 0, 0, 0, self.padded_channels - self.channels))
-        self.weight = whole.permute(2, 3, 1, 0).reshape(-1, self.filters).contiguous()
+        self.weight = whole.permute(0, 2, 3, 1).reshape(self.filters, -1).contiguous()
         self.bias = bias.float().contiguous()
         self._cudnn = None
         if (self.filters, self.kernel_size) in CUDNN and relu and not (origin or planes or tile):
@@ -284,7 +287,7 @@ class Convolution:
         weight: Tensor | TensorDescriptor = self.weight
         seen: Tensor | TensorDescriptor = x
         if descriptors:
-            weight = TensorDescriptor.from_tensor(self.weight, [tile.block_k, tile.block_f])
+            weight = TensorDescriptor.from_tensor(self.weight, [tile.block_f, tile.block_k])
             block = [1, tile.block_y, tile.block_x, tile.block_k]
             seen = TensorDescriptor.from_tensor(x.permute(0, 2, 3, 1), block)
         if out.numel():
@@ -321,6 +324,6 @@ class Convolution:
     def _fits_descriptors(self, x: Tensor, tile: Tile) -> bool:
         """Whether blocks of `x` and of the filters can be loaded as a whole: 16 bytes are the least."""
         aligned = all(stride * x.element_size() % 16 == 0 for stride in (x.stride(0), x.stride(2), x.stride(3)))
-        aligned = aligned and x.stride(1) == 1 and self.filters * x.element_size() % 16 == 0
+        aligned = aligned and x.stride(1) == 1
         whole = self.padded_channels % tile.block_k == 0 and tile.block_k * x.element_size() >= 16
         return aligned and whole and not self.origin and x.dtype == self.weight.dtype and x.data_ptr() % 16 == 0

@@ -60,7 +60,7 @@ def convolution(
         del constants["residual_ptr"]
     if descriptors:
         types["x"] = f"tensordesc<{dtype}[1,{tile.block_y},{tile.block_x},{tile.block_k}]>"
-        types["weight"] = f"tensordesc<{dtype}[{tile.block_k},{tile.block_f}]>"
+        types["weight"] = f"tensordesc<{dtype}[{tile.block_f},{tile.block_k}]>"
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return ptx(triton_convolution._convolution_kernel, constants, types, capability, **options)
 
@@ -99,8 +99,10 @@ if __name__ == "__main__":
     for filters in TILES:
         for many in (False, True):
             text = convolution("bf16", filters, filters, descriptors=True, many=many)
-            assert "wgmma.mma_async" in text, filters
             assert "cp.async.bulk.tensor" in text, filters
+            # 64 rows are the least of a product of a group of warps, whose operands must lie in shared memory.
+            assert ("wgmma.mma_async" in text) == (filters >= 64), filters
+            assert ("ldmatrix" in text) == (filters < 64), filters
         for capability in (80, 89):
             for many in (False, True):
                 text = convolution("bf16", filters, filters, descriptors=True, capability=capability, many=many)
