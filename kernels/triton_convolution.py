@@ -126,7 +126,7 @@ def _convolution_kernel(
             kept = (filters < FILTERS)[:, None] & is_term[None, :]
             filter_block = tl.load(weight + filters[:, None] * TERMS + term[None, :], mask=kept, other=0.0)
         # The filters in front: what is reshaped there would come to the tensor cores through registers, and Triton (3.6
-        # to 3.9) loads the next block into them while the last products still read them.
+        # to 3.9) loads the next block into them while the last products still read them, on Hopper.
         total = tl.dot(filter_block, tl.trans(seen), total, input_precision="tf32x3")  # (of fp32, as exact)
     total += tl.load(bias_ptr + filters, mask=filters < FILTERS, other=0.0)[:, None]
     if RELU:

@@ -200,7 +200,10 @@ class RecordedBatches:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _replay(self, images: Tensor, to_host: bool, pinned: bool = False) -> tuple[Tensor, torch.cuda.Event | None]:
-        """The result for a part, and what happens when it is there; with `pinned` the record's own, to be copied."""
+        """The result for a part, and the event behind which it is there.
+
+        With `pinned` on the host, and the record's own, to be copied by whoever holds the pinned memory.
+        """
         count = len(images)
         if self._pool and not pinned and images.device.type == "cpu":
             images = images.pin_memory()  # or the copy would wait for all that the stream has to do before

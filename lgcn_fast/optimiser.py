@@ -65,7 +65,7 @@ class Muon(optim.AdamW):
             directions = torch.stack([parameter.grad.flatten(1) for parameter in parameters])
             steps = orthogonalised(directions.to(self.dtype)).float()
             size = STEP_OF_ADAMW * max(steps.shape[1:]) ** 0.5
-            torch._foreach_sub_(parameters, (steps * (rate * size)).view(-1, *shape).unbind())
+            torch._foreach_sub_(parameters, steps.mul_(rate * size).view(-1, *shape).unbind())
         for parameter in moved:
             parameter.grad = None  # AdamW leaves out what has none
         super().step()

@@ -10,9 +10,10 @@ WARM_UP = 4
 
 
 class RecordedStep:
-    """A function of batches, recorded after the first few of them and replayed for those of the same size.
+    """A function of batches of one size, recorded after the first few of them and replayed.
 
-    What it reads and writes besides its batch, as weights and learning rates, must stay where it is in memory.
+    What it reads and writes besides its batch (weights, learning rates, cached constants) must stay where it is in
+    memory. While it records, nobody may wait for the whole device, and no engine may record in another thread.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> None:
@@ -26,11 +27,22 @@ class RecordedStep:
         self._steps = 0
         self._batch: tuple[Tensor, Tensor] | None = None
         self._replay: Callable[[], Tensor] | None = None
-        # Autograd's work for a parameter stays in the stream of its first step.
+        # The default stream cannot be recorded; the first steps set up in this one what libraries need in a stream.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, images: Tensor, points: Tensor) -> Tensor:
-        """One step with a batch that may lie on the host; its loss ()."""
+        """One step.
+
+        Args:
+            images: (B, C, H, W) uint8, on the host or the device.
+            points: (B, faces, N, 2) float32, pixels, likewise.
+
+        Returns:
+            () float32 on the device, the loss.
+
+        Raises:
+            ValueError: another size than that of the batches before.
+        """
         if self._stream is None:
             return self._run(images, points)
         current = torch.cuda.current_stream(self._device)
@@ -43,15 +55,15 @@ class RecordedStep:
     def _run(self, images: Tensor, points: Tensor) -> Tensor:
         if self._batch is None:
             self._batch = tuple(torch.empty_like(part, device=self._device) for part in (images, points))
-        buffers = self._batch
-        if images.shape != buffers[0].shape or points.shape != buffers[1].shape:
-            return self._step(images.to(self._device), points.to(self._device))
-        for buffer, part in zip(buffers, (images, points), strict=True):
+        for buffer, part in zip(self._batch, (images, points), strict=True):
+            if part.shape != buffer.shape:
+                raise ValueError(f"batch: expected {tuple(buffer.shape)}, got {tuple(part.shape)}")
             buffer.copy_(part, non_blocking=True)
         if self._replay is None and self._steps >= WARM_UP:
             self._replay = self._record()
         self._steps += 1
-        return self._replay().clone() if self._replay else self._step(*buffers)
+        loss = self._replay() if self._replay else self._step(*self._batch)
+        return loss.clone()
 
     def _record(self) -> Callable[[], Tensor]:
         step, batch = self._step, self._batch

@@ -44,7 +44,8 @@ from .training_log import COLUMNS, draw_log, write_log
 from .training_options import TrainingOptions, check_cache, check_faces
 
 PLAN_STEPS = 24
-"""Steps that are timed to find how many epochs fit a time budget; the first third does not count."""
+"""Steps that are timed to find how many epochs fit a time budget; the first third does not count: on a GPU a step is
+recorded there."""
 LARGEST_ERROR = 3.0
 """Times the median, in the validation error: how far a few lost faces are off must not decide which weights are
 best for all others."""
@@ -76,12 +77,12 @@ class Trainer:
             self.teacher = load_teacher(options.teacher, options.config).to(self.device)
             self.teacher.kernel_convolution.operator = operator
         self.averaged = deepcopy(self.model)
+        # What `_average` averages: of the averaged weights, and of the model.
         self._floats = tuple(
             [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
             for model in (self.averaged, self.model)
         )
         self.optimiser = options.recipe.optimiser(self.model, torch.bfloat16 if self.amp else torch.float32)
-        self._recorded = RecordedStep(self._update, self.device)
         validation = np.array([is_validation(group) for group in cache.groups])
         shares = np.array([options.shares.get(name, 1.0) for name in cache.sets])
         labelled = ~np.isnan(cache.points).all((1, 2))
@@ -123,16 +124,16 @@ class Trainer:
         if self.epochs is None:
             self.epochs = self._plan(time_budget) if time_budget else self.options.recipe.epochs
             self._save()
-        slowest = 0.0
+        update, slowest = RecordedStep(self._update, self.device), 0.0
         while self.epoch < self.epochs:
             if time_budget and (time.monotonic() - start + slowest) / 60 > time_budget and self.epoch:
                 return False
             began = time.monotonic()
-            self._run_epoch()
+            self._run_epoch(update)
             slowest = max(slowest, time.monotonic() - began)
         return True
 
-    def _run_epoch(self) -> None:
+    def _run_epoch(self, update: Callable[[Tensor, Tensor], Tensor]) -> None:
         began = looked = time.monotonic()
         self.batches.epoch = self.epoch
         torch.manual_seed(self.options.seed * 1_000_003 + self.epoch)  # dropout
@@ -142,7 +143,7 @@ class Trainer:
         total = (self.epochs - self.epoch) * len(self.batches) * self.options.recipe.batch_size
         with tqdm(self.loader, title, leave=False, unit="batch", mininterval=1, disable=None) as batches:
             for batch, (images, points) in enumerate(batches):
-                rate = self._step(images, points, self.epoch * len(self.batches) + batch, losses)
+                rate = self._step(update, images, points, self.epoch * len(self.batches) + batch, losses)
                 samples += len(images)
                 if time.monotonic() - looked >= 1:  # (whoever looks at a loss waits for the GPU)
                     looked = time.monotonic()
@@ -164,11 +165,18 @@ class Trainer:
         self._save()
         tqdm.write(f"{title}: loss {loss:.3f}, validation {error:.3f} % (best {self.best:.3f}), {speed:.1f} samples/s")
 
-    def _step(self, images: Tensor, points: Tensor, step: int, losses: list[Tensor]) -> float:
+    def _step(
+        self,
+        update: Callable[[Tensor, Tensor], Tensor],
+        images: Tensor,
+        points: Tensor,
+        step: int,
+        losses: list[Tensor],
+    ) -> float:
         recipe = self.options.recipe
         rate = recipe.learning_rate(step, len(self.batches), self.epochs or recipe.epochs)
         set_rate(self.optimiser, rate)
-        losses.append(self._recorded(images, points))
+        losses.append(update(images, points))
         self._average(step)
         return rate
 
@@ -259,13 +267,13 @@ class Trainer:
     def _plan(self, time_budget: float) -> int:
         """Number of epochs that fit the budget, from the time of a few steps on a throw-away copy of the state."""
         state = self._state()
-        times, losses = [], []
+        times, losses, update = [], [], RecordedStep(self._update, self.device)
         self.model.train()
         iterator = iter(self.loader)
         for step in range(min(PLAN_STEPS, len(self.batches))):
             began = time.monotonic()
             images, points = next(iterator)
-            self._step(images, points, step, losses)
+            self._step(update, images, points, step, losses)
             self._finite(losses[-1])
             times.append(time.monotonic() - began)
         self._load_state(state)
@@ -296,7 +304,13 @@ class Trainer:
             slots.setdefault(int(index), {})[slot] = tensor
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": slots, "param_groups": groups})
-        self._recorded = RecordedStep(self._update, self.device)  # (the old one's tensors are gone)
+        for parameter, state in self.optimiser.state.items():
+            # As the parameters lie in memory: in the file they are contiguous.
+            state |= {
+                slot: torch.empty_like(parameter).copy_(tensor)
+                for slot, tensor in state.items()
+                if tensor.shape == parameter.shape
+            }
 
     def _save(self) -> None:
         progress = {

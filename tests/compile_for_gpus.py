@@ -100,7 +100,8 @@ if __name__ == "__main__":
         for many in (False, True):
             text = convolution("bf16", filters, filters, descriptors=True, many=many)
             assert "cp.async.bulk.tensor" in text, filters
-            # 64 rows are the least of a product of a group of warps, whose operands must lie in shared memory.
+            # 64 rows are the least of a product of a group of warps. Its operands must lie in shared memory: registers
+            # would be overwritten, see `_convolution_kernel`.
             assert ("wgmma.mma_async" in text) == (filters >= 64), filters
             assert ("ldmatrix" in text) == (filters < 64), filters
         for capability in (80, 89):

@@ -3,7 +3,7 @@ import torch
 
 from lgcn_fast.config import LGCNConfig
 from lgcn_fast.model import LGCN
-from lgcn_fast.optimiser import MOMENTUM, STEP_OF_ADAMW, Muon, orthogonalised
+from lgcn_fast.optimiser import MOMENTUM, STEP_OF_ADAMW, Muon, orthogonalised, set_rate
 
 
 def model_with_gradients(**changes) -> LGCN:
@@ -122,3 +122,25 @@ def test_state_can_be_saved_and_loaded():
     for parameter in model.parameters():
         for name, value in first.state[parameter].items():
             assert torch.equal(again.state[parameter][name], value), name
+
+
+def test_rates_in_memory_are_as_good_as_numbers():
+    """As on a GPU, where a CUDA graph reads them: the same tensors must hold them in every step."""
+    model = model_with_gradients(activation_scale=0.1, side_channels=3)
+    other = LGCN(model.config)
+    other.load_state_dict(model.state_dict())
+    numbers, tensors = Muon(model), Muon(other)
+    for group in tensors.param_groups:
+        group["lr"], group["fused"] = torch.tensor(group["lr"]), True
+    rates = [group["lr"] for group in tensors.param_groups]
+    for rate in (1e-2, 3e-3, 1e-4):
+        for parameter, same in zip(model.parameters(), other.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            same.grad = parameter.grad.clone()
+        for optimiser in (numbers, tensors):
+            set_rate(optimiser, rate)
+            optimiser.step()
+    assert all(group["lr"] is rate for group, rate in zip(tensors.param_groups, rates, strict=True))
+    assert [rate.item() for rate in rates] == pytest.approx([1e-4, 1e-3, 1e-4, 1e-4])
+    for parameter, same in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter, same, rtol=1e-5, atol=1e-6)

@@ -18,6 +18,7 @@ SHAPES = {
     "half a block of channels, descriptors": (1, 24, 16, 3, 4, 9, 17),
     "terms across taps": (1, 34, 16, 3, 4, 9, 7),
     "several blocks of filters, descriptors": (1, 16, 136, 1, 1, 3, 37),
+    "filters no multiple of 8, descriptors": (1, 16, 68, 1, 1, 3, 37),
     "no image": (0, 4, 4, 3, 1, 5, 5),
 }
 # fp32 sums in another order; otherwise the result is rounded.
