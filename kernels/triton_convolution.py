@@ -323,7 +323,7 @@ class Convolution:
 
     def _fits_descriptors(self, x: Tensor, tile: Tile) -> bool:
         """Whether blocks of `x` and of the filters can be loaded as a whole: 16 bytes are the least."""
-        aligned = all(stride * x.element_size() % 16 == 0 for stride in (x.stride(0), x.stride(2), x.stride(3)))
-        aligned = aligned and x.stride(1) == 1
+        image, channel, *line = x.stride()
+        aligned = channel == 1 and all(stride * x.element_size() % 16 == 0 for stride in (image, *line))
         whole = self.padded_channels % tile.block_k == 0 and tile.block_k * x.element_size() >= 16
         return aligned and whole and not self.origin and x.dtype == self.weight.dtype and x.data_ptr() % 16 == 0

@@ -23,6 +23,7 @@ from .folding import ORIGIN, FoldedNetwork, Layer
 from .losses import probabilities
 from .model import cudnn_benchmark, pad_to_grid
 from .peaks import PEAK_RADIUS
+from .recorded_step import record_graph
 from .shape import ShapeModel
 
 LADDER = (1, 2, 4, 8, 16, 32, 64)
@@ -232,27 +233,21 @@ class RecordedBatches:
         buffer = torch.zeros((size, *self._image), dtype=torch.uint8, **place)
         if stream is None:
             return buffer, lambda: function(buffer)
+        host_result: Tensor | None = None
+
+        def compute() -> Tensor:
+            result = function(buffer.to(device, non_blocking=True))
+            return result if host_result is None else host_result.copy_(result, non_blocking=True)
+
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
         with cudnn_benchmark():
             with torch.cuda.stream(stream):
-                # Compiles what is not compiled yet, and lets cuDNN choose.
-                result = function(buffer.to(device, non_blocking=True))
+                result = compute()  # compiles what is not compiled yet, and lets cuDNN choose
             stream.synchronize()
             if pinned:
                 host_result = torch.empty(result.shape, dtype=result.dtype, **place)
             del result  # (not needed, but large)
-            # Other threads may go on allocating meanwhile.
-            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
-                result = function(buffer.to(device, non_blocking=True))
-                if pinned:
-                    result = host_result.copy_(result, non_blocking=True)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return buffer, replay
+            return buffer, record_graph(compute, stream, self._pool)
 
     def _on_device(self) -> torch.cuda.device:
         return torch.cuda.device(self._device if self._pool else -1)

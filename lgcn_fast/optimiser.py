@@ -42,7 +42,7 @@ class Muon(optim.AdamW):
             {"params": others, "weight_decay": 0.0},
         ]
         on_gpu = model.main.weight.is_cuda
-        super().__init__(groups, rate, weight_decay=weight_decay, capturable=on_gpu, fused=on_gpu or None)
+        super().__init__(groups, rate, weight_decay=weight_decay, capturable=on_gpu, fused=on_gpu)
         for group in self.param_groups:
             group["lr"] = recordable_rate(group["lr"], model.main.weight)
         self.dtype = dtype

@@ -43,9 +43,8 @@ class Recipe:
             return Muon(model, dtype=dtype)
         weight = next(model.parameters())
         # The authors' toolkit scales the gradient by 1 - momentum before adding it: "unit gain".
-        return optim.SGD(
-            model.parameters(), recordable_rate(1.0, weight), momentum=0.9, dampening=0.9, fused=weight.is_cuda or None
-        )
+        rate = recordable_rate(1.0, weight)
+        return optim.SGD(model.parameters(), rate, momentum=0.9, dampening=0.9, fused=weight.is_cuda)
 
     def learning_rate(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """Learning rate of a step, counted from 0.

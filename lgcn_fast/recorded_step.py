@@ -1,4 +1,4 @@
-"""A training step on a GPU as one CUDA graph: launching its thousand kernels takes longer than they do."""
+"""A training step on a GPU as one CUDA graph: many small kernels take longer to launch than to run."""
 
 from collections.abc import Callable
 
@@ -69,13 +69,28 @@ class RecordedStep:
         step, batch = self._step, self._batch
         if self._stream is None:
             return lambda: step(*batch)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on meanwhile: one puts batches into pinned memory.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            loss = step(*batch)
+        return record_graph(lambda: step(*batch), self._stream)
 
-        def replay() -> Tensor:
-            graph.replay()
-            return loss
 
-        return replay
+def record_graph(
+    function: Callable[[], Tensor], stream: torch.cuda.Stream, pool: tuple[int, int] | None = None
+) -> Callable[[], Tensor]:
+    """What a function does on a GPU as a CUDA graph; it has been called before, which has set up what it needs.
+
+    Args:
+        function: without waiting for the device; returns one tensor.
+        pool: of memory for intermediate results; a new one, if None.
+
+    Returns:
+        Replays it in the current stream, and returns the same tensor each time.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on meanwhile, allocate and pin memory.
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay

@@ -15,6 +15,7 @@ from lgcn_fast.crops import CropCache
 from lgcn_fast.landmarks import SCHEMES
 from lgcn_fast.losses import distillation_loss, lgcn_loss
 from lgcn_fast.recipes import RECIPES
+from lgcn_fast.recorded_step import RecordedStep
 from lgcn_fast.training import Trainer
 from lgcn_fast.training_options import TrainingOptions
 
@@ -22,6 +23,9 @@ CONFIG = LGCNConfig.nano(filters=8, num_landmarks=15, local_kernels=(3, 3), glob
 PAPER = LGCNConfig(num_landmarks=15, filters=64, side_channels=15, local_kernels=(5, 3), global_layers=2, dropout=0)
 FAST = replace(RECIPES["fast"], batch_size=8, augmentation=Augmentation(), muon_rate=5e-3)
 OPTIONS = TrainingOptions(CONFIG, FAST, epochs=3, amp=False)
+each_recipe = pytest.mark.parametrize(
+    "recipe", [FAST, replace(RECIPES["paper"], batch_size=8, repeats=1)], ids=["fast", "paper"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def assert_same_run(one, two):
         ]
 
 
-@pytest.mark.parametrize("recipe", [FAST, replace(RECIPES["paper"], batch_size=8, repeats=1)], ids=["fast", "paper"])
+@each_recipe
 def test_killed_in_the_middle_goes_on_as_if_never_stopped(cache, tmp_path, monkeypatch, recipe):
     options = replace(OPTIONS, recipe=recipe)
     assert Trainer(cache, tmp_path / "whole", options).run()
@@ -366,21 +370,25 @@ def test_trains_on_cuda(cache, tmp_path, amp):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", [FAST, replace(RECIPES["paper"], batch_size=8, repeats=1)], ids=["fast", "paper"])
+@each_recipe
 def test_recorded_steps_are_those_launched_one_by_one(cache, tmp_path, monkeypatch, recipe):
     options = replace(OPTIONS, config=replace(CONFIG, dropout=0.0), recipe=recipe, device="cuda")
+    record, records = RecordedStep._record, []
+    monkeypatch.setattr(RecordedStep, "_record", lambda self: records.append(self) or record(self))
     recorded = Trainer(cache, tmp_path / "recorded", options)
     assert recorded.run()
+    assert len(records) == 1
     monkeypatch.setattr(recorded_step, "WARM_UP", 1000)
     launched = Trainer(cache, tmp_path / "launched", options)
     assert launched.run()
+    assert len(records) == 1
     for one, other in zip(recorded.log, launched.log, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
         assert one["validation_error"] == pytest.approx(other["validation_error"], rel=5e-2)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", [FAST, replace(RECIPES["paper"], batch_size=8, repeats=1)], ids=["fast", "paper"])
+@each_recipe
 def test_recorded_runs_go_on(cache, tmp_path, recipe):
     options = replace(OPTIONS, config=replace(CONFIG, dropout=0.0), recipe=recipe, device="cuda")
     assert Trainer(cache, tmp_path / "whole", options).run()
@@ -390,7 +398,7 @@ def test_recorded_runs_go_on(cache, tmp_path, recipe):
         assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-2)
 
 
-@pytest.mark.parametrize("recipe", [FAST, replace(RECIPES["paper"], batch_size=8, repeats=1)], ids=["fast", "paper"])
+@each_recipe
 def test_the_optimisers_state_lies_in_memory_as_the_parameters_when_a_run_goes_on(cache, tmp_path, recipe):
     """PyTorch's fused optimisers, for GPUs, demand it."""
     options = replace(OPTIONS, recipe=recipe, epochs=1)
