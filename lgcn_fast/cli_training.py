@@ -17,7 +17,7 @@ from .shape import ShapeModel
 from .training import Trainer
 from .training_options import TrainingOptions
 
-NETWORKS = ("nano", "nano-96", "nano-128", "16", "32", "64", "128")
+NETWORKS = ("nano", "nano-96", "nano-128", "finder", "16", "32", "64", "128")
 
 
 def add_command(commands, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -53,7 +53,7 @@ def add_train(commands) -> None:
         "--network",
         choices=NETWORKS,
         default="nano",
-        help="the light network (64 filters, or more), or the paper's with so many filters",
+        help="the light network (64 filters, or more), one that looks for faces, or the paper's with so many filters",
     )
     parser.add_argument("--recipe", choices=RECIPES, default="fast")
     parser.add_argument("--init", type=Path, help="weights to start from instead of random ones, of fewer filters too")
@@ -104,12 +104,13 @@ def _run_train(options: argparse.Namespace) -> int:
 
 
 def _network(name: str, num_landmarks: int, **changes: Any) -> LGCNConfig:
-    kind, _, filters = name.rpartition("-")
-    if name == "nano":
-        return LGCNConfig.nano(num_landmarks=num_landmarks, **changes)
-    if kind == "nano":
-        return LGCNConfig.nano(num_landmarks=num_landmarks, filters=int(filters), **changes)
-    return LGCNConfig(num_landmarks=num_landmarks, filters=int(filters), side_channels=num_landmarks, **changes)
+    light = {"nano": LGCNConfig.nano, "finder": LGCNConfig.finder}
+    kind, _, filters = name.partition("-")
+    if kind not in light:
+        return LGCNConfig(num_landmarks=num_landmarks, filters=int(name), side_channels=num_landmarks, **changes)
+    if filters:
+        changes["filters"] = int(filters)
+    return light[kind](num_landmarks=num_landmarks, **changes)
 
 
 def add_fit_shape(commands) -> None:

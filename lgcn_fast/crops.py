@@ -1,7 +1,7 @@
 """The crop cache: all faces of a training in one compact file, cut out once with room for augmentation."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,13 +18,15 @@ MARGIN = 1.6
 CROP_SIZE = 180
 """Side of a cached crop in pixels: the face box is 112 px wide, a bit more than the network's 96."""
 JPEG_QUALITY = 95
+BACKGROUND_CROPS = 6
+"""Squares that are cut out of a background picture, from half of `CROP_SIZE` to the whole picture."""
 
 
 @dataclass(frozen=True)
 class CropCache:
     """Crops with room around the face box, in memory.
 
-    Background pictures have NaN for points and the middle of the crop for a box.
+    Those of background pictures have NaN for points and the middle of the crop for a box.
     """
 
     images: list[np.ndarray]
@@ -57,26 +59,38 @@ class CropCache:
         return digest.hexdigest()
 
 
-def make_crop(face: Face, num_landmarks: int, color: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut one face, or the middle square of a background picture.
+def face_crop(face: Face, color: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut a face out, with room around it.
 
     Returns:
-        image (S, S) or (S, S, 3) uint8, points (num_landmarks, 2), box (4,), both in pixels of the crop.
+        image (S, S) or (S, S, 3) uint8, points (N, 2) float32, box (4,) float32, both in pixels of the crop.
     """
-    image = face.image(color)
-    if len(face.points):
-        box = face_box(face.points)
-        check_touches(box, image, f"{face.name}, its labels")
-        square = square_box(box, MARGIN)
-        points = to_crop(face.points, square, CROP_SIZE)
-    else:
-        side = min(image.shape[:2])
-        square = square_box(np.array([(image.shape[1] - side) / 2, (image.shape[0] - side) / 2, side, side]))
-        box = square_box(square, 1 / MARGIN)
-        points = np.full((num_landmarks, 2), np.nan)
+    image, box = face.image(color), face_box(face.points)
+    check_touches(box, image, f"{face.name}, its labels")
+    square = square_box(box, MARGIN)
     scale = CROP_SIZE / square[2]
     box = np.array([*((box[:2] - square[:2]) * scale), *(box[2:] * scale)], np.float32)
-    return crop(image, square, CROP_SIZE), points.astype(np.float32), box
+    return crop(image, square, CROP_SIZE), to_crop(face.points, square, CROP_SIZE).astype(np.float32), box
+
+
+def background_crops(
+    face: Face, num_landmarks: int, color: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Cut `BACKGROUND_CROPS` squares out of a picture, of sizes and at places that follow from its name.
+
+    Yields:
+        what `face_crop` returns: points (num_landmarks, 2) are NaN, the box is in the middle.
+    """
+    points = np.full((num_landmarks, 2), np.nan, np.float32)
+    box = square_box(np.array([0, 0, CROP_SIZE, CROP_SIZE]), 1 / MARGIN).astype(np.float32)
+    image, random = face.image(color), np.random.default_rng(list(face.name.encode()))
+    height, width = image.shape[:2]
+    largest = min(height, width)
+    smallest = min(CROP_SIZE / 2, largest)
+    for _ in range(BACKGROUND_CROPS):
+        side = int(smallest * (largest / smallest) ** random.random())
+        x, y = random.integers(0, width - side + 1), random.integers(0, height - side + 1)
+        yield crop(image, np.array([x, y, side, side]), CROP_SIZE), points, box
 
 
 def write_cache(path: Path, sets: dict[str, list[Face]], color: bool = False, progress: Iterable | None = None) -> int:
@@ -100,13 +114,16 @@ def write_cache(path: Path, sets: dict[str, list[Face]], color: bool = False, pr
         raise ValueError(f"sets: expected one number of landmarks in all labelled faces, got {sorted(counts)}")
     (num_landmarks,) = counts
     faces = [(name, face) for name, members in sets.items() for face in members]
-    blobs, points, boxes = [], [], []
-    for _, face in progress(faces) if progress else faces:
-        image, its_points, box = make_crop(face, num_landmarks, color)
-        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if color else image
-        blobs.append(cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))[1])
-        points.append(its_points)
-        boxes.append(box)
+    blobs, points, boxes, groups, names = [], [], [], [], []
+    for name, face in progress(faces) if progress else faces:
+        crops = [face_crop(face, color)] if len(face.points) else background_crops(face, num_landmarks, color)
+        for image, its_points, box in crops:
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if color else image
+            blobs.append(cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))[1])
+            points.append(its_points)
+            boxes.append(box)
+            groups.append(face.group)
+            names.append(name)
     path = Path(path)
     partial = path.with_name(path.name + ".part")
     with partial.open("wb") as file:
@@ -116,12 +133,12 @@ def write_cache(path: Path, sets: dict[str, list[Face]], color: bool = False, pr
             sizes=np.array([len(blob) for blob in blobs]),
             points=np.stack(points),
             boxes=np.stack(boxes),
-            groups=np.array([face.group for _, face in faces]),
-            sets=np.array([name for name, _ in faces]),
+            groups=np.array(groups),
+            sets=np.array(names),
             color=np.array(color),
         )
     os.replace(partial, path)
-    return len(faces)
+    return len(blobs)
 
 
 def read_cache(path: Path) -> CropCache:

@@ -15,6 +15,7 @@ CONFIGS = {
     "other kernel": LGCNConfig(**SMALL, side_channels=2, kernel_size=9, sigmas=(2.0, 4.0)),
     "cross entropy": LGCNConfig(**SMALL, side_channels=2, loss="cross_entropy"),
     "nano": LGCNConfig.nano(filters=16, num_landmarks=3, local_kernels=(3, 3), global_layers=2),
+    "finder": LGCNConfig.finder(filters=16, num_landmarks=3, local_kernels=(3, 3), global_layers=2),
     "odd shuffle": LGCNConfig(**SMALL | {"filters": 21}, side_channels=1, input_size=96, shuffle=3, dilation=3),
     "other filters": LGCNConfig(**SMALL | {"local_kernels": (1, 7)}, side_channels=0, shuffle=2, stride=2),
     "pixels alone": LGCNConfig(**SMALL | {"local_kernels": (1,), "global_layers": 1}, side_channels=0, dilation=1),

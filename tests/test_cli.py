@@ -12,6 +12,7 @@ import torch
 from lgcn_fast import cli, cli_training, predict
 from lgcn_fast.checkpoints import load_card
 from lgcn_fast.cli import main
+from lgcn_fast.crops import BACKGROUND_CROPS
 from lgcn_fast.datasets import read_csv
 from lgcn_fast.images import read_image
 
@@ -157,7 +158,7 @@ def test_from_labels_to_report(tmp_path, faces, capsys):
     with (run / "log.csv").open(newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
     card = load_card(run / "best.safetensors")
-    assert card["data"] == {str(faces): 11, str(background): 1}
+    assert card["data"] == {str(faces): 11, str(background): BACKGROUND_CROPS}
     assert card["recipe"]["name"] == "fast"
     shape = tmp_path / "shape" / "shape.safetensors"
     np.savez(tmp_path / "more.npz", landmarks=np.ones((3, 68, 2)) * np.arange(2) + np.arange(68)[:, None])

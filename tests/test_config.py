@@ -12,7 +12,9 @@ def test_defaults_are_the_published_network():
     assert (config.activation_scale, config.blur_scale, config.dropout) == (0.1, 0.01, 0.1)
 
 
-@pytest.mark.parametrize("config", [LGCNConfig(), LGCNConfig.nano(num_landmarks=15, in_channels=3)])
+@pytest.mark.parametrize(
+    "config", [LGCNConfig(), LGCNConfig.nano(num_landmarks=15, in_channels=3), LGCNConfig.finder()]
+)
 def test_json_round_trip(config):
     assert LGCNConfig.from_json(config.to_json()) == config
 

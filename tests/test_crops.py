@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lgcn_fast.crops import CROP_SIZE, MARGIN, make_crop, read_cache, write_cache
+from lgcn_fast.crops import BACKGROUND_CROPS, CROP_SIZE, MARGIN, background_crops, face_crop, read_cache, write_cache
 from lgcn_fast.datasets import Face, read_faces
 from lgcn_fast.images import face_box
 
@@ -17,19 +17,41 @@ def face(random, group="g", size=(200, 220), count=5):
 def test_round_trip(tmp_path, random, color):
     faces = {"a": [face(random, "g1"), face(random, "g2")], "b": [face(random, "g3")]}
     background = Face(random.integers(0, 256, (50, 300), np.uint8), np.empty((0, 2), np.float32), "bg", "bg")
-    assert write_cache(tmp_path / "c.npz", faces | {"background": [background]}, color) == 4
+    assert write_cache(tmp_path / "c.npz", faces | {"background": [background]}, color) == 3 + BACKGROUND_CROPS
     cache = read_cache(tmp_path / "c.npz")
-    assert (len(cache), cache.num_landmarks, cache.channels) == (4, 5, 3 if color else 1)
-    assert cache.groups.tolist() == ["g1", "g2", "g3", "bg"]
-    assert cache.sets.tolist() == ["a", "a", "b", "background"]
+    assert (len(cache), cache.num_landmarks, cache.channels) == (3 + BACKGROUND_CROPS, 5, 3 if color else 1)
+    assert cache.groups.tolist() == ["g1", "g2", "g3"] + ["bg"] * BACKGROUND_CROPS
+    assert cache.sets.tolist() == ["a", "a", "b"] + ["background"] * BACKGROUND_CROPS
     assert all(image.shape[:2] == (CROP_SIZE, CROP_SIZE) for image in cache.images)
-    assert np.isnan(cache.points[3]).all()
+    assert np.isnan(cache.points[3:]).all()
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40, 300), (700, 500)])
+def test_background_is_cut_at_many_sizes_and_places(random, size):
+    """In a picture whose pixels say where they are, twice alike."""
+    rows, columns = np.mgrid[: size[0], : size[1]] * 0.3
+    picture = np.stack([rows, columns, 0 * rows], axis=-1).astype(np.uint8)
+    squares = set()
+    for name in ("a.jpg", "b.jpg", "a.jpg"):
+        crops = list(background_crops(Face(picture, np.empty((0, 2)), name, name), 5, color=False))
+        assert len(crops) == BACKGROUND_CROPS
+        for image, points, box in crops:
+            assert image.shape == (CROP_SIZE, CROP_SIZE, 3)
+            assert points.shape == (5, 2)
+            assert np.isnan(points).all()
+            np.testing.assert_allclose(box, [33.75, 33.75, 112.5, 112.5], atol=0.5)
+            squares.add((*image.min((0, 1))[:2], *np.ptp(image, (0, 1))[:2]))
+    if min(size) > CROP_SIZE:
+        assert len(squares) == 2 * BACKGROUND_CROPS
+        sides = [max(square[2:]) / 0.3 for square in squares]
+        assert all(CROP_SIZE / 2 - 8 < side < min(size) + 8 for side in sides)
+        assert max(sides) > 2 * min(sides)
 
 
 def test_box_stays_around_the_points(random):
     one = face(random)
-    image, points, box = make_crop(one, 5, color=False)
+    image, points, box = face_crop(one, color=False)
     np.testing.assert_allclose(box, face_box(points), rtol=1e-3, atol=1e-3)
     assert box[2] == pytest.approx(CROP_SIZE / MARGIN, rel=0.02)
     assert image.shape == (CROP_SIZE, CROP_SIZE)
@@ -53,7 +75,7 @@ def test_other_files_are_named(tmp_path, content):
 @pytest.mark.data
 def test_real_faces_lie_within_their_crops(data):
     for one in read_faces(data / "300w" / "afw")[:20]:
-        _, points, _ = make_crop(one, 68, color=False)
+        _, points, _ = face_crop(one, color=False)
         assert points.min() > 20
         assert points.max() < CROP_SIZE - 20
 
