@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -44,7 +44,12 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_finder_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--finder", help="what looks for faces, as --model; default: lgcn-finder")
+
+
 def add_detection_options(parser: argparse.ArgumentParser) -> None:
+    add_finder_option(parser)
     parser.add_argument(
         "--min-face", type=float, default=40, metavar="PIXELS", help="smallest face box to look for (default: 40)"
     )
@@ -53,14 +58,18 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _detection(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `detect`."""
+    names = ("min_face", "min_confidence", "model", "finder", "shape", "device")
+    return {name: getattr(options, name) for name in names}
+
+
 def _run_detect(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict] = {}
 
     def find(photo: np.ndarray) -> Faces:
-        return detect(
-            photo, options.min_face, options.min_confidence, options.model, None, options.shape, options.device
-        )
+        return detect(photo, **_detection(options))
 
     try:
         for path, photo, faces in found_in("detect", options.files, find):
@@ -68,7 +77,7 @@ def _run_detect(options: argparse.Namespace) -> int:
             write_image(options.out / picture, draw(photo, faces.points))
             found[str(path)] = {"picture": picture, "faces": as_json(faces)}
             if options.heatmap:
-                heatmap = combined_heatmap(photo, options.min_face, options.model)
+                heatmap = combined_heatmap(photo, options.min_face, options.model, options.finder)
                 colors = cv2.applyColorMap((heatmap * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
                 write_image(options.out / picture.replace("_faces.png", "_heatmap.png"), colors[..., ::-1])
     finally:  # also where it is interrupted, or the disk gets full
@@ -126,9 +135,7 @@ def free_name(stem: str, kind: str, taken: set[str]) -> str:
 def run_multiface(options: argparse.Namespace) -> int:
     """Score `detect` on folders with `faces.json`."""
     photos = [photo for folder in options.faces for photo in read_photos(folder)]
-    find = partial(detect, min_face=options.min_face, min_confidence=options.min_confidence, model=options.model,
-                   shape=options.shape, device=options.device)  # fmt: skip
-    scores = score_photos(photos, find, options.min_face)
+    scores = score_photos(photos, partial(detect, **_detection(options)), options.min_face)
     values = summary(scores)
     options.out.mkdir(parents=True, exist_ok=True)
     pictures: set[str] = set()

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .cli_photos import add_device_option, add_model_options, as_json
+from .cli_photos import add_device_option, add_finder_option, add_model_options, as_json
 from .cli_training import add_command
 from .drawing import STYLES, draw, write_text
 from .prediction import engine_for
@@ -46,6 +46,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--style", nargs="+", choices=STYLES, default=["lines", "points"], help="what to draw (default: lines points)"
     )
     add_model_options(parser)
+    add_finder_option(parser)
     text = "all of the frame is searched for new faces once in so many frames (default: 60)"
     parser.add_argument("--detect-every", type=int, default=60, metavar="FRAMES", help=text)
     text = "smallest face box to look for; default: 15 %% of the frame's shorter side, at least 40"
@@ -78,7 +79,14 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
     """
     _check_options(options)
     engine = engine_for(options.model, options.device, "auto", options.threads)
-    tracker = Tracker(engine, options.detect_every, options.min_face, smoothing=options.smoothing, shape=options.shape)
+    tracker = Tracker(
+        engine,
+        options.detect_every,
+        options.min_face,
+        smoothing=options.smoothing,
+        finder=options.finder,
+        shape=options.shape,
+    )
     latencies, start, code = array("d"), time.perf_counter(), 0
     try:
         with ExitStack() as outputs:

@@ -204,7 +204,9 @@ def test_bench_needs_a_checkout_and_says_what_failed(tmp_path, monkeypatch, caps
     assert "broken.py: failed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "filters", "stride"), [("nano", 64, 2), ("nano-96", 96, 2), ("16", 16, 1)])
+@pytest.mark.parametrize(
+    ("name", "filters", "stride"), [("nano", 64, 2), ("nano-96", 96, 2), ("finder", 32, 4), ("16", 16, 1)]
+)
 def test_networks_by_name(name, filters, stride):
     config = cli_training._network(name, 5, in_channels=3, dropout=0.25)
     assert (config.filters, config.stride, config.num_landmarks, config.in_channels) == (filters, stride, 5, 3)

@@ -100,6 +100,14 @@ def test_odd_photos_have_no_faces(shape, kind, random):
     assert len(faces) == len(faces.boxes) == 0
 
 
+@pytest.mark.parametrize("finder", ["lgcn-nano", "lgcn-nano-128"])
+def test_other_models_can_look_for_faces(face, points, finder):
+    """Their heatmaps have a pixel for two of the image's, those of lgcn-finder for four."""
+    faces = detect(face, finder=finder)
+    assert len(faces) == 1
+    assert distance(faces.points[0], points) < 0.01
+
+
 def test_finer_steps_find_the_face_too(face, points):
     faces = detect(face, step=2**0.5)
     assert len(faces) == 1
@@ -217,7 +225,7 @@ def test_commands(face, points, tmp_path, capsys):
     assert [len(face["points"]) for face in found["faces"]] == [68, 68]
     assert read_image(out / found["picture"], color=True).shape == (300, 600, 3)
     assert read_image(out / "two_heatmap.png", color=True).shape == (300, 600, 3)
-    assert main(["evaluate", "--multiface", str(tmp_path), "--out", str(out)]) == 0
+    assert main(["evaluate", "--multiface", str(tmp_path), "--finder", "lgcn-nano", "--out", str(out)]) == 0
     assert json.loads((out / "multiface.json").read_text())["recall"] == 100
     (tmp_path / "faces.json").write_text(json.dumps([{"image": "two.png", "faces": []}]))
     assert main(["evaluate", "--multiface", str(tmp_path), "--out", str(out)]) == 0

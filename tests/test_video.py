@@ -127,7 +127,24 @@ def test_output_needs_a_known_suffix(tmp_path, clip, capsys):
 
 def test_video(tmp_path, clip, capsys):
     out, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
-    assert main(["video", str(clip), "--out", str(out), "--json", str(lines), "--style", "boxes", "points"]) == 0
+    assert (
+        main(
+            [
+                "video",
+                str(clip),
+                "--out",
+                str(out),
+                "--json",
+                str(lines),
+                "--finder",
+                "lgcn-nano",
+                "--style",
+                "boxes",
+                "points",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "12 frames in" in printed
     assert "latency: median" in printed
