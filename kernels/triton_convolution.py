@@ -43,8 +43,9 @@ product of a group of warps, and two programs a multiprocessor. Chosen on an H10
 then changed (64, few: half the pixels, twice the filters; 128, many: a stage less), not yet compared again."""
 MANY = 64
 """Programs that make the tile for many pixels the faster one: half as many as an H100 has multiprocessors."""
-FP32_TILE = Tile(8, 16, 32, 64, 8, 3)
-"""Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory."""
+FP32_TILE = Tile(8, 16, 32, 64, 4, 3)
+"""Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory. With
+8 warps Triton lets both groups of 4 compute two of the three products, the same ones."""
 BLOCK_C, BLOCK_P = 64, 64
 """Channels and pixels of a program of `channels_last`. Not compared with others."""
 CUDNN = {(128, 3): 4 * 96 * 96, (64, 3): 32 * 96 * 96, (64, 5): 32 * 96 * 96}

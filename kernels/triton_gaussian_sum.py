@@ -4,7 +4,7 @@ A zero-padded convolution along a line is a banded matrix T_s, so `K * X = sum_s
 blocks of a map that its part of the result sees with the bands, on tensor cores.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -112,7 +112,7 @@ def gaussian_sum(
     return _GaussianSum.apply(x, kernel_size, tuple(sigmas))
 
 
-@lru_cache(maxsize=64)
+@cache  # recorded CUDA graphs read them
 def _bands(
     kernel_size: int, sigmas: tuple[float, ...], block: int, reach: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
