@@ -20,7 +20,7 @@ from lgcn_fast.images import read_image
 MEGAPIXELS = (0.1, 0.3, 1, 2, 4, 8)
 SMALLEST = (40, 60, 100)
 """Sides of the smallest face boxes that are looked for, pixels."""
-detect = partial(lgcn_fast.detect, model="lgcn-nano", device="cpu")
+detect = partial(lgcn_fast.detect, device="cpu")
 
 
 def photo_of(megapixels: float) -> np.ndarray:
@@ -62,7 +62,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
     for size in SMALLEST:
         times = [results[f"{m} megapixels"][f"faces from {size}"]["median_ms"] for m in MEGAPIXELS]
         axes.loglog(MEGAPIXELS, times, "o-", label=f"faces from {size} pixels on")
-    axes.set(xlabel="photo [megapixels]", ylabel="detect [ms]", title="lgcn-nano on two CPU cores")
+    axes.set(xlabel="photo [megapixels]", ylabel="detect [ms]", title="two CPU cores")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=110)

@@ -15,6 +15,7 @@ from timing import run
 
 from lgcn_fast import Engine, Tracker, draw
 from lgcn_fast.drawing import contact_sheet
+from lgcn_fast.shipped import default_model
 from lgcn_fast.video import Frame, VideoReader, VideoWriter
 
 FOLDER = Path(os.environ.get("LGCN_DATA", "../shared/data")) / "video"
@@ -30,7 +31,7 @@ WARM_UP = 20
 
 
 def main() -> dict:
-    engines = {f"threads={threads}": Engine("lgcn-nano", "cpu", num_threads=threads) for threads in (2, 1)}
+    engines = {f"threads={threads}": Engine(default_model("cpu"), "cpu", num_threads=threads) for threads in (2, 1)}
     results: dict = {"clips": {}}
     # (Not beside the results: faces of the workplace do not go into the repository.)
     sheets = Path(tempfile.mkdtemp(prefix="lgcn-fast-sheets-"))

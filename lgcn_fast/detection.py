@@ -40,7 +40,7 @@ FIRST_ROUND = 0.4
 confidence to stay: four of five false ones go."""
 ROUNDS = (0.5, 0.8, 1.0)
 """Then the model fits it so often, each time in the box of the points before: again the shares that it needs."""
-SETTLED = 0.02
+SETTLED = 0.03
 """Unless its box has moved and grown by no more than this share of its side."""
 APART = 0.35
 """Hypotheses nearer than this share of the larger one's side are one, where their sizes differ by less than..."""
@@ -207,9 +207,14 @@ def _levels(photo: np.ndarray, engine: Engine, min_face: float, step: float) -> 
     nominal = engine.config.input_size
     height, width = photo.shape[:2]
     scale = min(SMALLEST * nominal / min_face, LARGEST_ENLARGEMENT)
+    sources = [photo]
     while max(height, width) * scale >= nominal / 2:
         size = max(round(width * scale), 1), max(round(height * scale), 1)
-        level = cv2.resize(photo, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        # From the smallest that is twice as large: to go through all of a large photo for each level takes as long as
+        # the network does.
+        source = next((image for image in reversed(sources) if image.shape[1] >= 2 * size[0] - 1), photo)
+        level = cv2.resize(source, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        sources.append(level)
         level = cv2.copyMakeBorder(level, BORDER, BORDER, BORDER, BORDER, cv2.BORDER_REPLICATE)
         yield scale, as_network_input(level, engine.config.in_channels).numpy()
         scale /= step

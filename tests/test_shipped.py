@@ -71,7 +71,7 @@ def test_the_smallest_with_these_landmarks_looks_for_faces(package):
 
 def test_what_looks_for_faces_runs_as_the_model_does():
     finder = finder_for(None, Engine("lgcn-nano-128", "cpu", "fp32", num_threads=1))
-    assert (finder.config.filters, finder.backend, finder.precision, finder.num_threads) == (64, "cpu", "fp32", 1)
+    assert (finder.config.filters, finder.backend, finder.precision, finder.num_threads) == (32, "cpu", "fp32", 1)
 
 
 def test_figures_are_those_of_the_weights():
