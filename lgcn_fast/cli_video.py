@@ -47,8 +47,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_model_options(parser)
     add_finder_option(parser)
-    text = "all of the frame is searched for new faces once in so many frames (default: 60)"
-    parser.add_argument("--detect-every", type=int, default=60, metavar="FRAMES", help=text)
+    text = "all of the frame is searched for new faces once in so many frames (default: 30)"
+    parser.add_argument("--detect-every", type=int, default=30, metavar="FRAMES", help=text)
     text = "smallest face box to look for; default: 15 %% of the frame's shorter side, at least 40"
     parser.add_argument("--min-face", type=float, metavar="PIXELS", help=text)
     parser.add_argument("--smoothing", type=float, default=1.0, help="strength of the filter, 0: off (default: 1)")

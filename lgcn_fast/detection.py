@@ -5,7 +5,7 @@ mean face, votes for the middle of a face; the peaks of the votes are hypotheses
 `predict` would, again in the box of its points until that settles, and judged by how well heatmaps and shape agree.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -90,6 +90,7 @@ def detect(
     device: str = "auto",
     precision: str = "auto",
     step: float = 2.0,
+    known: np.ndarray | None = None,
 ) -> Faces:
     """Find all faces of a photo and their landmarks (section 4.3).
 
@@ -107,13 +108,14 @@ def detect(
         precision: see `predict`.
         step: factor from one level of the image pyramid to the next, 1.05 to 2.2. On the validation faces of 300-W
             1.41 finds no more than 2 and takes 1.5 times as long.
+        known: boxes (K, 4) of faces that are known already: the finder sees them, the model does not look at them.
 
     Returns:
-        `Faces`, none where there is none.
+        `Faces`, none where there is none; without the known ones.
 
     Raises:
         ValueError: as `predict`; more than one image, a `min_face` that is not positive, a step out of range, models
-            for different landmarks.
+            for different landmarks, `known` of another shape.
     """
     photo = one_image(image, "image")
     if not min_face > 0:
@@ -126,11 +128,14 @@ def detect(
     if seeker.config.num_landmarks != count:
         raise ValueError(f"finder: expected a model of {count} landmarks, got one of {seeker.config.num_landmarks}")
     shape = shape_for(shape, count)
+    known = np.empty((0, 4)) if known is None else np.asarray(known, np.float64)
+    if known.ndim != 2 or known.shape[1] != 4:
+        raise ValueError(f"known: expected boxes (K, 4), got {known.shape}")
     boxes, settled = find_hypotheses(photo, seeker, shape, min_face, step), []
     for network, share in ((seeker, FIRST_ROUND), *((engine, share) for share in ROUNDS)):
         boxes = boxes[meet(boxes, photo)]
         faces = _fitted_faces(photo, boxes, network, shape)
-        kept = distinct(faces.boxes, faces.confidence, share * min_confidence)
+        kept = distinct(faces.boxes, faces.confidence, share * min_confidence, known)
         faces, boxes = faces.only(kept), boxes[kept]
         still = (network is engine) & (np.abs(faces.boxes - boxes).max(axis=1) <= SETTLED * boxes[:, 2])
         settled.append(faces.only(still))
@@ -309,13 +314,14 @@ def confidence_of(fitted: Fit) -> np.ndarray:
     return certainty.clip(0, 1) * np.exp(-((fitted.residuals / RESIDUAL) ** 2) - unlikely / PLAUSIBLE**2)
 
 
-def distinct(boxes: np.ndarray, confidence: np.ndarray, least: float) -> list[int]:
-    """Indices of the faces that are confident enough and no duplicates, the most confident first."""
+def distinct(boxes: np.ndarray, confidence: np.ndarray, least: float, known: Iterable[np.ndarray] = ()) -> list[int]:
+    """Indices of the faces that are confident enough and no duplicates, not of known boxes either, the most confident
+    first."""
     kept: list[int] = []
     for index in np.argsort(-confidence, kind="stable"):
         if confidence[index] < least:
             break
-        if all(overlap(boxes[index], boxes[other]) <= OVERLAP for other in kept):
+        if all(overlap(boxes[index], other) <= OVERLAP for other in (*known, *boxes[kept])):
             kept.append(int(index))
     return kept
 

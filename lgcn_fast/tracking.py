@@ -116,7 +116,7 @@ class Tracker:
     def __init__(
         self,
         model: Engine | LGCN | Path | str | None = None,
-        detect_every: int = 60,
+        detect_every: int = 30,
         min_face: float | None = None,
         min_confidence: float = 0.5,
         lost_below: float = 0.4,
@@ -260,7 +260,8 @@ class Tracker:
                 windows += [(_neighbourhood(image, box), LEAST_SHRINKING * box[2]) for box in small]
         models = self.engine, self._finder, self._shape
         for window, smallest in windows:
-            self._take(_detect_in(image, window, smallest, self._min_confidence, *models))
+            known = np.array([track.box for track in self._tracks]).reshape(-1, 4)
+            self._take(_detect_in(image, window, known, smallest, self._min_confidence, *models))
 
     def _take(self, found: Faces) -> None:
         """Detected faces: those that are tracked already, those that were lost, and new ones."""
@@ -331,15 +332,19 @@ def _neighbourhood(image: np.ndarray, box: np.ndarray) -> np.ndarray:
 def _detect_in(
     image: np.ndarray,
     window: np.ndarray,
+    known: np.ndarray,
     min_face: float,
     min_confidence: float,
     engine: Engine,
     finder: Engine,
     shape: ShapeModel,
 ) -> Faces:
-    """`detect` in a window (4,) of an image; faces that cross the window's border inside the image are left out."""
+    """`detect` in a window (4,) of an image, without faces that are known, (K, 4) boxes, or cross the window's border
+    inside the image."""
     x, y, width, height = (int(value) for value in window)
-    faces = detect(image[y : y + height, x : x + width], min_face, min_confidence, engine, finder, shape)
+    known = known - (x, y, 0, 0)
+    part = image[y : y + height, x : x + width]
+    faces = detect(part, min_face, min_confidence, engine, finder, shape, known=known)
     low, high = faces.boxes[:, :2], faces.boxes[:, :2] + faces.boxes[:, 2:]
     inner_low, inner_high = np.array([x, y]) > 0, np.array([x + width, y + height]) < image.shape[1::-1]
     inside = (((low >= 0) | ~inner_low) & ((high <= (width, height)) | ~inner_high)).all(axis=1)

@@ -139,6 +139,24 @@ def test_small_faces_are_looked_for_only_where_asked(face):
     assert len(detect(photo, min_face=24)) == 1
 
 
+def test_known_faces_are_not_looked_at(face, points, monkeypatch):
+    photo = np.concatenate([face, face], axis=1)
+    read = []
+    fit = Engine.fit
+
+    def counted(engine, crops, *arguments):
+        read.extend([engine.config.filters] * len(crops))
+        return fit(engine, crops, *arguments)
+
+    monkeypatch.setattr(Engine, "fit", counted)
+    assert len(detect(face, model="lgcn-nano", known=[face_box(points)])) == 0
+    assert set(read) == {32}  # the finder has 32 filters, lgcn-nano 64
+    (left,) = detect(photo, model="lgcn-nano", known=[face_box(points + np.array([300, 0]))]).points
+    assert distance(left, points) < 0.05
+    with pytest.raises(ValueError, match=r"known: expected boxes \(K, 4\), got \(4,\)"):
+        detect(photo, known=face_box(points))
+
+
 def test_confidence_is_a_threshold(face):
     (confidence,) = detect(face).confidence
     assert len(detect(face, min_confidence=confidence + 0.01)) == 0
