@@ -146,11 +146,11 @@ def load_teacher(model: Path | str, student: LGCNConfig) -> LGCN:
         model: the name of a model in the package, or a path.
 
     Raises:
-        ValueError: as `load_model`; or a model of other landmarks or colours, with heatmaps coarser than the student's
-            or that do not divide into them, or with outputs that are no "squared_error" heatmaps.
+        ValueError: as `load_model`; or a model of other landmarks, colours or input size, with heatmaps coarser than
+            the student's or that do not divide into them, or with outputs that are no "squared_error" heatmaps.
     """
     teacher = load_model(model)
-    for name in ("num_landmarks", "in_channels"):
+    for name in ("num_landmarks", "in_channels", "input_size"):
         expected, got = getattr(student, name), getattr(teacher.config, name)
         if expected != got:
             raise ValueError(f"{model}: {name}: expected the student's {expected}, got {got}")

@@ -45,7 +45,10 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_finder_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--finder", help="what looks for faces, as --model; default: lgcn-finder")
+    parser.add_argument(
+        "--finder",
+        help="what looks for faces, as --model; default: lgcn-finder, for other landmarks than its 68 the model",
+    )
 
 
 def add_detection_options(parser: argparse.ArgumentParser) -> None:

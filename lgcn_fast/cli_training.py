@@ -132,7 +132,7 @@ def _run_fit_shape(options: argparse.Namespace) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     model.save(options.out)
     model.draw(options.out.with_suffix(".png"))
-    print(f"{options.out}: {len(model.modes)} modes of {len(shapes)} shapes")
+    print(f"{options.out}: {len(model.modes)} modes of {(~np.isnan(shapes).any((1, 2))).sum()} shapes")
     return 0
 
 

@@ -14,7 +14,8 @@ from .datasets import Face, is_validation
 from .images import check_touches, crop, face_box, square_box, to_crop
 
 MARGIN = 1.6
-"""Side of a cached crop over that of the face box: what rotation by 30 degrees and 12.5 % of scale can reach."""
+"""Side of a cached crop over that of the face box: what rotation by 30 degrees and 12.5 % of scale can reach.
+(Faces of the recipe `scene` may be smaller still: beyond the crop its border repeats.)"""
 CROP_SIZE = 180
 """Side of a cached crop in pixels: the face box is 112 px wide, a bit more than the network's 96."""
 JPEG_QUALITY = 95

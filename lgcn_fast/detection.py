@@ -1,8 +1,9 @@
 """Faces anywhere in a photo, found by the network alone (section 4.3): no face detector in front of it.
 
 The network runs on an image pyramid. In each level every landmark's heatmap, shifted by where that landmark sits in the
-mean face, votes for the middle of a face; the peaks of the votes are hypotheses. Each is cut out and fitted, as
-`predict` would, again in the box of its points until that settles, and judged by how well heatmaps and shape agree.
+mean face, votes for the middle of a face; the peaks of the votes are hypotheses. Each is cut out and fitted, by the
+network that voted, then as `predict` would, again in the box of its points until that settles, and judged by how well
+heatmaps and shape agree.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,16 @@ from .fitting import Fit
 from .images import BOX_ENLARGEMENT, face_box, from_crop, square_box
 from .landmarks import SCHEMES
 from .model import LGCN
-from .prediction import CHUNK, as_network_input, engine_for, finder_for, network_input, one_image, shape_for
+from .prediction import (
+    CHUNK,
+    as_network_input,
+    checked_boxes,
+    engine_for,
+    finder_for,
+    network_input,
+    one_image,
+    shape_for,
+)
 from .shape import ShapeModel
 
 SIZES = (0.72, 1.1)
@@ -33,8 +43,8 @@ BORDER = 16
 VOTES = 24
 """Votes along the side of a nominal face box, or as many as the heatmaps have pixels: the fit finds the place."""
 LEAST_VOTE = 0.25
-"""Mean value of the shifted heatmaps that makes a hypothesis. On the validation faces of 300-W, 36 to 160 px wide, 98 %
-have more than 0.31; on photos of the training background 0.7 places a photo have."""
+"""Mean value of the shifted heatmaps that makes a hypothesis. With lgcn-finder 98 % of the validation faces of
+300-W, 36 to 160 px wide, have more than 0.5; 0.7 places have it in a photo of the background held out."""
 FIRST_ROUND = 0.4
 """A hypothesis is fitted by the finder first, in a tenth of the model's time, and needs this share of the least
 confidence to stay: four of five false ones go."""
@@ -53,7 +63,7 @@ WHOLE = 2**20
 """Pixels of a level that goes through the network as a whole; larger ones go in tiles, so that memory is bounded."""
 TILE, TILE_BORDER = 640, 48
 """Largest side of what a tile is to answer for, and what it sees around it. (Without AMX 640 takes 0.6 to 0.8 of the
-time of 256, which overlap more, and less than 512 or 720.)"""
+time of 256, which overlap more, and less than 512 or 720, measured with lgcn-nano.)"""
 TILES = 8
 """Tiles that go through the network at once, each with up to 100 MB."""
 
@@ -108,14 +118,15 @@ def detect(
         precision: see `predict`.
         step: factor from one level of the image pyramid to the next, 1.05 to 2.2. On the validation faces of 300-W
             1.41 finds no more than 2 and takes 1.5 times as long.
-        known: boxes (K, 4) of faces that are known already: the finder sees them, the model does not look at them.
+        known: boxes (K, 4), as in `Faces`, of faces that are known already: the finder sees them, the model does not
+            look at them.
 
     Returns:
         `Faces`, none where there is none; without the known ones.
 
     Raises:
         ValueError: as `predict`; more than one image, a `min_face` that is not positive, a step out of range, models
-            for different landmarks, `known` of another shape.
+            for different landmarks, `known` that are no boxes.
     """
     photo = one_image(image, "image")
     if not min_face > 0:
@@ -123,14 +134,8 @@ def detect(
     if not 1.05 <= step <= 2.2:
         raise ValueError(f"step: expected a factor from 1.05 to 2.2, got {step}")
     engine = engine_for(model, device, precision)
-    seeker = finder_for(finder, engine)
-    count = engine.config.num_landmarks
-    if seeker.config.num_landmarks != count:
-        raise ValueError(f"finder: expected a model of {count} landmarks, got one of {seeker.config.num_landmarks}")
-    shape = shape_for(shape, count)
-    known = np.empty((0, 4)) if known is None else np.asarray(known, np.float64)
-    if known.ndim != 2 or known.shape[1] != 4:
-        raise ValueError(f"known: expected boxes (K, 4), got {known.shape}")
+    seeker, shape = finder_for(finder, engine), shape_for(shape, engine.config.num_landmarks)
+    known = checked_boxes("known", [] if known is None else known)
     boxes, settled = find_hypotheses(photo, seeker, shape, min_face, step), []
     for network, share in ((seeker, FIRST_ROUND), *((engine, share) for share in ROUNDS)):
         boxes = boxes[meet(boxes, photo)]
@@ -197,7 +202,10 @@ def combined_heatmap(
         for tiles, places, cores in _tiles(level):
             heatmaps = engine.heatmaps(torch.from_numpy(tiles)).amax(1).cpu().numpy()
             for heatmap, (x, y), (left, top, right, bottom) in zip(heatmaps, places, cores, strict=True):
-                heatmap = cv2.resize(heatmap, tiles.shape[:1:-1])
+                size = (
+                    np.array(heatmap.shape[::-1]) * engine.config.stride
+                )  # what the last pixels stand for goes beyond
+                heatmap = cv2.resize(heatmap, size)
                 heat[top:bottom, left:right] = heatmap[top - y : bottom - y, left - x : right - x]
         height, width = (max(round(side * scale), 1) for side in photo.shape[:2])
         inner = np.ascontiguousarray(heat[BORDER : BORDER + height, BORDER : BORDER + width])
@@ -212,14 +220,16 @@ def _levels(photo: np.ndarray, engine: Engine, min_face: float, step: float) -> 
     nominal = engine.config.input_size
     height, width = photo.shape[:2]
     scale = min(SMALLEST * nominal / min_face, LARGEST_ENLARGEMENT)
-    sources = [photo]
+    sources = [photo]  # and what was made of it, from large to small
     while max(height, width) * scale >= nominal / 2:
         size = max(round(width * scale), 1), max(round(height * scale), 1)
         # From the smallest that is twice as large: to go through all of a large photo for each level takes as long as
         # the network does.
-        source = next((image for image in reversed(sources) if image.shape[1] >= 2 * size[0] - 1), photo)
-        level = cv2.resize(source, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-        sources.append(level)
+        while len(sources) > 1 and (np.array(sources[1].shape[1::-1]) >= 2 * np.array(size)).all():
+            del sources[0]
+        level = cv2.resize(sources[0], size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        if scale < 1:
+            sources.append(level)
         level = cv2.copyMakeBorder(level, BORDER, BORDER, BORDER, BORDER, cv2.BORDER_REPLICATE)
         yield scale, as_network_input(level, engine.config.in_channels).numpy()
         scale /= step

@@ -281,13 +281,26 @@ def _square_boxes(boxes: Any, images: list[np.ndarray]) -> np.ndarray:
     if boxes.shape != (len(images), 4):
         raise ValueError(f"boxes: expected x, y, width, height for {len(images)} images, got shape {boxes.shape}")
     squares = []
-    for index, (box, image) in enumerate(zip(boxes, images, strict=True)):
-        if not (np.isfinite(box).all() and (box[2:] > 0).all()):
-            raise ValueError(f"boxes[{index}]: expected x, y and a width and height above 0, got {box.tolist()}")
+    for index, (box, image) in enumerate(zip(checked_boxes("boxes", boxes), images, strict=True)):
         check_touches(box, image, f"boxes[{index}]")
         squares.append(square_box(box))
         check_touches(squares[-1], image, f"boxes[{index}], in whole pixels")
     return np.stack(squares)
+
+
+def checked_boxes(name: str, boxes: Any) -> np.ndarray:
+    """Boxes as (K, 4) float64, of which there may be none.
+
+    Raises:
+        ValueError: another shape, a number that is not finite, a width or height that is not above 0.
+    """
+    boxes = np.asarray(boxes, np.float64)
+    if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
+        raise ValueError(f"{name}: expected boxes (K, 4), got shape {boxes.shape}")
+    for index, box in enumerate(boxes := boxes.reshape(-1, 4)):
+        if not (np.isfinite(box).all() and (box[2:] > 0).all()):
+            raise ValueError(f"{name}[{index}]: expected x, y and a width and height above 0, got {box.tolist()}")
+    return boxes
 
 
 def _check_sides(squares: np.ndarray) -> None:
@@ -332,9 +345,17 @@ def engine_for(model: Engine | LGCN | Path | str | None, device: str, precision:
 
 def finder_for(finder: Engine | LGCN | Path | str | None, engine: Engine) -> Engine:
     """What looks for faces whose landmarks an engine reads, where and as that one runs: `finder`; else the smallest
-    model in the package with these landmarks; where there is none, the engine itself."""
-    asked_for = smallest_model(engine.config.num_landmarks) if finder is None else finder
-    return engine if asked_for is None else engine_for(asked_for, *engine.options)
+    model in the package with these landmarks; where there is none, the engine itself.
+
+    Raises:
+        ValueError: a finder for other landmarks.
+    """
+    count = engine.config.num_landmarks
+    asked_for = smallest_model(count) if finder is None else finder
+    found = engine if asked_for is None else engine_for(asked_for, *engine.options)
+    if found.config.num_landmarks != count:
+        raise ValueError(f"finder: expected a model of {count} landmarks, got one of {found.config.num_landmarks}")
+    return found
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,7 @@
 """Faces followed through a video: the last points say where to look, detection runs now and then, a part at a time.
 
 A tracked face costs one crop, upright and of the network's size; all faces of a frame go through the network together.
-A full `detect` takes as long as dozens of crops. So its work is spread: every few frames one window of the frame is
+A full `detect` takes as long as several crops. So its work is spread: every few frames one window of the frame is
 looked through for new faces, the whole frame for large ones or a quarter of it for small ones.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .detection import OVERLAP, Faces, confidence_of, detect, distinct, meet, overlap
+from .detection import Faces, confidence_of, detect, distinct, meet, overlap
 from .engine import Engine
 from .images import BOX_ENLARGEMENT, face_box, square_box, upright_crop
 from .model import LGCN
@@ -264,12 +264,10 @@ class Tracker:
             self._take(_detect_in(image, window, known, smallest, self._min_confidence, *models))
 
     def _take(self, found: Faces) -> None:
-        """Detected faces: those that are tracked already, those that were lost, and new ones."""
+        """Detected faces that are not tracked yet: those that were lost, and new ones."""
         for points, scores, confidence, box in zip(
             found.points, found.scores, found.confidence, found.boxes, strict=True
         ):
-            if any(overlap(box, track.box) > OVERLAP for track in self._tracks):
-                continue
             again = max(self._lost, key=lambda track, box=box: overlap(box, track.box), default=None)
             if again and overlap(box, again.box) > SAME_FACE:
                 identity = again.identity

@@ -13,6 +13,7 @@ from lgcn_fast.detection import combined_heatmap
 from lgcn_fast.images import face_box, read_image, write_image
 from lgcn_fast.model import LGCN
 from lgcn_fast.multiface import LabelledPhoto, read_photos, score_photo, score_photos, summary
+from lgcn_fast.prediction import engine_for
 
 FACE = (82, 70, 124, 124)
 
@@ -153,8 +154,13 @@ def test_known_faces_are_not_looked_at(face, points, monkeypatch):
     assert set(read) == {32}  # the finder has 32 filters, lgcn-nano 64
     (left,) = detect(photo, model="lgcn-nano", known=[face_box(points + np.array([300, 0]))]).points
     assert distance(left, points) < 0.05
-    with pytest.raises(ValueError, match=r"known: expected boxes \(K, 4\), got \(4,\)"):
+    assert len(detect(face, model="lgcn-nano", known=[])) == 1
+    with pytest.raises(ValueError, match=r"known: expected boxes \(K, 4\), got shape \(4,\)"):
         detect(photo, known=face_box(points))
+    with pytest.raises(
+        ValueError, match=r"known\[1\]: expected x, y and a width and height above 0, got \[1.0, 2.0, nan"
+    ):
+        detect(photo, known=[[1, 2, 3, 3], [1, 2, np.nan, 3]])
 
 
 def test_confidence_is_a_threshold(face):
@@ -172,8 +178,9 @@ def test_bad_input_is_named(face):
     with pytest.raises(ValueError, match="image: expected uint8 or floating point, got int64"):
         detect(face.astype(np.int64))
     other = LGCN(LGCNConfig.nano(filters=8, num_landmarks=5))
-    with pytest.raises(ValueError, match="finder: expected a model of 68 landmarks, got one of 5"):
-        detect(face, finder=other)
+    for function in (detect, combined_heatmap):
+        with pytest.raises(ValueError, match="finder: expected a model of 68 landmarks, got one of 5"):
+            function(face, finder=other)
 
 
 def test_heatmap_is_high_on_the_face_and_has_the_photos_size(face, points):
@@ -181,6 +188,33 @@ def test_heatmap_is_high_on_the_face_and_has_the_photos_size(face, points):
     assert heatmap.shape == (287, 293)
     x, y = np.rint(points[17:]).astype(int).T
     assert heatmap[y, x].mean() > 2 * heatmap.mean()
+
+
+@pytest.mark.parametrize("side", [289, 293, 300])
+def test_heatmap_of_the_eyes_lies_on_the_eyes(face, points, side, monkeypatch):
+    """In the middle of them, at whatever side: the heatmaps of the last pixels reach beyond the photo."""
+    eyes = list(range(36, 48))
+    heatmaps = Engine.heatmaps
+    monkeypatch.setattr(Engine, "heatmaps", lambda engine, images: heatmaps(engine, images)[:, eyes])
+    heatmap = combined_heatmap(np.ascontiguousarray(face[:, 300 - side :]), min_face=90) ** 4
+    middle = (
+        np.array([(heatmap.sum(0) * np.arange(side)).sum(), (heatmap.sum(1) * np.arange(300)).sum()]) / heatmap.sum()
+    )
+    expected = points[eyes].mean(0) - (300 - side, 0)
+    np.testing.assert_allclose(middle, expected, atol=3)
+
+
+@pytest.mark.parametrize("min_face", [14.4, 20, 28, 40, 100])
+def test_levels_are_as_sharp_as_the_photo(face, min_face):
+    """Those of an enlarged photo, too: they are not made from the enlargement."""
+    engine = engine_for("lgcn-finder", "cpu", "fp32")
+    photo = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
+    for scale, level in detection._levels(photo, engine, min_face, 2.0):
+        level = level[0, detection.BORDER : -detection.BORDER, detection.BORDER : -detection.BORDER]
+        kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        expected = cv2.resize(photo, level.shape[::-1], interpolation=kind)
+        sharpness = [cv2.Laplacian(image, cv2.CV_32F).var() for image in (level, expected)]
+        assert sharpness[0] > (0.9 if len(level) >= 48 else 0.7) * sharpness[1]
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -259,7 +293,7 @@ def test_faces_of_real_photos(data):
     values = summary(score_photos(read_photos(data / "multiface"), detect, 40))
     assert values["faces"] == 87
     assert values["recall"] >= 95
-    # All of them looked at: ten faces that nobody labelled, and three toy animals on a shelf.
+    # All of them looked at: ten faces that nobody labelled, and one shelf with toy animals.
     assert values["unlabelled"] <= 11
 
 

@@ -207,6 +207,7 @@ def test_teachers_that_do_not_fit_are_named(cache, tmp_path):
     for changes, message in (
         ({"loss": "cross_entropy"}, r"loss: expected 'squared_error' for teacher and student, got \['cross_entropy'"),
         ({"stride": 4}, "stride: expected a divisor of the student's 2, got 4"),
+        ({"input_size": 96}, "input_size: expected the student's 48, got 96"),
         ({"num_landmarks": 68}, "num_landmarks: expected the student's 15, got 68"),
     ):
         save_model(path, LGCN(replace(CONFIG, **changes)), {})
