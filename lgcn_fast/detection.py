@@ -202,10 +202,8 @@ def combined_heatmap(
         for tiles, places, cores in _tiles(level):
             heatmaps = engine.heatmaps(torch.from_numpy(tiles)).amax(1).cpu().numpy()
             for heatmap, (x, y), (left, top, right, bottom) in zip(heatmaps, places, cores, strict=True):
-                size = (
-                    np.array(heatmap.shape[::-1]) * engine.config.stride
-                )  # what the last pixels stand for goes beyond
-                heatmap = cv2.resize(heatmap, size)
+                # (The last of its pixels may stand for some beyond the tile.)
+                heatmap = cv2.resize(heatmap, None, fx=engine.config.stride, fy=engine.config.stride)
                 heat[top:bottom, left:right] = heatmap[top - y : bottom - y, left - x : right - x]
         height, width = (max(round(side * scale), 1) for side in photo.shape[:2])
         inner = np.ascontiguousarray(heat[BORDER : BORDER + height, BORDER : BORDER + width])
