@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -61,21 +61,17 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _detection(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `detect`."""
+def _detector(options: argparse.Namespace) -> Callable[[np.ndarray], Faces]:
+    """`detect` as asked for."""
     names = ("min_face", "min_confidence", "model", "finder", "shape", "device")
-    return {name: getattr(options, name) for name in names}
+    return partial(detect, **{name: getattr(options, name) for name in names})
 
 
 def _run_detect(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict] = {}
-
-    def find(photo: np.ndarray) -> Faces:
-        return detect(photo, **_detection(options))
-
     try:
-        for path, photo, faces in found_in("detect", options.files, find):
+        for path, photo, faces in found_in("detect", options.files, _detector(options)):
             picture = free_name(path.stem, "faces", {entry["picture"] for entry in found.values()})
             write_image(options.out / picture, draw(photo, faces.points))
             found[str(path)] = {"picture": picture, "faces": as_json(faces)}
@@ -138,7 +134,7 @@ def free_name(stem: str, kind: str, taken: set[str]) -> str:
 def run_multiface(options: argparse.Namespace) -> int:
     """Score `detect` on folders with `faces.json`."""
     photos = [photo for folder in options.faces for photo in read_photos(folder)]
-    scores = score_photos(photos, partial(detect, **_detection(options)), options.min_face)
+    scores = score_photos(photos, _detector(options), options.min_face)
     values = summary(scores)
     options.out.mkdir(parents=True, exist_ok=True)
     pictures: set[str] = set()

@@ -297,7 +297,8 @@ def checked_boxes(name: str, boxes: Any) -> np.ndarray:
     boxes = np.asarray(boxes, np.float64)
     if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
         raise ValueError(f"{name}: expected boxes (K, 4), got shape {boxes.shape}")
-    for index, box in enumerate(boxes := boxes.reshape(-1, 4)):
+    boxes = boxes.reshape(-1, 4)
+    for index, box in enumerate(boxes):
         if not (np.isfinite(box).all() and (box[2:] > 0).all()):
             raise ValueError(f"{name}[{index}]: expected x, y and a width and height above 0, got {box.tolist()}")
     return boxes

@@ -260,7 +260,7 @@ class Tracker:
                 windows += [(_neighbourhood(image, box), LEAST_SHRINKING * box[2]) for box in small]
         models = self.engine, self._finder, self._shape
         for window, smallest in windows:
-            known = np.array([track.box for track in self._tracks]).reshape(-1, 4)
+            known = [track.box for track in self._tracks]
             self._take(_detect_in(image, window, known, smallest, self._min_confidence, *models))
 
     def _take(self, found: Faces) -> None:
@@ -330,18 +330,17 @@ def _neighbourhood(image: np.ndarray, box: np.ndarray) -> np.ndarray:
 def _detect_in(
     image: np.ndarray,
     window: np.ndarray,
-    known: np.ndarray,
+    known: list[np.ndarray],
     min_face: float,
     min_confidence: float,
     engine: Engine,
     finder: Engine,
     shape: ShapeModel,
 ) -> Faces:
-    """`detect` in a window (4,) of an image, without faces that are known, (K, 4) boxes, or cross the window's border
+    """`detect` in a window (4,) of an image, without faces that are known, by their boxes, or cross the window's border
     inside the image."""
     x, y, width, height = (int(value) for value in window)
-    known = known - (x, y, 0, 0)
-    part = image[y : y + height, x : x + width]
+    part, known = image[y : y + height, x : x + width], [box - (x, y, 0, 0) for box in known]
     faces = detect(part, min_face, min_confidence, engine, finder, shape, known=known)
     low, high = faces.boxes[:, :2], faces.boxes[:, :2] + faces.boxes[:, 2:]
     inner_low, inner_high = np.array([x, y]) > 0, np.array([x + width, y + height]) < image.shape[1::-1]

@@ -28,7 +28,7 @@ def test_round_trip(tmp_path, random, color):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (40, 300), (700, 500)])
-def test_background_is_cut_at_many_sizes_and_places(random, size):
+def test_background_is_cut_at_many_sizes_and_places(size):
     """In a picture whose pixels say where they are, twice alike."""
     rows, columns = np.mgrid[: size[0], : size[1]] * 0.3
     picture = np.stack([rows, columns, 0 * rows], axis=-1).astype(np.uint8)

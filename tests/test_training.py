@@ -385,8 +385,7 @@ def test_recorded_steps_are_those_launched_one_by_one(cache, tmp_path, monkeypat
     assert len(records) == 1
     for one, other in zip(recorded.log, launched.log, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
-        # (One maximum of the handful of heatmaps that jumps moves it by some percent.)
-        assert one["validation_error"] == pytest.approx(other["validation_error"], rel=0.2)
+        assert one["validation_error"] == pytest.approx(other["validation_error"], rel=5e-2)
 
 
 @pytest.mark.gpu
