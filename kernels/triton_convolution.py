@@ -17,7 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tensors import described
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FP8 = torch.float8_e4m3fn
+"""Four bits of exponent, three of mantissa: from 2^-9 to 448."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, FP8)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ MANY = 64
 FP32_TILE = Tile(8, 16, 32, 64, 4, 3)
 """Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory. With
 8 warps Triton lets both groups of 4 compute two of the three products, the same ones."""
+FP8_TILES = (Tile(8, 8, 128, 64, 4, 3), Tile(16, 16, 128, 128, 8, 3))
+"""As `TILES`, for any number of filters. Hopper keeps some 14 bits of a sum of products of fp8, which is a 25th of the
+error that rounding to fp8 makes anyway; to add up in fp32 every 128 terms would keep products from overlapping."""
+LEAST_FP8_K = 32
+"""Of `block_k`, of fp8."""
 BLOCK_C, BLOCK_P = 64, 64
 """Channels and pixels of a program of `channels_last`. Not compared with others."""
 CUDNN = {(128, 3): 4 * 96 * 96, (64, 3): 32 * 96 * 96, (64, 5): 32 * 96 * 96}
@@ -60,6 +67,7 @@ def _convolution_kernel(
     x,
     weight,
     bias_ptr,
+    scale_ptr,
     residual_ptr,
     out_ptr,
     height,
@@ -120,7 +128,7 @@ def _convolution_kernel(
             inside = (seen_rows >= 0) & (seen_rows < height) & (seen_columns >= 0) & (seen_columns < width)
             offsets = image.to(tl.int64) * x_batch + seen_rows.to(tl.int64) * x_row + seen_columns * x_column
             offsets += channel[None, :] * x_channel
-            seen = tl.load(x + offsets, mask=inside & is_term[None, :], other=ORIGIN)
+            seen = tl.load(x + offsets, mask=inside & is_term[None, :], other=1.0 * ORIGIN)  # (fp8 is made of no int)
             if ORIGIN:
                 seen = seen.to(tl.float32) - ORIGIN
             seen = seen.to(dtype)
@@ -129,6 +137,8 @@ def _convolution_kernel(
         # The filters in front: what is reshaped there would come to the tensor cores through registers, and Triton (3.6
         # to 3.9) loads the next block into them while the last products still read them, on Hopper.
         total = tl.dot(filter_block, tl.trans(seen), total, input_precision="tf32x3")  # (of fp32, as exact)
+    if scale_ptr is not None:
+        total *= tl.load(scale_ptr + filters, mask=filters < FILTERS, other=0.0)[:, None]
     total += tl.load(bias_ptr + filters, mask=filters < FILTERS, other=0.0)[:, None]
     if RELU:
         total = tl.maximum(total, 0.0)
@@ -189,14 +199,16 @@ def tiles_of(filters: int, channels: int, dtype: torch.dtype, planes: bool) -> t
     tiles = TILES[size]
     if dtype == torch.float32:
         tiles = 2 * (replace(FP32_TILE, block_k=min(FP32_TILE.block_k, size), block_f=min(FP32_TILE.block_f, size)),)
+    elif dtype == FP8:
+        tiles = tuple(replace(tile, block_f=min(tile.block_f, size)) for tile in FP8_TILES)
     # Where each element has an address, which takes registers: of the result, of the input.
     if planes:
         tiles = tuple(replace(tile, block_f=min(tile.block_f, 64), num_warps=8, num_stages=2) for tile in tiles)
     if channels < 16:
         tiles = tuple(replace(tile, block_y=min(tile.block_y, 8), block_x=min(tile.block_x, 16)) for tile in tiles)
     # Filled up with zeros to whole blocks, the channels become at most half as many again.
-    largest = max(tile.block_k for tile in tiles)
-    while largest > 16 and padded(channels, largest) > 1.5 * channels:
+    largest, least = max(tile.block_k for tile in tiles), LEAST_FP8_K if dtype == FP8 else 16
+    while largest > least and padded(channels, largest) > 1.5 * channels:
         largest //= 2
     return tuple(replace(tile, block_k=min(tile.block_k, largest)) for tile in tiles)
 
@@ -219,17 +231,21 @@ class Convolution:
         planes: bool = False,
         shuffle: int = 1,
         tile: Tile | None = None,
+        scale: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> None:
         """Put the filters where the kernel wants them.
 
         Args:
-            weight: (F, C, k, k) with odd k, float32, float16 or bfloat16: the dtype of the products; sums are fp32.
+            weight: (F, C, k, k) with odd k, of `DTYPES`: the dtype of the products; sums are fp32.
             bias: (F,).
             relu: end with a ReLU.
             origin: value of the input that counts as 0, also that of its padding.
             planes: the result's channels lie one after the other, contiguous; otherwise those of a pixel side by side.
             shuffle: a square of so many pixels a side is made of the filters of a pixel (`F.pixel_shuffle`).
             tile: launch constants; default: those of `TILES`, or cuDNN, by the size of a batch.
+            scale: (F,), which the sums are multiplied by before the bias is added; 1, if None.
+            out_dtype: of the result, default that of the filters; what fp8 cannot hold becomes its largest number.
 
         Raises:
             ValueError: another shape or dtype.
@@ -237,18 +253,23 @@ class Convolution:
         if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
             raise ValueError(f"weight: expected (F, C, k, k) with odd k, got {tuple(weight.shape)}")
         if weight.dtype not in DTYPES:
-            raise ValueError(f"weight: expected float32, float16 or bfloat16, got {weight.dtype}")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected ({len(weight)},), got {tuple(bias.shape)}")
+            raise ValueError(f"weight: expected float32, float16, bfloat16 or float8_e4m3fn, got {weight.dtype}")
+        for name, part in (("bias", bias), ("scale", scale)):
+            if part is not None and part.shape != weight.shape[:1]:
+                raise ValueError(f"{name}: expected ({len(weight)},), got {tuple(part.shape)}")
         self.filters, self.channels, self.kernel_size, _ = weight.shape
         self.dilation, self.relu, self.origin, self.planes, self.shuffle = dilation, relu, origin, planes, shuffle
         self.tiles = (tile,) if tile else tiles_of(self.filters, self.channels, weight.dtype, planes)
         self.padded_channels = padded(self.channels, max(tile.block_k for tile in self.tiles))
-        whole = F.pad(weight, (0, 0, 0, 0, 0, self.padded_channels - self.channels))
+        bits = weight.view(torch.uint8) if weight.dtype == FP8 else weight  # (torch cannot pad fp8)
+        whole = F.pad(bits, (0, 0, 0, 0, 0, self.padded_channels - self.channels)).view(weight.dtype)
         self.weight = whole.permute(0, 2, 3, 1).reshape(self.filters, -1).contiguous()
         self.bias = bias.float().contiguous()
+        self.scale = None if scale is None else scale.float().contiguous()
+        self.out_dtype = out_dtype or weight.dtype
         self._cudnn = None
-        if (self.filters, self.kernel_size) in CUDNN and relu and not (origin or planes or tile):
+        plain = scale is None and self.out_dtype == weight.dtype and not (origin or planes or tile)
+        if (self.filters, self.kernel_size) in CUDNN and relu and plain and weight.dtype != FP8:
             self._cudnn = weight.contiguous(memory_format=torch.channels_last), bias.to(weight.dtype)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -260,7 +281,7 @@ class Convolution:
             out: to write to: any dtype; with a shuffle it may end before the last rows and columns.
 
         Returns:
-            (B, F, H, W), with a shuffle of S (B, F / S^2, S H, S W), dtype of the filters; or `out`.
+            (B, F, H, W), with a shuffle of S (B, F / S^2, S H, S W), `out_dtype`; or `out`.
 
         Raises:
             ValueError: another shape, also of `out`, or a residual that lies otherwise in memory.
@@ -277,7 +298,7 @@ class Convolution:
             return torch.cudnn_convolution_relu(x, self._cudnn[0], self._cudnn[1], (1, 1), padding, dilation, 1)
         if out is None:
             layout = torch.contiguous_format if self.planes else torch.channels_last
-            out = torch.empty(size, dtype=self.weight.dtype, device=x.device, memory_format=layout)
+            out = torch.empty(size, dtype=self.out_dtype, device=x.device, memory_format=layout)
         if residual is not None and residual.stride()[1:] != out.stride()[1:]:
             raise ValueError(f"residual: expected strides {out.stride()}, got {residual.stride()}")
         tile = self.tiles[-1]
@@ -293,7 +314,7 @@ class Convolution:
             seen = TensorDescriptor.from_tensor(x.permute(0, 2, 3, 1), block)
         if out.numel():
             _convolution_kernel[(batch * tiles_y * tiles_x * filter_blocks,)](
-                seen, weight, self.bias, residual, out, height, width, *out.shape[2:], tiles_y, tiles_x,
+                seen, weight, self.bias, self.scale, residual, out, height, width, *out.shape[2:], tiles_y, tiles_x,
                 *x.stride(), *out.stride(),
                 0 if residual is None else residual.stride(0),
                 CHANNELS=self.channels, PADDED_CHANNELS=self.padded_channels, FILTERS=self.filters,

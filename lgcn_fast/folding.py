@@ -1,7 +1,9 @@
 """The fast path as a transformation of the trained network: everything that can be computed once, in its filters.
 
 ReLU(s x) = s ReLU(x) for s > 0, so the factor behind every ReLU moves into the filters of the next layer; the factor
-behind the kernel convolution moves into the heads in front of it; batch normalisation becomes part of the filters.
+behind the kernel convolution moves into the heads in front of it; batch normalisation becomes part of the filters. The
+same way each channel is brought to a size of about 1, by a power of two, which costs no precision: so the few exponents
+of eight-bit numbers suffice for all channels.
 """
 
 from copy import deepcopy
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .config import LGCNConfig
@@ -40,30 +42,45 @@ def fold(model: LGCN) -> FoldedNetwork:
     """Fold a trained network, which is not changed."""
     model = deepcopy(model).eval().cpu()
     scale = model.config.activation_scale
-    return FoldedNetwork(
-        model.config,
-        _folded_blocks(model.local_subnet, 0.1 / 128, scale),
-        _merged_heads(model),
-        _folded_blocks(model.global_subnet, 1.0, scale),
-        _filters(model.refine, scale),
-    )
+    local, local_scale = _folded_blocks(model.local_subnet, 0.1 / 128, scale)
+    context, context_scale = _folded_blocks(model.global_subnet, 1.0, scale)
+    heads, refine = _merged_heads(model, local_scale), _filters(model.refine, context_scale)
+    return FoldedNetwork(model.config, local, heads, context, refine)
 
 
-def _folded_blocks(subnet: nn.Sequential, first_scale: float, scale: float) -> list[Layer]:
-    folded = [fuse_conv_bn_eval(block[0], block[1]) for block in subnet]
-    return [_filters(layer, scale if index else first_scale) for index, layer in enumerate(folded)]
+def _folded_blocks(subnet: nn.Sequential, first_scale: float, scale: float) -> tuple[list[Layer], Tensor]:
+    """The layers of a subnet, and the factors (C,) of the channels that come out of them."""
+    layers, scale_in = [], torch.tensor(first_scale)
+    for convolution, norm, *_ in subnet:
+        size = _typical_size(norm)
+        layers.append(_filters(fuse_conv_bn_eval(convolution, norm), scale_in, 1 / size))
+        scale_in = scale * size
+    return layers, scale_in
 
 
-def _filters(convolution: nn.Conv2d, scale_in: float, scale_out: float = 1.0) -> Layer:
-    """Filters and biases, times the factors of what comes in and of what goes out."""
-    return (convolution.weight * (scale_in * scale_out)).numpy(), (convolution.bias * scale_out).numpy()
+def _typical_size(norm: nn.BatchNorm2d) -> Tensor:
+    """Root mean square of each channel (C,) behind norm and ReLU, rounded to a power of two: 1 for those always 0.
+
+    Before the ReLU a channel has mean b and deviation w, those of the norm; it is taken to be normal.
+    """
+    b, w = norm.bias.double(), norm.weight.double().abs().clamp(min=1e-30)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    square = (b**2 + w**2) * normal.cdf(b / w) + b * w * normal.log_prob(b / w).exp()
+    return torch.where(square > 1e-12, square.clamp(min=1e-12).log2().div(2).round(), 0.0).exp2().float()
 
 
-def _merged_heads(model: LGCN) -> Layer:
+def _filters(convolution: nn.Conv2d, scale_in: Tensor, scale_out: Tensor | float = 1.0) -> Layer:
+    """Filters and biases, times the factors of what comes in and of what goes out, a number or one a channel."""
+    scale_out = torch.as_tensor(scale_out)
+    weight = convolution.weight * (scale_in.view(1, -1, 1, 1) * scale_out.view(-1, 1, 1, 1))
+    return weight.numpy(), (convolution.bias * scale_out).numpy()
+
+
+def _merged_heads(model: LGCN, scale: Tensor) -> Layer:
     config = model.config
-    parts = [_filters(model.main, config.activation_scale, config.blur_scale)]
+    parts = [_filters(model.main, scale, config.blur_scale)]
     if model.side is not None:
         side = fuse_conv_bn_eval(model.side[0], model.side[1])
-        parts.append(_filters(side, config.activation_scale, config.blur_scale * config.activation_scale))
+        parts.append(_filters(side, scale, config.blur_scale * config.activation_scale))
     weights, biases = zip(*parts, strict=True)
     return np.concatenate(weights), np.concatenate(biases)

@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 from lgcn_fast_kernels import triton_convolution, triton_crop, triton_gaussian_sum, triton_peaks
 from lgcn_fast_kernels.triton_convolution import TILES, Convolution
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
+"""By what Triton calls them."""
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
 """Kilobytes that a program may have on an A100, an RTX 40 and an H100, by capability."""
 
@@ -45,19 +47,20 @@ def convolution(
     capability: int = 90, many: bool = True, types: dict | None = None, **changes,
 ) -> str:  # fmt: skip
     """For many pixels or few; `types` and `changes` of the kernel's arguments, beside those of an inner layer."""
-    weight = torch.empty(filters, channels, 1, 1, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    weight = torch.empty(filters, channels, 1, 1, dtype=DTYPES[dtype])
     layer = Convolution(weight, torch.empty(filters), planes=planes)
     tile = layer.tiles[many]
     constants = {
-        "residual_ptr": None, "CHANNELS": channels, "PADDED_CHANNELS": layer.padded_channels, "FILTERS": filters,
+        "scale_ptr": None, "residual_ptr": None,
+        "CHANNELS": channels, "PADDED_CHANNELS": layer.padded_channels, "FILTERS": filters,
         "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0, "RELU": True, "SHUFFLE": 1, "DESCRIPTORS": descriptors,
         "BLOCK_Y": tile.block_y, "BLOCK_X": tile.block_x,
         "BLOCK_K": tile.block_k if descriptors else min(tile.block_k, triton_convolution.LARGEST_GATHERED_K),
         "BLOCK_F": tile.block_f, "FILTER_BLOCKS": -(-filters // tile.block_f),
     } | changes  # fmt: skip
     types = dict.fromkeys(("x", "weight", "out_ptr"), f"*{dtype}") | {"bias_ptr": "*fp32"} | (types or {})
-    if "residual_ptr" in types:
-        del constants["residual_ptr"]
+    for name in types:
+        constants.pop(name, None)
     if descriptors:
         types["x"] = f"tensordesc<{dtype}[1,{tile.block_y},{tile.block_x},{tile.block_k}]>"
         types["weight"] = f"tensordesc<{dtype}[{tile.block_f},{tile.block_k}]>"
@@ -108,6 +111,10 @@ if __name__ == "__main__":
             for many in (False, True):
                 text = convolution("bf16", filters, filters, descriptors=True, capability=capability, many=many)
                 assert "mma.sync" in text, filters
+        for many in (False, True):
+            scaled = {"scale_ptr": "*fp32"}
+            text = convolution("fp8e4nv", filters, filters, descriptors=True, many=many, types=scaled)
+            assert ("wgmma.mma_async" in text and "e4m3.e4m3" in text) == (filters >= 64), filters
         for dtype in ("bf16", "fp32"):
             # First layer, heads, behind the blur, inner layer, last layer: the blurred heatmaps are added.
             first = {"KERNEL_SIZE": 5, "DILATION": 1, "ORIGIN": 128}

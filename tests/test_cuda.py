@@ -56,6 +56,20 @@ def test_half_precision_is_near_the_model(cuda, name):
     torch.testing.assert_close(heatmaps.double(), expected, rtol=0, atol=5e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["plain", "nano"])
+@torch.inference_mode()
+def test_fp8_is_near_the_model(cuda, name):
+    """As far as its rounding errors, of which Triton's interpreter makes some larger ones, allow."""
+    model = randomised(CONFIGS[name])
+    images = torch.randint(0, 256, (1, 1, 24, 24), dtype=torch.uint8)
+    network = cuda.CudaNetwork(fold(model), DEVICE, torch.float16, cuda.FP8)
+    dtypes = [layer.weight.dtype for layer in (*network._local, *network._context)]
+    assert cuda.FP8 in dtypes
+    expected = eager(model, images)
+    heatmaps = network(images.to(DEVICE)).cpu().double()
+    assert 1e-4 < (heatmaps - expected).norm() / expected.norm() < 0.1
+
+
 def recorded(cuda):
     """Sums of images, and the batches that the function behind them was asked for."""
     sizes, results = [], {}
@@ -189,7 +203,9 @@ def test_engine_finds_what_the_native_one_finds(cuda, random, to_host):
     network = fold(randomised(config))
     shape = ShapeModel.fit(random.normal(size=(20, 3, 2)), 2)
     # (Results are moved to the host for to_host: on a CPU nothing can be recorded with a fit on the host.)
-    ours = cuda.CudaEngine(network, torch.device("cpu") if DEVICE.type == "cpu" else DEVICE, torch.float32, HostFitter)
+    ours = cuda.CudaEngine(
+        network, torch.device("cpu") if DEVICE.type == "cpu" else DEVICE, torch.float32, fitter=HostFitter
+    )
     expected = NativeEngine(network, "fp32", 1)
     for side in (24, 21):
         images = torch.from_numpy(random.integers(0, 256, (3, 1, side, side), np.uint8))
@@ -206,7 +222,7 @@ def test_engine_finds_what_the_native_one_finds(cuda, random, to_host):
 @torch.inference_mode()
 def test_engines_are_freed_without_the_garbage_collector(cuda, random):
     config = LGCNConfig.nano(filters=16, num_landmarks=3, local_kernels=(3,), global_layers=1, input_size=24)
-    ours = cuda.CudaEngine(fold(randomised(config)), DEVICE, torch.float32, HostFitter)
+    ours = cuda.CudaEngine(fold(randomised(config)), DEVICE, torch.float32, fitter=HostFitter)
     images = torch.from_numpy(random.integers(0, 256, (2, 1, 24, 24), np.uint8))
     ours.heatmaps(images)
     ours.maxima(images, True)
@@ -259,7 +275,7 @@ def frames(demo_picture):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.03)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.03), ("fp8", 0.2)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gpu_heatmaps_are_the_models(name, precision, tolerance):
     model = randomised(CONFIGS[name])
@@ -274,7 +290,7 @@ def test_gpu_heatmaps_are_the_models(name, precision, tolerance):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "pixels"), [("fp32", 0.01), ("bf16", 0.1)])
+@pytest.mark.parametrize(("precision", "pixels"), [("fp32", 0.01), ("bf16", 0.1), ("fp8", 0.2)])
 @pytest.mark.parametrize("fit", [True, False])
 def test_gpu_points_are_those_of_a_cpu(frames, precision, pixels, fit):
     """From the host and from the device, in photo coordinates."""
