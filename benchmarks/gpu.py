@@ -133,8 +133,8 @@ def kernel_convolution(copy: float) -> dict[str, dict]:
 
 
 def convolutions(peak: float) -> dict[str, dict]:
-    """Inner layers in bf16: launch constants beside each other and beside cuDNN's fused call."""
-    from lgcn_fast_kernels.triton_convolution import TILES, Convolution
+    """Inner layers in bf16: launch constants beside each other, beside cuDNN's fused call, and beside fp8."""
+    from lgcn_fast_kernels.triton_convolution import FP8, TILES, Convolution, tiles_of
 
     results = {}
     for (filters, tiles), (size, dilation, side), batch in product(TILES.items(), LAYERS, BATCHES):
@@ -153,10 +153,15 @@ def convolutions(peak: float) -> dict[str, dict]:
         for tile in tiles:
             ours = Convolution(weight, bias, dilation, relu=True, tile=tile)
             functions[str(tile)] = lambda f=ours, x=x: f(x)
+        rounded = x.to(FP8, memory_format=torch.channels_last)
+        for tile in tiles_of(filters, filters, FP8, planes=False):
+            ours = Convolution(weight.to(FP8), bias, dilation, relu=True, tile=tile)
+            functions[f"fp8, {tile}"] = lambda f=ours, x=rounded: f(x)
         name = f"F = {filters}, {size} x {size}, dilation {dilation}, {side} x {side}, batch {batch}"
         times = table(name, functions, replayed)
-        rate = 2 * x.numel() * filters * size**2 / np.nanmin(list(times.values())) / 1e9
-        print(f"the best: {rate:.0f} TFLOP/s, {100 * rate / peak:.0f} % of the limit")
+        best = np.nanmin([time for name, time in times.items() if not name.startswith("fp8")])
+        rate = 2 * x.numel() * filters * size**2 / best / 1e9
+        print(f"the best of bf16: {rate:.0f} TFLOP/s, {100 * rate / peak:.0f} % of the limit")
         results[name] = times
     return results
 
@@ -169,7 +174,7 @@ def network(name: str, peak: float) -> dict[str, dict]:
     """Images on the device to heatmaps: eager PyTorch in three precisions, CUDA graphs of it, torch.compile, ours."""
     results = {}
     exact = model_of(name).cuda().requires_grad_(False)
-    ours = Engine(exact, "cuda")
+    ours, eight_bits = Engine(exact, "cuda"), Engine(exact, "cuda", "fp8")
     for batch in BATCHES:
         images = torch.from_numpy(real_crops(batch)).cuda()[:, None]
         fast = model_of(name).cuda().requires_grad_(False).to(memory_format=torch.channels_last).bfloat16()
@@ -204,6 +209,7 @@ def network(name: str, peak: float) -> dict[str, dict]:
                 compiled = torch.compile(fast, mode="max-autotune", dynamic=False)
                 functions["torch.compile max-autotune of it"] = lambda m=compiled, x=images: m(x).output
             functions["engine, bf16"] = lambda x=images: ours.heatmaps(x)
+            functions["engine, fp8"] = lambda x=images: eight_bits.heatmaps(x)
             times = table(f"network {name}, batch {batch}", functions)
         rate = 2 * giga_multiply_adds(exact.config) * batch / times["engine, bf16"]
         print(f"engine: {rate:.0f} TFLOP/s, {100 * rate / peak:.0f} % of the limit")
@@ -243,10 +249,10 @@ def fits() -> dict[str, float]:
     return times | {"NumPy": numpy}
 
 
-def end_to_end(name: str) -> dict[str, dict | float]:
+def end_to_end(name: str, precision: str) -> dict[str, dict | float]:
     """`predict`: one crop, host to host; batches, device to device; beside eager PyTorch with the fit in PyTorch."""
     exact = model_of(name).cuda()
-    engine, shape = Engine(exact, "cuda"), ShapeModel.load(WEIGHTS / "shape-68.safetensors")
+    engine, shape = Engine(exact, "cuda", precision), ShapeModel.load(WEIGHTS / "shape-68.safetensors")
     crops = real_crops(64)
     results: dict[str, dict | float] = {}
 
@@ -257,7 +263,10 @@ def end_to_end(name: str) -> dict[str, dict | float]:
     points = eager(torch.from_numpy(crops[:, None]).cuda()).points.cpu().numpy()
     expected = from_crop(points, np.array([[0, 0, 96, 96]]), 96 / exact.config.stride)
     moved = np.linalg.norm(predict(crops, model=engine).points - expected, axis=-1)
-    results["bf16 moves the points by, pixels"] = {"median": float(np.median(moved)), "99 %": np.percentile(moved, 99)}
+    results[f"{precision} moves the points by, pixels"] = {
+        "median": float(np.median(moved)),
+        "99 %": np.percentile(moved, 99),
+    }
     results["one crop, host to host"] = latencies(lambda: predict(crops[0], model=engine), 2000)
     for batch in (64, 256):
         images = torch.from_numpy(np.tile(crops, (batch // 64, 1, 1))).cuda()
@@ -269,9 +278,9 @@ def end_to_end(name: str) -> dict[str, dict | float]:
             "eager": lambda x=images: eager(x),
             "predict": lambda x=images: predict(x, model=engine, to_host=False),
         }
-        times = table(f"{name}, image to points, batch {batch}", functions, by_the_clock)
+        times = table(f"{name}, {precision}, image to points, batch {batch}", functions, by_the_clock)
         results[f"times eager, batch {batch}"] = times["eager"] / times["predict"]
-    print(name, results)
+    print(name, precision, results)
     return results
 
 
@@ -287,7 +296,8 @@ def main() -> None:
         "fit": fits,
         "kernel convolution": lambda: kernel_convolution(copy),
         "convolutions": lambda: convolutions(peak),
-        **{f"end to end, {name}": lambda n=name: end_to_end(n) for name in NETWORKS},
+        **{f"end to end, {name}": lambda n=name: end_to_end(n, "bf16") for name in NETWORKS},
+        f"end to end, {NETWORKS[0]}, fp8": lambda: end_to_end(NETWORKS[0], "fp8"),
         **{f"network, {name}": lambda n=name: network(n, peak) for name in NETWORKS},
     }
     for name, part in parts.items():
