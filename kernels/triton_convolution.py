@@ -7,6 +7,7 @@ through tensor descriptors, which also fill the zero padding; elsewhere element 
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -33,29 +34,34 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    def stages(self, element_size: int, shared_memory: int) -> int:
+        """`num_stages`, or as many as fit into so many bytes: each is a block of filters and one of pixels."""
+        block = (self.block_f + self.block_y * self.block_x) * self.block_k * element_size
+        return min(self.num_stages, max((shared_memory - 256) // block, 1))
+
 
 TILES = {
     16: (Tile(8, 16, 16, 16, 4, 4), Tile(32, 32, 16, 16, 8, 3)),
     32: (Tile(8, 16, 32, 32, 4, 4), Tile(16, 32, 32, 32, 8, 3)),
     64: (Tile(4, 8, 64, 64, 4, 4), Tile(8, 16, 64, 64, 4, 3)),
-    128: (Tile(8, 8, 128, 64, 4, 3), Tile(8, 16, 64, 128, 8, 3)),
+    128: (Tile(4, 4, 128, 64, 4, 3), Tile(8, 16, 64, 128, 8, 4), Tile(16, 16, 64, 128, 8, 3)),
 }
-"""By the number of filters, rounded up: for few pixels, and for many. At 64 and 128 the filters fill the 64 rows of a
-product of a group of warps, and two programs a multiprocessor. Chosen on an H100 when the pixels were the rows; since
-then changed (64, few: half the pixels, twice the filters; 128, many: a stage less), not yet compared again."""
-MANY = 64
-"""Programs that make the tile for many pixels the faster one: half as many as an H100 has multiprocessors."""
-FP32_TILE = Tile(8, 16, 32, 64, 4, 3)
-"""Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory. With
-8 warps Triton lets both groups of 4 compute two of the three products, the same ones."""
-FP8_TILES = (Tile(8, 8, 128, 64, 4, 3), Tile(16, 16, 128, 128, 8, 3))
+"""By the number of filters, rounded up: for few pixels, for many, and for very many. Those of 64 and 128 are the best
+of 9 and 16 on an H100, in the layers of the networks and batches of 1 to 64 (`benchmarks/results/h100/tiles.json`)."""
+PROGRAMS = (0, 64, 1000)
+"""From so many programs on the tiles of `TILES` are used. 64 is half as many as an H100 has multiprocessors; with 1000
+the last of its turns, in which some have nothing to do, hardly counts."""
+FP8_TILES = (Tile(8, 8, 128, 64, 4, 3), Tile(8, 16, 128, 128, 4, 3), Tile(16, 16, 128, 128, 8, 3))
 """As `TILES`, for any number of filters. Hopper keeps some 14 bits of a sum of products of fp8, which is a 25th of the
 error that rounding to fp8 makes anyway; to add up in fp32 every 128 terms would keep products from overlapping."""
 LEAST_FP8_K = 32
 """Of `block_k`, of fp8."""
+FP32_TILE = Tile(8, 8, 32, 64, 4, 3)
+"""Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory. With
+8 warps Triton lets both groups of 4 compute two of the three products, the same ones, which takes twice the time."""
 BLOCK_C, BLOCK_P = 64, 64
 """Channels and pixels of a program of `channels_last`. Not compared with others."""
-CUDNN = {(128, 3): 4 * 96 * 96, (64, 3): 32 * 96 * 96, (64, 5): 32 * 96 * 96}
+CUDNN = {(128, 3): 4 * 96 * 96, (64, 3): 32 * 96 * 96, (64, 5): 16 * 96 * 96}
 """By filters and their size: from so many pixels on cuDNN is faster, with bias and ReLU in the same call. It rounds the
 bias: a face in a large batch may differ in the last bits from the same face alone."""
 LARGEST_GATHERED_K = 32
@@ -193,17 +199,23 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def tiles_of(filters: int, channels: int, dtype: torch.dtype, planes: bool) -> tuple[Tile, Tile]:
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have; none is too many where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**30
+
+
+def tiles_of(filters: int, channels: int, dtype: torch.dtype, planes: bool) -> tuple[Tile, ...]:
     """The launch constants of a layer, as in `TILES`."""
     size = min(max(triton.next_power_of_2(filters), min(TILES)), max(TILES))
     tiles = TILES[size]
     if dtype == torch.float32:
-        tiles = 2 * (replace(FP32_TILE, block_k=min(FP32_TILE.block_k, size), block_f=min(FP32_TILE.block_f, size)),)
+        tiles = (replace(FP32_TILE, block_k=min(FP32_TILE.block_k, size), block_f=min(FP32_TILE.block_f, size)),)
     elif dtype == FP8:
         tiles = tuple(replace(tile, block_f=min(tile.block_f, size)) for tile in FP8_TILES)
     # Where each element has an address, which takes registers: of the result, of the input.
     if planes:
-        tiles = tuple(replace(tile, block_f=min(tile.block_f, 64), num_warps=8, num_stages=2) for tile in tiles)
+        tiles = tuple(replace(tile, block_f=min(tile.block_f, 64), num_warps=8, num_stages=2) for tile in tiles[:2])
     if channels < 16:
         tiles = tuple(replace(tile, block_y=min(tile.block_y, 8), block_x=min(tile.block_x, 16)) for tile in tiles)
     # Filled up with zeros to whole blocks, the channels become at most half as many again.
@@ -301,9 +313,7 @@ class Convolution:
             out = torch.empty(size, dtype=self.out_dtype, device=x.device, memory_format=layout)
         if residual is not None and residual.stride()[1:] != out.stride()[1:]:
             raise ValueError(f"residual: expected strides {out.stride()}, got {residual.stride()}")
-        tile = self.tiles[-1]
-        if batch * math.prod(self._grid(tile, height, width)) < MANY:
-            tile = self.tiles[0]
+        tile = self._tile(batch, height, width)
         tiles_y, tiles_x, filter_blocks = self._grid(tile, height, width)
         descriptors = self._fits_descriptors(x, tile)
         weight: Tensor | TensorDescriptor = self.weight
@@ -322,7 +332,8 @@ class Convolution:
                 ORIGIN=self.origin, RELU=self.relu, SHUFFLE=self.shuffle, DESCRIPTORS=descriptors,
                 BLOCK_Y=tile.block_y, BLOCK_X=tile.block_x, BLOCK_F=tile.block_f,
                 BLOCK_K=tile.block_k if descriptors else min(tile.block_k, LARGEST_GATHERED_K),
-                FILTER_BLOCKS=filter_blocks, num_warps=tile.num_warps, num_stages=tile.num_stages,
+                FILTER_BLOCKS=filter_blocks, num_warps=tile.num_warps,
+                num_stages=tile.stages(self.weight.element_size(), shared_memory(x.device)),
             )  # fmt: skip
         return out
 
@@ -330,6 +341,12 @@ class Convolution:
         if self.shuffle == 1:
             return shape == size
         return len(shape) == 4 and shape[:2] == size[:2] and shape[2] <= size[2] and shape[3] <= size[3]
+
+    def _tile(self, batch: int, height: int, width: int) -> Tile:
+        """The launch constants for a batch of images."""
+        programs = [batch * math.prod(self._grid(tile, height, width)) for tile in self.tiles]
+        enough = [tile for tile, count, least in zip(self.tiles, programs, PROGRAMS, strict=False) if count >= least]
+        return enough[-1]
 
     def _grid(self, tile: Tile, height: int, width: int) -> tuple[int, int, int]:
         """Programs an image, along y, x and the filters."""

@@ -44,27 +44,29 @@ def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90,
 
 def convolution(
     dtype: str, filters: int = 128, channels: int = 128, descriptors: bool = False, planes: bool = False,
-    capability: int = 90, many: bool = True, types: dict | None = None, **changes,
+    capability: int = 90, tile: int = -1, types: dict | None = None, **changes,
 ) -> str:  # fmt: skip
-    """For many pixels or few; `types` and `changes` of the kernel's arguments, beside those of an inner layer."""
+    """With one of its tiles, of which the last is for most pixels; `types` and `changes` of the kernel's arguments
+    beside those of an inner layer."""
     weight = torch.empty(filters, channels, 1, 1, dtype=DTYPES[dtype])
     layer = Convolution(weight, torch.empty(filters), planes=planes)
-    tile = layer.tiles[many]
+    launch = layer.tiles[tile]
     constants = {
         "scale_ptr": None, "residual_ptr": None,
         "CHANNELS": channels, "PADDED_CHANNELS": layer.padded_channels, "FILTERS": filters,
         "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0, "RELU": True, "SHUFFLE": 1, "DESCRIPTORS": descriptors,
-        "BLOCK_Y": tile.block_y, "BLOCK_X": tile.block_x,
-        "BLOCK_K": tile.block_k if descriptors else min(tile.block_k, triton_convolution.LARGEST_GATHERED_K),
-        "BLOCK_F": tile.block_f, "FILTER_BLOCKS": -(-filters // tile.block_f),
+        "BLOCK_Y": launch.block_y, "BLOCK_X": launch.block_x,
+        "BLOCK_K": launch.block_k if descriptors else min(launch.block_k, triton_convolution.LARGEST_GATHERED_K),
+        "BLOCK_F": launch.block_f, "FILTER_BLOCKS": -(-filters // launch.block_f),
     } | changes  # fmt: skip
     types = dict.fromkeys(("x", "weight", "out_ptr"), f"*{dtype}") | {"bias_ptr": "*fp32"} | (types or {})
     for name in types:
         constants.pop(name, None)
     if descriptors:
-        types["x"] = f"tensordesc<{dtype}[1,{tile.block_y},{tile.block_x},{tile.block_k}]>"
-        types["weight"] = f"tensordesc<{dtype}[{tile.block_f},{tile.block_k}]>"
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        types["x"] = f"tensordesc<{dtype}[1,{launch.block_y},{launch.block_x},{launch.block_k}]>"
+        types["weight"] = f"tensordesc<{dtype}[{launch.block_f},{launch.block_k}]>"
+    stages = launch.stages(weight.element_size(), 1024 * SHARED_MEMORY[capability])
+    options = {"num_warps": launch.num_warps, "num_stages": stages}
     return ptx(triton_convolution._convolution_kernel, constants, types, capability, **options)
 
 
@@ -100,20 +102,21 @@ def crop(to_gray: bool, taps: int) -> str:
 
 if __name__ == "__main__":
     for filters in TILES:
-        for many in (False, True):
-            text = convolution("bf16", filters, filters, descriptors=True, many=many)
+        for tile in range(len(TILES[filters])):
+            text = convolution("bf16", filters, filters, descriptors=True, tile=tile)
             assert "cp.async.bulk.tensor" in text, filters
             # 64 rows are the least of a product of a group of warps. Its operands must lie in shared memory: registers
             # would be overwritten, see `_convolution_kernel`.
             assert ("wgmma.mma_async" in text) == (filters >= 64), filters
             assert ("ldmatrix" in text) == (filters < 64), filters
         for capability in (80, 89):
-            for many in (False, True):
-                text = convolution("bf16", filters, filters, descriptors=True, capability=capability, many=many)
+            for tile in range(len(TILES[filters])):
+                text = convolution("bf16", filters, filters, descriptors=True, capability=capability, tile=tile)
                 assert "mma.sync" in text, filters
-        for many in (False, True):
+        for tile in range(len(TILES[filters])):
             scaled = {"scale_ptr": "*fp32"}
-            text = convolution("fp8e4nv", filters, filters, descriptors=True, many=many, types=scaled)
+            text = convolution("fp8e4nv", filters, filters, descriptors=True, tile=tile, types=scaled)
+            convolution("fp8e4nv", filters, filters, descriptors=True, tile=tile, types=scaled, capability=89)
             assert ("wgmma.mma_async" in text and "e4m3.e4m3" in text) == (filters >= 64), filters
         for dtype in ("bf16", "fp32"):
             # First layer, heads, behind the blur, inner layer, last layer: the blurred heatmaps are added.

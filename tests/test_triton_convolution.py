@@ -181,6 +181,14 @@ def test_descriptors_are_used_where_they_can_be(convolution):
         assert not ours._fits_descriptors(x.contiguous(), ours.tiles[0])
 
 
+def test_the_more_pixels_the_larger_are_the_tiles(convolution):
+    ours = convolution(torch.zeros(128, 128, 3, 3, dtype=torch.bfloat16), torch.zeros(128))
+    chosen = [ours.tiles.index(ours._tile(batch, side, side)) for batch, side in ((1, 24), (1, 96), (64, 24), (64, 96))]
+    assert chosen == [0, 1, 1, 2]
+    assert [tile.stages(2, 227 * 1024) for tile in ours.tiles] == [tile.num_stages for tile in ours.tiles]
+    assert [tile.stages(2, 99 * 1024) for tile in ours.tiles] == [3, 3, 2]
+
+
 def test_pixels_count_from_their_origin(convolution):
     """uint8 and fp32 pixels alike; the padding is the origin too."""
     pixels = torch.randint(0, 256, (2, 1, 9, 5), dtype=torch.uint8, device=DEVICE)
@@ -225,17 +233,22 @@ def test_wrong_input_is_named(convolution):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("filters", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, FP8])
-def test_every_call_gives_the_same_bits(convolution, dtype, filters, size, many):
+def test_every_call_gives_the_same_bits(convolution, dtype, filters, size):
     """Products that read what the next block of the loop overwrites once gave one tile in a hundred wrong."""
     from lgcn_fast_kernels.triton_convolution import tiles_of
 
     x, weight, bias = layer((16, filters, filters, size, 1, 96, 96), torch.float32)
     x, weight = x.to(dtype), (64 * weight).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    ours = convolution(weight, bias, relu=True, tile=tiles_of(filters, filters, dtype, False)[many])
-    first = ours(x)
-    assert all(torch.equal(ours(x), first) for _ in range(20))
+    results = []
+    for tile in tiles_of(filters, filters, dtype, False):
+        ours = convolution(weight, bias, relu=True, tile=tile)
+        results.append(ours(x).float())
+        assert all(torch.equal(ours(x).float(), results[-1]) for _ in range(20))
+    largest = float(results[0].max())
+    # (A result of fp8 that lies between two numbers may be rounded to either.)
+    tolerance = 1 / 8 if dtype == FP8 else 2 * TOLERANCES[dtype]
+    assert all(torch.allclose(result, results[0], rtol=0, atol=tolerance * largest) for result in results)
