@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from end_to_end import latencies
 from heatmaps import real_crops, real_heatmaps
-from network import TOLERANCE, giga_multiply_adds, untrained
+from network import TOLERANCE, giga_multiply_adds
 from runtimes import constant_bands
 from timing import output_folder, turn, write
 
-from lgcn_fast import LGCN, Engine, ShapeModel, gaussian_sum, load_model, predict
+from lgcn_fast import Engine, ShapeModel, gaussian_sum, load_model, predict
 from lgcn_fast.fitting import CudaFitter, Fit, fit
 from lgcn_fast.images import from_crop
 from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import WEIGHTS
 
 BATCHES = (1, 64)
-NETWORKS = ("lgcn-128", "lgcn-nano-128", "F = 64", "lgcn-nano", "F = 16")
+NETWORKS = ("lgcn-128", "lgcn-nano-128", "lgcn-64", "lgcn-nano", "lgcn-16")
 LAYERS = ((3, 4, 96), (5, 1, 96), (3, 1, 24))
 """Filter size, dilation and side of the inner layers: context and local subnet, those of nano."""
 LAST_COMPILATION = 240
@@ -166,18 +166,14 @@ def convolutions(peak: float) -> dict[str, dict]:
     return results
 
 
-def model_of(name: str) -> LGCN:
-    return load_model(name) if name.startswith("lgcn-") else untrained(int(name.split()[-1]))
-
-
 def network(name: str, peak: float) -> dict[str, dict]:
     """Images on the device to heatmaps: eager PyTorch in three precisions, CUDA graphs of it, torch.compile, ours."""
     results = {}
-    exact = model_of(name).cuda().requires_grad_(False)
+    exact = load_model(name).cuda().requires_grad_(False)
     ours, eight_bits = Engine(exact, "cuda"), Engine(exact, "cuda", "fp8")
     for batch in BATCHES:
         images = torch.from_numpy(real_crops(batch)).cuda()[:, None]
-        fast = model_of(name).cuda().requires_grad_(False).to(memory_format=torch.channels_last).bfloat16()
+        fast = load_model(name).cuda().requires_grad_(False).to(memory_format=torch.channels_last).bfloat16()
         fast.load_state_dict(exact.state_dict())
         fast.kernel_convolution.operator = constant_bands(exact.config, torch.bfloat16, "cuda")
 
@@ -251,7 +247,7 @@ def fits() -> dict[str, float]:
 
 def end_to_end(name: str, precision: str) -> dict[str, dict | float]:
     """`predict`: one crop, host to host; batches, device to device; beside eager PyTorch with the fit in PyTorch."""
-    exact = model_of(name).cuda()
+    exact = load_model(name).cuda()
     engine, shape = Engine(exact, "cuda", precision), ShapeModel.load(WEIGHTS / "shape-68.safetensors")
     crops = real_crops(64)
     results: dict[str, dict | float] = {}

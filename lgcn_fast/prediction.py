@@ -19,7 +19,7 @@ from .fitting import Array
 from .images import check_touches, crop, face_box, from_crop, square_box, touches
 from .model import LGCN
 from .shape import ShapeModel
-from .shipped import default_model, smallest_model
+from .shipped import default_model, lightest_model
 
 CHUNK = 64
 """Crops that go through the network at once: on a GPU the largest batch that is recorded."""
@@ -352,7 +352,7 @@ def finder_for(finder: Engine | LGCN | Path | str | None, engine: Engine) -> Eng
         ValueError: a finder for other landmarks.
     """
     count = engine.config.num_landmarks
-    asked_for = smallest_model(count) if finder is None else finder
+    asked_for = lightest_model(count) if finder is None else finder
     found = engine if asked_for is None else engine_for(asked_for, *engine.options)
     if found.config.num_landmarks != count:
         raise ValueError(f"finder: expected a model of {count} landmarks, got one of {found.config.num_landmarks}")
