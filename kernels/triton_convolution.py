@@ -47,7 +47,7 @@ TILES = {
     128: (Tile(4, 4, 128, 64, 4, 3), Tile(8, 16, 64, 128, 8, 4), Tile(16, 16, 64, 128, 8, 3)),
 }
 """By the number of filters, rounded up: for few pixels, for many, and for very many. Those of 64 and 128 are the best
-of 9 and 16 on an H100, in the layers of the networks and batches of 1 to 64 (`benchmarks/results/h100/tiles.json`)."""
+of 9 and 16 on an H100, where cuDNN is not (`CUDNN`), in batches of 1 to 64 (`benchmarks/results/h100/tiles.json`)."""
 PROGRAMS = (0, 64, 1000)
 """From so many programs on the tiles of `TILES` are used. 64 is half as many as an H100 has multiprocessors; with 1000
 the last of its turns, in which some have nothing to do, hardly counts."""
@@ -218,7 +218,7 @@ def tiles_of(filters: int, channels: int, dtype: torch.dtype, planes: bool) -> t
         tiles = tuple(replace(tile, block_f=min(tile.block_f, 64), num_warps=8, num_stages=2) for tile in tiles[:2])
     if channels < 16:
         tiles = tuple(replace(tile, block_y=min(tile.block_y, 8), block_x=min(tile.block_x, 16)) for tile in tiles)
-    # Filled up with zeros to whole blocks, the channels become at most half as many again.
+    # Filled up with zeros to whole blocks, the channels become at most half as many again, or one of the least blocks.
     largest, least = max(tile.block_k for tile in tiles), LEAST_FP8_K if dtype == FP8 else 16
     while largest > least and padded(channels, largest) > 1.5 * channels:
         largest //= 2

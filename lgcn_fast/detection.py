@@ -111,7 +111,7 @@ def detect(
             nothing.
         min_confidence: faces below it are dropped.
         model: finds the landmarks of each face, see `predict`.
-        finder: finds the faces; default: the smallest in the package with the model's landmarks (lgcn-finder), or the
+        finder: finds the faces; default: the lightest in the package with the model's landmarks (lgcn-finder), or the
             model.
         shape: the shape model, see `predict`.
         device: see `predict`.

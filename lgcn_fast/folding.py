@@ -59,14 +59,15 @@ def _folded_blocks(subnet: nn.Sequential, first_scale: float, scale: float) -> t
 
 
 def _typical_size(norm: nn.BatchNorm2d) -> Tensor:
-    """Root mean square of each channel (C,) behind norm and ReLU, rounded to a power of two: 1 for those always 0.
+    """Root mean square of each channel (C,) behind norm and ReLU, rounded to a power of two.
 
-    Before the ReLU a channel has mean b and deviation w, those of the norm; it is taken to be normal.
+    Before the ReLU a channel has mean b and deviation w, those of the norm; it is taken to be normal. One that is
+    hardly ever above 0 counts as if its size were w / 16: when it is, it is not small.
     """
     b, w = norm.bias.double(), norm.weight.double().abs().clamp(min=1e-30)
     normal = torch.distributions.Normal(0.0, 1.0)
     square = (b**2 + w**2) * normal.cdf(b / w) + b * w * normal.log_prob(b / w).exp()
-    return torch.where(square > 1e-12, square.clamp(min=1e-12).log2().div(2).round(), 0.0).exp2().float()
+    return torch.maximum(square, (w / 16) ** 2).clamp(min=1e-12).log2().div(2).round().exp2().float()
 
 
 def _filters(convolution: nn.Conv2d, scale_in: Tensor, scale_out: Tensor | float = 1.0) -> Layer:

@@ -70,7 +70,7 @@ def predict(
             otherwise each point is where its heatmap is high around its maximum.
         shape: the shape model, or its file. Default: the one in the package for the model's number of landmarks.
         device: where the network runs, "cpu", "cuda" or "auto", see `Engine`; an engine brings its own.
-        precision: "fp32", "bf16" or "auto", likewise.
+        precision: "fp32", "bf16", on a GPU "fp8", or "auto", likewise.
         to_host: NumPy arrays; otherwise torch tensors on the engine's device, which is not waited for.
         ensemble: see each face so many times, mirrored and in slightly other boxes, and average: 10 take ten times as
             long and have 2 to 4 % less error, see `ensembles`.
@@ -345,15 +345,18 @@ def engine_for(model: Engine | LGCN | Path | str | None, device: str, precision:
 
 
 def finder_for(finder: Engine | LGCN | Path | str | None, engine: Engine) -> Engine:
-    """What looks for faces whose landmarks an engine reads, where and as that one runs: `finder`; else the smallest
-    model in the package with these landmarks; where there is none, the engine itself.
+    """What looks for faces whose landmarks an engine reads, where and as that one runs: `finder`; else the model in the
+    package with these landmarks that takes the least work; where there is none, the engine itself.
 
     Raises:
         ValueError: a finder for other landmarks.
     """
     count = engine.config.num_landmarks
     asked_for = lightest_model(count) if finder is None else finder
-    found = engine if asked_for is None else engine_for(asked_for, *engine.options)
+    device, precision, num_threads = engine.options
+    if precision == "fp8":  # for large networks: small ones lose accuracy and gain nothing
+        precision = "auto"
+    found = engine if asked_for is None else engine_for(asked_for, device, precision, num_threads)
     if found.config.num_landmarks != count:
         raise ValueError(f"finder: expected a model of {count} landmarks, got one of {found.config.num_landmarks}")
     return found

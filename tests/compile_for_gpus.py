@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lgcn_fast_kernels import triton_convolution, triton_crop, triton_gaussian_sum, triton_peaks
-from lgcn_fast_kernels.triton_convolution import TILES, Convolution
+from lgcn_fast_kernels.triton_convolution import FP8_TILES, TILES, Convolution
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
 """By what Triton calls them."""
@@ -113,18 +113,23 @@ if __name__ == "__main__":
             for tile in range(len(TILES[filters])):
                 text = convolution("bf16", filters, filters, descriptors=True, capability=capability, tile=tile)
                 assert "mma.sync" in text, filters
-        for tile in range(len(TILES[filters])):
-            scaled = {"scale_ptr": "*fp32"}
+        first = {"KERNEL_SIZE": 5, "DILATION": 1, "ORIGIN": 128}
+        head = {"KERNEL_SIZE": 1, "DILATION": 1, "RELU": False}
+        scaled, to_fp8, to_bf16 = {"scale_ptr": "*fp32"}, {"out_ptr": "*fp8e4nv"}, {"out_ptr": "*bf16"}
+        for tile in range(len(FP8_TILES)):
             text = convolution("fp8e4nv", filters, filters, descriptors=True, tile=tile, types=scaled)
             convolution("fp8e4nv", filters, filters, descriptors=True, tile=tile, types=scaled, capability=89)
             assert ("wgmma.mma_async" in text and "e4m3.e4m3" in text) == (filters >= 64), filters
+        convolution("bf16", filters, 1, types={"x": "*u8"} | to_fp8, **first)
+        convolution("bf16", filters, 136, descriptors=True, types=to_fp8)
+        convolution("fp8e4nv", filters, filters, descriptors=True, types=scaled | to_bf16)
+        convolution("fp8e4nv", filters, 21, types=scaled)
         for dtype in ("bf16", "fp32"):
             # First layer, heads, behind the blur, inner layer, last layer: the blurred heatmaps are added.
-            first = {"KERNEL_SIZE": 5, "DILATION": 1, "ORIGIN": 128}
             convolution(dtype, filters, 1, types={"x": "*u8"}, **first)
-            head = {"KERNEL_SIZE": 1, "DILATION": 1, "RELU": False}
-            for shuffle in (1, 2):
-                convolution(dtype, 136 * shuffle**2, filters, descriptors=True, planes=True, SHUFFLE=shuffle, **head)
+            for shuffle, tile in ((1, -1), (2, -1), (2, 0)):
+                more = head | {"SHUFFLE": shuffle}
+                convolution(dtype, 136 * shuffle**2, filters, descriptors=True, planes=True, tile=tile, **more)
             convolution(dtype, filters, 136, descriptors=True)
             convolution(dtype, filters, filters, descriptors=True)
             sums = {"residual_ptr": "*fp32", "out_ptr": "*fp32"}

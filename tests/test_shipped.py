@@ -1,6 +1,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +77,11 @@ def test_what_looks_for_faces_runs_as_the_model_does():
     assert (finder.config.filters, finder.backend, finder.precision, finder.num_threads) == (32, "cpu", "fp32", 1)
 
 
+def test_fp8_is_not_for_what_looks_for_faces():
+    reader = SimpleNamespace(config=LGCNConfig(), options=("cpu", "fp8", 1))
+    assert finder_for(None, reader).precision in ("bf16", "fp32")
+
+
 def test_figures_are_those_of_the_weights():
     """`lgcn-fast report --ship` is due whenever weights change."""
     measured = json.loads((WEIGHTS / MEASURED).read_text())
@@ -87,4 +93,5 @@ def test_figures_are_those_of_the_weights():
             for method, errors in methods.items():
                 medians = " / ".join(f"{points['median']:.2f}" for points in errors.values())
                 assert f" {medians} " in card, f"{name}.md: expected {medians} for {test_set}, {method}"
+        assert "\n@" not in card, f"{name}.md: a line to be filled in"
     assert all(model.error and model.faces_per_second for model in models())
