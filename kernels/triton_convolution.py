@@ -167,24 +167,37 @@ def _convolution_kernel(
 
 
 @triton.jit
-def _channels_last_kernel(x, out, channels, pixels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    image = tl.program_id(2).to(tl.int64) * channels * pixels
+def _channels_last_kernel(
+    x, out, channels, height, width, out_width, pixels,
+    STEP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = (channel < channels)[:, None] & (pixel < pixels)[None, :]
-    block = tl.load(x + image + channel[:, None].to(tl.int64) * pixels + pixel[None, :], mask=inside)
+    planes = x + (image * channels + channel[:, None]) * (height * width)
+    row, column = pixel // out_width * STEP, pixel % out_width * STEP
+    total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for dy in tl.static_range(STEP):
+        for dx in tl.static_range(STEP):
+            place = tl.minimum(row + dy, height - 1) * width + tl.minimum(column + dx, width - 1)
+            total += tl.load(planes + place[None, :], mask=inside, other=0.0).to(tl.float32)
+    total *= 1 / (STEP * STEP)
     places = pixel[:, None].to(tl.int64) * channels + channel[None, :]
-    tl.store(out + image + places, tl.trans(block.to(out.dtype.element_ty)), mask=tl.trans(inside))
+    tl.store(out + image * channels * pixels + places, tl.trans(total.to(out.dtype.element_ty)), mask=tl.trans(inside))
 
 
-def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype, memory_format=torch.channels_last)` in one pass that reads and writes whole lines.
+def channels_last(x: Tensor, dtype: torch.dtype, step: int = 1) -> Tensor:
+    """`F.avg_pool2d(x, step).to(dtype, memory_format=torch.channels_last)` in a pass that reads and writes whole lines.
+
+    Where height or width are no multiples of `step`, the last rows and columns count as if they went on.
 
     Args:
         x: (B, C, H, W) floating point, contiguous.
+        step: side of the squares whose means are taken, in fp32; 1 for none.
 
     Returns:
-        (B, C, H, W), channels-last.
+        (B, C, H / step, W / step), rounded up, channels-last.
 
     Raises:
         ValueError: another shape or layout.
@@ -192,10 +205,14 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.ndim != 4 or not x.is_contiguous():
         raise ValueError(f"x: expected contiguous (B, C, H, W), got {described(x)}")
     batch, channels, height, width = x.shape
-    out = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    size = (batch, channels, triton.cdiv(height, step), triton.cdiv(width, step))
+    out = torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel():
-        grid = (triton.cdiv(height * width, BLOCK_P), triton.cdiv(channels, BLOCK_C), batch)
-        _channels_last_kernel[grid](x, out, channels, height * width, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P)
+        pixels = size[2] * size[3]
+        grid = (triton.cdiv(pixels, BLOCK_P), triton.cdiv(channels, BLOCK_C), batch)
+        _channels_last_kernel[grid](
+            x, out, channels, height, width, size[3], pixels, STEP=step, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P
+        )
     return out
 
 

@@ -11,10 +11,8 @@ from torch import Tensor
 from .tensors import described, result_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-BLOCK = 4096
-"""Pixels that a program reads at a time. Not compared with others."""
-NUM_WARPS = 8
-"""16 pixels of a block per thread. Not compared with others."""
+NUM_WARPS = {32: 4, 16: 2}
+"""By the side of the squares that a program reads at a time: 8 pixels a thread. Not compared with others."""
 
 
 @triton.jit
@@ -37,42 +35,42 @@ def _centroid_shift(x_ptr, y, x, height, width, RADIUS: tl.constexpr, LANES: tl.
 @triton.jit
 def _heatmap_reduction_kernel(
     x_ptr, out_ptr, height, width, threshold,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, RADIUS: tl.constexpr, LANES: tl.constexpr,
+    SIDE: tl.constexpr, RADIUS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     map_index = tl.program_id(0).to(tl.int64)
-    pixels = height * width
-    x_ptr += map_index * pixels
-    lane = tl.arange(0, BLOCK)
-    # Every lane keeps its own first maximum and its own sums.
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    largest_at = lane
-    w2 = tl.zeros((BLOCK,), tl.float32)
-    w2x = tl.zeros((BLOCK,), tl.float32)
-    w2y = tl.zeros((BLOCK,), tl.float32)
-    for block in range(BLOCKS):
-        index = block * BLOCK + lane
-        value = tl.load(x_ptr + index, mask=index < pixels, other=float("-inf")).to(tl.float32)
-        value = tl.where(value == value, value, float("-inf"))  # NaN counts as minus infinity.
-        larger = value > largest
+    x_ptr += map_index * (height * width)
+    # Every lane keeps its own first maximum and its own sums. (Rows and columns are counted, as a division for each
+    # pixel would take longer than to read it.)
+    largest = tl.full((SIDE, SIDE), float("-inf"), tl.float32)
+    largest_at = tl.zeros((SIDE, SIDE), tl.int32)
+    w2 = tl.zeros((SIDE, SIDE), tl.float32)
+    w2x = tl.zeros((SIDE, SIDE), tl.float32)
+    w2y = tl.zeros((SIDE, SIDE), tl.float32)
+    blocks_x = tl.cdiv(width, SIDE)
+    for block in range(tl.cdiv(height, SIDE) * blocks_x):
+        y = block // blocks_x * SIDE + tl.arange(0, SIDE)[:, None]
+        x = block % blocks_x * SIDE + tl.arange(0, SIDE)[None, :]
+        index = y * width + x
+        value = tl.load(x_ptr + index, mask=(y < height) & (x < width), other=float("-inf")).to(tl.float32)
+        larger = value > largest  # (NaN never is)
         largest = tl.where(larger, value, largest)
         largest_at = tl.where(larger, index, largest_at)
-        y = index // width
         square = tl.where(value > threshold, value * value, 0.0)
         w2 += square
-        w2x += square * (index - y * width).to(tl.float32)
+        w2x += square * x.to(tl.float32)
         w2y += square * y.to(tl.float32)
-    peak = tl.max(largest, axis=0)
-    # Of equal ones the first. Where nothing is above minus infinity, lane 0 holds pixel 0.
-    first = tl.min(tl.where(largest == peak, largest_at, pixels), axis=0)
+    peak = tl.max(largest)
+    # Of equal ones the first. Where nothing is above minus infinity, all lanes hold pixel 0.
+    first = tl.min(tl.where(largest == peak, largest_at, height * width))
     y, x = first // width, first % width
     shift_x, shift_y = _centroid_shift(x_ptr, y, x, height, width, RADIUS, LANES)
     out_ptr += map_index * 6
     tl.store(out_ptr, (x + shift_x).to(tl.float32))
     tl.store(out_ptr + 1, (y + shift_y).to(tl.float32))
     tl.store(out_ptr + 2, peak)
-    tl.store(out_ptr + 3, tl.sum(w2, axis=0))
-    tl.store(out_ptr + 4, tl.sum(w2x, axis=0))
-    tl.store(out_ptr + 5, tl.sum(w2y, axis=0))
+    tl.store(out_ptr + 3, tl.sum(w2))
+    tl.store(out_ptr + 4, tl.sum(w2x))
+    tl.store(out_ptr + 5, tl.sum(w2y))
 
 
 def heatmap_reduction(heatmaps: Tensor, radius: int, threshold: float = 0.01, out: Tensor | None = None) -> Tensor:
@@ -97,15 +95,15 @@ def heatmap_reduction(heatmaps: Tensor, radius: int, threshold: float = 0.01, ou
     if not (isinstance(radius, int) and radius >= 0):
         raise ValueError(f"radius: expected 0 or more whole pixels, got {radius}")
     fits = heatmaps.ndim == 4 and heatmaps.dtype in DTYPES and heatmaps.is_contiguous()
-    if not fits or not 0 < heatmaps.shape[2] * heatmaps.shape[3] < 2**31 - BLOCK:
+    if not fits or not 0 < heatmaps.shape[2] * heatmaps.shape[3] < 2**31 - 2**16:
         expected = "contiguous (B, N, H, W) float32, float16 or bfloat16 with 1 to about 2**31 pixels"
         raise ValueError(f"heatmaps: expected {expected}, got {described(heatmaps)}")
     batch, channels, height, width = heatmaps.shape
     out = result_tensor(out, (batch, channels, 6), torch.float32, heatmaps.device)
     if out.numel():
+        side = 32 if width % 32 == 0 else 16
         _heatmap_reduction_kernel[(batch * channels,)](
-            heatmaps, out, height, width, float(threshold),
-            BLOCKS=triton.cdiv(height * width, BLOCK), BLOCK=BLOCK,
-            RADIUS=radius, LANES=triton.next_power_of_2((2 * radius + 1) ** 2), num_warps=NUM_WARPS,
+            heatmaps, out, height, width, float(threshold), SIDE=side,
+            RADIUS=radius, LANES=triton.next_power_of_2((2 * radius + 1) ** 2), num_warps=NUM_WARPS[side],
         )  # fmt: skip
     return out

@@ -82,15 +82,15 @@ def gaussian_sum(dtype: torch.dtype, name: str, capability: int = 90) -> str:
     return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, capability, num_warps=num_warps)
 
 
-def heatmap_reduction(radius: int) -> str:
+def heatmap_reduction(radius: int, side: int) -> str:
     lanes = next_power_of_2((2 * radius + 1) ** 2)
-    constants = {"BLOCKS": 9, "BLOCK": triton_peaks.BLOCK, "RADIUS": radius, "LANES": lanes}
     pointers = {"x_ptr": "*fp32", "out_ptr": "*fp32", "threshold": "fp32"}
-    return ptx(triton_peaks._heatmap_reduction_kernel, constants, pointers, num_warps=triton_peaks.NUM_WARPS)
+    constants, num_warps = {"SIDE": side, "RADIUS": radius, "LANES": lanes}, triton_peaks.NUM_WARPS[side]
+    return ptx(triton_peaks._heatmap_reduction_kernel, constants, pointers, num_warps=num_warps)
 
 
-def channels_last(name: str) -> str:
-    constants = {"BLOCK_C": triton_convolution.BLOCK_C, "BLOCK_P": triton_convolution.BLOCK_P}
+def channels_last(name: str, step: int) -> str:
+    constants = {"STEP": step, "BLOCK_C": triton_convolution.BLOCK_C, "BLOCK_P": triton_convolution.BLOCK_P}
     return ptx(triton_convolution._channels_last_kernel, constants, {"x": "*fp32", "out": f"*{name}"})
 
 
@@ -137,9 +137,11 @@ if __name__ == "__main__":
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for capability in SHARED_MEMORY:
             assert "mma" in gaussian_sum(dtype, name, capability)
-        channels_last(name)
+        for step in (1, 2):
+            channels_last(name, step)
     for radius in (0, 6, 12):
-        heatmap_reduction(radius)
+        for side in triton_peaks.NUM_WARPS:
+            heatmap_reduction(radius, side)
     for to_gray in (False, True):
         for taps in (1, 4, 32):
             crop(to_gray, taps)
