@@ -20,6 +20,7 @@ from runtimes import constant_bands
 from timing import output_folder, turn, write
 
 from lgcn_fast import Engine, ShapeModel, gaussian_sum, load_model, predict
+from lgcn_fast.engine import LEAST_FP8_CAPABILITY
 from lgcn_fast.fitting import CudaFitter, Fit, fit
 from lgcn_fast.images import from_crop
 from lgcn_fast.operators import gaussian_sum_banded
@@ -166,11 +167,18 @@ def convolutions(peak: float) -> dict[str, dict]:
     return results
 
 
+def precisions() -> tuple[str, ...]:
+    """Those that this GPU has instructions for, but for fp32."""
+    has_fp8 = torch.cuda.get_device_capability() >= LEAST_FP8_CAPABILITY
+    return ("bf16", "fp8") if has_fp8 else ("bf16",)
+
+
 def network(name: str, peak: float) -> dict[str, dict]:
     """Images on the device to heatmaps: eager PyTorch in three precisions, CUDA graphs of it, torch.compile, ours."""
     results = {}
     exact = load_model(name).cuda().requires_grad_(False)
-    ours, eight_bits = Engine(exact, "cuda"), Engine(exact, "cuda", "fp8")
+    engines = {precision: Engine(exact, "cuda", precision) for precision in precisions()}
+    ours = engines["bf16"]
     for batch in BATCHES:
         images = torch.from_numpy(real_crops(batch)).cuda()[:, None]
         fast = load_model(name).cuda().requires_grad_(False).to(memory_format=torch.channels_last).bfloat16()
@@ -204,8 +212,8 @@ def network(name: str, peak: float) -> dict[str, dict]:
                 torch.compiler.reset()
                 compiled = torch.compile(fast, mode="max-autotune", dynamic=False)
                 functions["torch.compile max-autotune of it"] = lambda m=compiled, x=images: m(x).output
-            functions["engine, bf16"] = lambda x=images: ours.heatmaps(x)
-            functions["engine, fp8"] = lambda x=images: eight_bits.heatmaps(x)
+            for precision, engine in engines.items():
+                functions[f"engine, {precision}"] = lambda e=engine, x=images: e.heatmaps(x)
             times = table(f"network {name}, batch {batch}", functions)
         rate = 2 * giga_multiply_adds(exact.config) * batch / times["engine, bf16"]
         print(f"engine: {rate:.0f} TFLOP/s, {100 * rate / peak:.0f} % of the limit")
@@ -293,7 +301,7 @@ def main() -> None:
         "kernel convolution": lambda: kernel_convolution(copy),
         "convolutions": lambda: convolutions(peak),
         **{f"end to end, {name}": lambda n=name: end_to_end(n, "bf16") for name in NETWORKS},
-        f"end to end, {NETWORKS[0]}, fp8": lambda: end_to_end(NETWORKS[0], "fp8"),
+        **{f"end to end, {NETWORKS[0]}, {p}": lambda p=p: end_to_end(NETWORKS[0], p) for p in precisions()[1:]},
         **{f"network, {name}": lambda n=name: network(n, peak) for name in NETWORKS},
     }
     for name, part in parts.items():

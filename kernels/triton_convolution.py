@@ -176,13 +176,16 @@ def _channels_last_kernel(
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = (channel < channels)[:, None] & (pixel < pixels)[None, :]
     planes = x + (image * channels + channel[:, None]) * (height * width)
-    row, column = pixel // out_width * STEP, pixel % out_width * STEP
-    total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    for dy in tl.static_range(STEP):
-        for dx in tl.static_range(STEP):
-            place = tl.minimum(row + dy, height - 1) * width + tl.minimum(column + dx, width - 1)
-            total += tl.load(planes + place[None, :], mask=inside, other=0.0).to(tl.float32)
-    total *= 1 / (STEP * STEP)
+    if STEP == 1:  # whole lines: nothing is between one pixel and the next
+        total = tl.load(planes + pixel[None, :], mask=inside)
+    else:
+        row, column = pixel // out_width * STEP, pixel % out_width * STEP
+        total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        for dy in tl.static_range(STEP):
+            for dx in tl.static_range(STEP):
+                place = tl.minimum(row + dy, height - 1) * width + tl.minimum(column + dx, width - 1)
+                total += tl.load(planes + place[None, :], mask=inside, other=0.0).to(tl.float32)
+        total *= 1 / (STEP * STEP)
     places = pixel[:, None].to(tl.int64) * channels + channel[None, :]
     tl.store(out + image * channels * pixels + places, tl.trans(total.to(out.dtype.element_ty)), mask=tl.trans(inside))
 

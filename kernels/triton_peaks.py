@@ -12,7 +12,7 @@ from .tensors import described, result_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NUM_WARPS = {32: 4, 16: 2}
-"""By the side of the squares that a program reads at a time: 8 pixels a thread. Not compared with others."""
+"""By the side of the squares that a program reads at a time, 8 or 4 pixels a thread. Not compared with others."""
 
 
 @triton.jit
@@ -33,6 +33,16 @@ def _centroid_shift(x_ptr, y, x, height, width, RADIUS: tl.constexpr, LANES: tl.
 
 
 @triton.jit
+def _square(x_ptr, block, height, width, SIDE: tl.constexpr):
+    """The pixels of one of the squares that a map consists of, minus infinity beyond it; their rows and columns."""
+    blocks_x = tl.cdiv(width, SIDE)
+    y = block // blocks_x * SIDE + tl.arange(0, SIDE)[:, None]
+    x = block % blocks_x * SIDE + tl.arange(0, SIDE)[None, :]
+    inside = (y < height) & (x < width)
+    return tl.load(x_ptr + y * width + x, mask=inside, other=float("-inf")).to(tl.float32), y, x
+
+
+@triton.jit
 def _heatmap_reduction_kernel(
     x_ptr, out_ptr, height, width, threshold,
     SIDE: tl.constexpr, RADIUS: tl.constexpr, LANES: tl.constexpr,
@@ -46,19 +56,17 @@ def _heatmap_reduction_kernel(
     w2 = tl.zeros((SIDE, SIDE), tl.float32)
     w2x = tl.zeros((SIDE, SIDE), tl.float32)
     w2y = tl.zeros((SIDE, SIDE), tl.float32)
-    blocks_x = tl.cdiv(width, SIDE)
-    for block in range(tl.cdiv(height, SIDE) * blocks_x):
-        y = block // blocks_x * SIDE + tl.arange(0, SIDE)[:, None]
-        x = block % blocks_x * SIDE + tl.arange(0, SIDE)[None, :]
-        index = y * width + x
-        value = tl.load(x_ptr + index, mask=(y < height) & (x < width), other=float("-inf")).to(tl.float32)
+    value, y, x = _square(x_ptr, 0, height, width, SIDE)
+    for block in range(tl.cdiv(height, SIDE) * tl.cdiv(width, SIDE)):
+        following, next_y, next_x = _square(x_ptr, block + 1, height, width, SIDE)  # (on its way meanwhile)
         larger = value > largest  # (NaN never is)
         largest = tl.where(larger, value, largest)
-        largest_at = tl.where(larger, index, largest_at)
+        largest_at = tl.where(larger, y * width + x, largest_at)
         square = tl.where(value > threshold, value * value, 0.0)
         w2 += square
         w2x += square * x.to(tl.float32)
         w2y += square * y.to(tl.float32)
+        value, y, x = following, next_y, next_x
     peak = tl.max(largest)
     # Of equal ones the first. Where nothing is above minus infinity, all lanes hold pixel 0.
     first = tl.min(tl.where(largest == peak, largest_at, height * width))
@@ -95,7 +103,8 @@ def heatmap_reduction(heatmaps: Tensor, radius: int, threshold: float = 0.01, ou
     if not (isinstance(radius, int) and radius >= 0):
         raise ValueError(f"radius: expected 0 or more whole pixels, got {radius}")
     fits = heatmaps.ndim == 4 and heatmaps.dtype in DTYPES and heatmaps.is_contiguous()
-    if not fits or not 0 < heatmaps.shape[2] * heatmaps.shape[3] < 2**31 - 2**16:
+    # (A square may reach beyond the last pixel.)
+    if not fits or not 0 < heatmaps.shape[2] * heatmaps.shape[3] < 2**31 - max(NUM_WARPS):
         expected = "contiguous (B, N, H, W) float32, float16 or bfloat16 with 1 to about 2**31 pixels"
         raise ValueError(f"heatmaps: expected {expected}, got {described(heatmaps)}")
     batch, channels, height, width = heatmaps.shape

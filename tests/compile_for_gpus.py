@@ -27,7 +27,9 @@ def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90,
     Pointers, height and width are multiples of 16, as for 96 x 96.
     """
     types = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
-    sixteens = [name for name in kernel.arg_names if types[name].startswith("*") or name in ("height", "width")]
+    sixteens = [
+        name for name in kernel.arg_names if types[name].startswith("*") or name in ("height", "width", "pixels")
+    ]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in sixteens}
     compiled = compile(ASTSource(kernel, types, constants, attributes), GPUTarget("cuda", capability, 32), options)
     assert compiled.metadata.shared <= 1024 * SHARED_MEMORY[capability], (
@@ -138,7 +140,7 @@ if __name__ == "__main__":
         for capability in SHARED_MEMORY:
             assert "mma" in gaussian_sum(dtype, name, capability)
         for step in (1, 2):
-            channels_last(name, step)
+            assert ("ld.global.v4" in channels_last(name, step)) == (step == 1)
     for radius in (0, 6, 12):
         for side in triton_peaks.NUM_WARPS:
             heatmap_reduction(radius, side)

@@ -22,7 +22,7 @@ def test_channels_come_out_in_sizes_of_about_1():
         x = F.conv2d(x, torch.from_numpy(weight), torch.from_numpy(bias), padding=weight.shape[2] // 2).relu()
         sizes = x.square().mean((0, 2, 3)).sqrt()
         assert float(sizes.max()) < 5, sizes
-        assert float((sizes > 0.1).float().mean()) > 0.7, sizes  # (others are nearly always 0)
+        assert float((sizes > 0.1).float().mean()) > 0.4, sizes  # (others are nearly always 0)
 
 
 @torch.inference_mode()

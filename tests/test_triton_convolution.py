@@ -107,9 +107,10 @@ def test_results_are_rounded_to_fp8(convolution, dtype):
     result = convolution(weight, 100 * bias, relu=True, out_dtype=FP8)(x)
     assert result.dtype == FP8
     assert result.is_contiguous(memory_format=torch.channels_last)
-    # A rounding error is at most a 16th. Triton's interpreter errs by more, now and then: it forgets to carry.
-    near = (result.double() - expected).abs() <= expected / 15 + 2**-9
-    assert near.float().mean() > (0.999 if DEVICE == "cuda" else 0.97)
+    near = (result.double() - expected).abs() <= expected / 15 + 2**-9  # (a rounding error is at most a 16th)
+    if DEVICE == "cpu":  # Triton's interpreter forgets to carry where all bits of the mantissa would become 0
+        near |= expected.frexp().mantissa > 0.96
+    assert near.float().mean() > 0.999
 
 
 @pytest.mark.gpu
@@ -151,7 +152,7 @@ def test_channels_last(shape, dtype):
         assert means.shape == (*shape[:2], -(-shape[2] // step), -(-shape[3] // step))
         if len(x):
             expected = F.avg_pool2d(padded.double(), step)
-            torch.testing.assert_close(means.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+            torch.testing.assert_close(means.double(), expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
 def test_channels_last_wants_contiguous_images(convolution):
@@ -243,7 +244,7 @@ def test_wrong_input_is_named(convolution):
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("filters", [16, 32, 64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, FP8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, pytest.param(FP8, id="fp8")])
 def test_every_call_gives_the_same_bits(convolution, dtype, filters, size):
     """Products that read what the next block of the loop overwrites once gave one tile in a hundred wrong."""
     from lgcn_fast_kernels.triton_convolution import tiles_of

@@ -11,6 +11,7 @@ from lgcn_fast.peaks import peak_centroids, window_moments
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton (pip install '.[gpu]')")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 3, 96, 96), (1, 1, 1, 1), (1, 2, 1, 7), (1, 2, 9, 1), (2, 1, 31, 37), (1, 1, 130, 45), (1, 2, 3, 4)]
+SHAPES += [(1, 2, 33, 64), (1, 1, 5, 32)]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,9 @@ def test_first_of_equal_maxima(kernel, random):
     # In different blocks that the kernel reads, the later one further left.
     heatmaps = np.zeros((1, 1, 130, 45), np.float32)
     heatmaps.reshape(-1)[[4000, 4099]] = 1
+    check(kernel, heatmaps)
+    heatmaps = np.zeros((1, 1, 40, 64), np.float32)
+    heatmaps[0, 0, [0, 3], [40, 2]] = 1
     check(kernel, heatmaps)
 
 
