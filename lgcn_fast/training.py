@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -223,26 +222,20 @@ class Trainer:
 
         An error counts as at most `LARGEST_ERROR` times the median.
         """
+        size = self.options.config.input_size
+        crops = AugmentedCrops(self.cache, NONE, size, 0)
         self.averaged.eval()
         errors = []
-        for images, points in self._validation_batches:
+        for indices in np.array_split(self.validation, -(-len(self.validation) // 32)):
+            images, points = zip(*(crops[0, int(index)] for index in indices), strict=True)
             with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                heatmaps = self.averaged(images).output
+                heatmaps = self.averaged(torch.stack(images).to(self.device)).output
                 found, _ = peak_centroids(heatmaps.float(), PEAK_RADIUS / self.options.config.stride)
-            errors.append(landmark_errors(found.cpu().numpy(), points))
+            labelled = to_heatmap(torch.cat(points), self.options.config.stride).numpy()
+            errors.append(landmark_errors(found.cpu().numpy(), labelled))
         errors = np.concatenate(errors)
         errors = errors.clip(max=LARGEST_ERROR * np.median(errors))
         return float(np.average(errors, weights=self.validation_shares))
-
-    @cached_property
-    def _validation_batches(self) -> list[tuple[Tensor, np.ndarray]]:
-        """Images on the device, and labels in pixels of the heatmaps."""
-        crops, batches = AugmentedCrops(self.cache, NONE, self.options.config.input_size, 0), []
-        for indices in np.array_split(self.validation, -(-len(self.validation) // 32)):
-            images, points = zip(*(crops[0, int(index)] for index in indices), strict=True)
-            labelled = to_heatmap(torch.cat(points), self.options.config.stride).numpy()
-            batches.append((torch.stack(images).to(self.device), labelled))
-        return batches
 
     def card(self) -> dict:
         """What a model card needs to know of this run."""
