@@ -194,13 +194,18 @@ def engine_device(name: str) -> torch.device:
     return device
 
 
+def known_precisions(device: torch.device) -> tuple[str, ...]:
+    """Those that a processor or GPU has instructions for."""
+    if device.type == "cpu":
+        return tuple(INSTRUCTIONS)
+    has_fp8 = torch.cuda.get_device_capability(device) >= LEAST_FP8_CAPABILITY
+    return ("fp32", "bf16", "fp8") if has_fp8 else ("fp32", "bf16")
+
+
 def _checked_precision(precision: str, device: torch.device) -> str:
     if precision not in ("auto", "fp32", "bf16", "fp8"):
         raise ValueError(f"precision: expected 'auto', 'fp32', 'bf16' or 'fp8', got {precision!r}")
-    known = INSTRUCTIONS
-    if device.type == "cuda":
-        has_fp8 = torch.cuda.get_device_capability(device) >= LEAST_FP8_CAPABILITY
-        known = ("fp32", "bf16", "fp8") if has_fp8 else ("fp32", "bf16")
+    known = known_precisions(device)
     if precision == "auto":
         return "bf16" if "bf16" in known else "fp32"
     if precision not in known:

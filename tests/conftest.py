@@ -13,7 +13,7 @@ import torch
 
 from lgcn_fast import LGCN, LGCNConfig, checkpoints
 from lgcn_fast.checkpoints import WEIGHTS, save_model
-from lgcn_fast.engine import LEAST_FP8_CAPABILITY
+from lgcn_fast.engine import known_precisions
 from lgcn_fast.shipped import MEASURED, default_model, lightest_model
 
 # Before triton is imported for the first time: without a GPU its kernels are interpreted.
@@ -27,7 +27,7 @@ DATA = Path(os.environ.get("LGCN_DATA", ROOT.parent / "shared" / "data"))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_data = pytest.mark.skip(reason=f"no face data in {DATA} (set LGCN_DATA)")
     no_fp8 = pytest.mark.skip(reason="this GPU has no fp8")
-    has_fp8 = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= LEAST_FP8_CAPABILITY
+    has_fp8 = not torch.cuda.is_available() or "fp8" in known_precisions(torch.device("cuda"))
     for item in items:
         if "data" in item.keywords and not DATA.is_dir():
             item.add_marker(no_data)

@@ -201,9 +201,7 @@ def test_engine_finds_what_the_native_one_finds(cuda, random, to_host):
     network = fold(randomised(config))
     shape = ShapeModel.fit(random.normal(size=(20, 3, 2)), 2)
     # (Results are moved to the host for to_host: on a CPU nothing can be recorded with a fit on the host.)
-    ours = cuda.CudaEngine(
-        network, torch.device("cpu") if DEVICE.type == "cpu" else DEVICE, torch.float32, fitter=HostFitter
-    )
+    ours = cuda.CudaEngine(network, DEVICE, torch.float32, fitter=HostFitter)
     expected = NativeEngine(network, "fp32", 1)
     for side in (24, 21):
         images = torch.from_numpy(random.integers(0, 256, (3, 1, side, side), np.uint8))
