@@ -26,24 +26,25 @@ def model_names() -> list[str]:
     return sorted(path.stem for path in WEIGHTS.glob("lgcn-*.safetensors"))
 
 
-def weights_path(model: Path | str) -> Path:
+def weights_path(model: Path | str, name: str = "model") -> Path:
     """The weights file of a model.
 
     Args:
         model: the name of a model in the package, or a path.
+        name: of the argument, for errors.
 
     Raises:
         ValueError: neither; lists the names.
     """
     if not isinstance(model, Path | str):
-        raise ValueError(f"model: expected a name, a path, a network or an engine, got {type(model).__name__}")
+        raise ValueError(f"{name}: expected a name, a path, a network or an engine, got {type(model).__name__}")
     text = str(model)
     shipped = _in_package(text, WEIGHTS)
     if text.startswith("lgcn-") and shipped.parent == WEIGHTS and shipped.is_file():
         return shipped
     if not Path(model).is_file():
         names = ", ".join(model_names())
-        raise ValueError(f"model: expected one of {names}, or a safetensors file, got {text!r}")
+        raise ValueError(f"{name}: expected one of {names}, or a safetensors file, got {text!r}")
     return Path(model)
 
 

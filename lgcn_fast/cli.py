@@ -4,8 +4,13 @@ import argparse
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 
 import cv2
@@ -20,8 +25,10 @@ from .cli_photos import (
     add_model_options,
     found_in,
     free_name,
+    names_in,
     rounded,
     run_multiface,
+    write_whole,
 )
 from .cli_training import add_command, add_fit_shape, add_prepare, add_train
 from .cli_video import add_video, add_webcam
@@ -56,12 +63,26 @@ def main(arguments: list[str] | None = None) -> int:
         add(commands)
     options = parser.parse_args(arguments)
     try:
-        return options.run(options)
+        with _finished_when_terminated():
+            return options.run(options)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"lgcn-fast {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+@contextmanager
+def _finished_when_terminated() -> Iterator[None]:
+    """What SIGTERM ends (`timeout`, `docker stop`, batch queues) finishes its files, as after Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _add_predict(commands) -> None:
@@ -71,7 +92,8 @@ def _add_predict(commands) -> None:
         "--box",
         type=_box,
         metavar="X,Y,W,H",
-        help="the face in pixels, in every file; default: the whole picture is one face (for photos: detect)",
+        help="the face in pixels, in every file (--box=-5,... where x is below 0); default: the whole picture is one "
+        "face (for photos: detect)",
     )
     parser.add_argument(
         "--passes", type=int, default=1, metavar="N", help="2: look again, in the box around the points (default: 1)"
@@ -92,6 +114,7 @@ def _run_predict(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     found = {}
     boxes = [options.box] if options.box else None
+    taken = names_in(options.out, options.files)
 
     def find(image: np.ndarray) -> Landmarks:
         chosen = {"ensemble": options.ensemble, "passes": options.passes}
@@ -99,13 +122,13 @@ def _run_predict(options: argparse.Namespace) -> int:
 
     try:
         for path, image, result in found_in("predict", options.files, find):
-            picture = free_name(path.stem, "landmarks", {entry["picture"] for entry in found.values()})
+            picture = free_name(path.stem, "landmarks", taken)
             _write_picture(options.out / picture, image, result.points)
             found[str(path)] = {"picture": picture, **rounded(result.points[0], result.scores[0])}
     finally:  # also where it is interrupted, or the disk gets full
         if found:
             numbers = options.out / f"landmarks.{options.format}"
-            (_write_csv if options.format == "csv" else _write_json)(numbers, found)
+            write_whole(numbers, _as_csv(found) if options.format == "csv" else json.dumps(found, indent=1))
             print(f"{numbers}: landmarks of {len(found)} of {len(options.files)} files")
     return 0 if len(found) == len(set(map(str, options.files))) else 2
 
@@ -118,18 +141,15 @@ def _write_picture(path: Path, image: np.ndarray, points: np.ndarray) -> None:
     write_image(path, draw(image, (points + 0.5) * zoom - 0.5))
 
 
-def _write_json(path: Path, found: dict[str, dict]) -> None:
-    path.write_text(json.dumps(found, indent=1))
-
-
-def _write_csv(path: Path, found: dict[str, dict]) -> None:
+def _as_csv(found: dict[str, dict]) -> str:
     """The points as `lgcn-fast prepare` reads them."""
     count = len(next(iter(found.values()))["points"])
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", *(f"{axis}{i}" for i in range(count) for axis in "xy")])
-        for name, entry in found.items():
-            writer.writerow([name, *(value for point in entry["points"] for value in point)])
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", *(f"{axis}{i}" for i in range(count) for axis in "xy")])
+    for name, entry in found.items():
+        writer.writerow([name, *(value for point in entry["points"] for value in point)])
+    return text.getvalue()
 
 
 def _add_demo(commands) -> None:

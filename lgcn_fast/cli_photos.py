@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -69,10 +70,14 @@ def _detector(options: argparse.Namespace) -> Callable[[np.ndarray], Faces]:
 
 def _run_detect(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
+    numbers = options.out / "faces.json"
+    _check_no_labels(numbers)
     found: dict[str, dict] = {}
+    taken = names_in(options.out, options.files)
+    taken |= {name.replace("_heatmap.png", "_faces.png") for name in taken}
     try:
         for path, photo, faces in found_in("detect", options.files, _detector(options)):
-            picture = free_name(path.stem, "faces", {entry["picture"] for entry in found.values()})
+            picture = free_name(path.stem, "faces", taken)
             write_image(options.out / picture, draw(photo, faces.points))
             found[str(path)] = {"picture": picture, "faces": as_json(faces)}
             if options.heatmap:
@@ -81,9 +86,9 @@ def _run_detect(options: argparse.Namespace) -> int:
                 write_image(options.out / picture.replace("_faces.png", "_heatmap.png"), colors[..., ::-1])
     finally:  # also where it is interrupted, or the disk gets full
         if found:
-            (options.out / "faces.json").write_text(json.dumps(found, indent=1))
+            write_whole(numbers, json.dumps(found, indent=1))
             count = sum(len(entry["faces"]) for entry in found.values())
-            print(f"{options.out / 'faces.json'}: {count} faces in {len(found)} of {len(options.files)} photos")
+            print(f"{numbers}: {count} faces in {len(found)} of {len(options.files)} photos")
     return 0 if len(found) == len(set(map(str, options.files))) else 2
 
 
@@ -98,7 +103,7 @@ def found_in(
         try:
             image = read_image(path, color=True)
             found = find(image)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError, cv2.error) as error:
             message = str(error) if str(path) in str(error) else f"{path}: {error}"
             print(f"lgcn-fast {command}: {message}", file=sys.stderr)
             continue
@@ -123,12 +128,40 @@ def rounded(points: np.ndarray, scores: np.ndarray) -> dict[str, list]:
     return {"points": points.astype(float).round(3).tolist(), "scores": scores.astype(float).round(4).tolist()}
 
 
+def names_in(folder: Path, files: list[Path]) -> set[str]:
+    """Names of those files that are in a folder: no drawing may overwrite them."""
+    return {path.name for path in files if path.parent.resolve() == folder.resolve()}
+
+
 def free_name(stem: str, kind: str, taken: set[str]) -> str:
-    """Name of a picture: files of the same name in different folders must not overwrite each other."""
+    """Name of a picture, which is taken then: files of the same name in different folders must not overwrite each
+    other."""
     name, number = f"{stem}_{kind}.png", 2
     while name in taken:
         name, number = f"{stem}_{number}_{kind}.png", number + 1
+    taken.add(name)
     return name
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, which appears complete or not at all: what stood there before is not lost."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _check_no_labels(path: Path) -> None:
+    """Raise ValueError where a `faces.json` holds labels, as `evaluate --multiface` reads them."""
+    try:
+        labels = isinstance(json.loads(path.read_text()), list)
+    except (OSError, ValueError):
+        return
+    if labels:
+        raise ValueError(f"--out: expected a folder without labels, which would be lost, got {path}")
 
 
 def run_multiface(options: argparse.Namespace) -> int:
@@ -140,9 +173,8 @@ def run_multiface(options: argparse.Namespace) -> int:
     pictures: set[str] = set()
     for score in scores:
         picture = free_name(score.photo.path.stem, "faces", pictures)
-        pictures.add(picture)
         write_image(options.out / picture, draw_score(score))
-    (options.out / "multiface.json").write_text(json.dumps(values, indent=1))
+    write_whole(options.out / "multiface.json", json.dumps(values, indent=1))
     print(f"{values['found']} of {values['faces']} labelled faces of at least {options.min_face:g} pixels found in "
           f"{values['photos']} photos ({values['recall']:.1f} %), error {values['mean error']:.2f} % mean, "
           f"{values['median error']:.2f} % median; {values['unlabelled']} detections without a label (magenta: look at "

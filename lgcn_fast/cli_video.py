@@ -104,7 +104,7 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
                         lines.write(_record(len(latencies) - 1, frame, faces))
                     picture = _picture(frame, faces, options, tracker) if writer or options.show else None
                     if writer:
-                        writer.write(picture, frame.time if reader.live else None)
+                        writer.write(picture, frame.time)
                     if options.show and not _shown(picture):
                         break
             except KeyboardInterrupt:
@@ -125,6 +125,8 @@ def _check_options(options: argparse.Namespace) -> None:
         path = getattr(options, name)
         if path and source and path.exists() and Path(source).exists() and path.samefile(source):
             raise ValueError(f"--{name}: expected another file than the input, got {path}")
+    if options.out and options.json and options.out.absolute() == options.json.absolute():
+        raise ValueError(f"--json: expected another file than --out, got {options.json}")
     # Qt would end the process.
     if options.show and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         raise ValueError(

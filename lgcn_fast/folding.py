@@ -40,7 +40,7 @@ class FoldedNetwork:
 @torch.inference_mode()
 def fold(model: LGCN) -> FoldedNetwork:
     """Fold a trained network, which is not changed."""
-    model = deepcopy(model).eval().cpu()
+    model = deepcopy(model).eval().cpu().float()
     scale = model.config.activation_scale
     local, local_scale = _folded_blocks(model.local_subnet, 0.1 / 128, scale)
     context, context_scale = _folded_blocks(model.global_subnet, 1.0, scale)
@@ -50,7 +50,7 @@ def fold(model: LGCN) -> FoldedNetwork:
 
 def _folded_blocks(subnet: nn.Sequential, first_scale: float, scale: float) -> tuple[list[Layer], Tensor]:
     """The layers of a subnet, and the factors (C,) of the channels that come out of them."""
-    layers, scale_in = [], torch.tensor(first_scale)
+    layers, scale_in = [], torch.tensor(first_scale, dtype=torch.float32)
     for convolution, norm, *_ in subnet:
         size = _typical_size(norm)
         layers.append(_filters(fuse_conv_bn_eval(convolution, norm), scale_in, 1 / size))
@@ -72,7 +72,7 @@ def _typical_size(norm: nn.BatchNorm2d) -> Tensor:
 
 def _filters(convolution: nn.Conv2d, scale_in: Tensor, scale_out: Tensor | float = 1.0) -> Layer:
     """Filters and biases, times the factors of what comes in and of what goes out, a number or one a channel."""
-    scale_out = torch.as_tensor(scale_out)
+    scale_out = torch.as_tensor(scale_out, dtype=torch.float32)
     weight = convolution.weight * (scale_in.view(1, -1, 1, 1) * scale_out.view(-1, 1, 1, 1))
     return weight.numpy(), (convolution.bias * scale_out).numpy()
 

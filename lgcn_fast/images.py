@@ -3,7 +3,10 @@
 A box covers whole pixels: its left edge lies half a pixel left of pixel x, as with slices and `cv2.resize`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import cv2
@@ -36,13 +39,11 @@ def read_image(path: Path, color: bool = False) -> np.ndarray:
     data = np.frombuffer(path.read_bytes(), np.uint8)
     if _is_truncated_jpeg(data):
         raise ValueError(f"{path}: expected a complete JPEG file, got one that ends in the middle")
-    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE) if data.size else None
-    except cv2.error:
-        image = None
-    finally:
-        cv2.utils.logging.setLogLevel(level)
+    with silent_opencv():
+        try:
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE) if data.size else None
+        except cv2.error:
+            image = None
     if image is None:
         raise ValueError(f"{path}: expected a picture file, got {data.size} bytes that do not decode as one")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if color else image
@@ -53,15 +54,40 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
     Raises:
         OSError: it could not be written.
-        ValueError: a name that is not one of a picture.
+        ValueError: a name that is not one of a picture, or an array that is none.
     """
+    path = Path(path)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
+    if not cv2.haveImageWriter(f"picture{path.suffix}"):
+        got = path.suffix or "none"
+        raise ValueError(f"{path}: expected the suffix of a picture, such as .png or .jpg, got {got}")
+    # (OpenCV itself crashes on names that are no UTF-8, and does not say why it could not write.)
+    encoded, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    if not encoded:
+        raise ValueError(f"{path}: expected a picture that fits the format, got {image.shape}")
+    path.write_bytes(data)
+
+
+_silence, _silent_calls, _level = Lock(), 0, 0
+
+
+@contextmanager
+def silent_opencv() -> Iterator[None]:
+    """Keeps OpenCV from writing what it thinks of a file to standard error, until no thread is in here any more."""
+    global _silent_calls, _level
+    logging = cv2.utils.logging
+    with _silence:
+        if not _silent_calls:
+            _level = logging.setLogLevel(logging.LOG_LEVEL_SILENT)
+        _silent_calls += 1
     try:
-        written = cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    except cv2.error:
-        got = Path(path).suffix or "none"
-        raise ValueError(f"{path}: expected the suffix of a picture, such as .png or .jpg, got {got}") from None
-    if not written:
-        raise OSError(f"{path}: the picture could not be written")
+        yield
+    finally:
+        with _silence:
+            _silent_calls -= 1
+            if not _silent_calls:
+                logging.setLogLevel(_level)
 
 
 def _is_truncated_jpeg(data: np.ndarray) -> bool:

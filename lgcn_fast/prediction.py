@@ -1,5 +1,6 @@
 """Landmarks of images: `predict`, the main entry point."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,6 +24,9 @@ from .shipped import default_model, lightest_model
 
 CHUNK = 64
 """Crops that go through the network at once: on a GPU the largest batch that is recorded."""
+BYTES_FROM = 1.5
+"""Pixels in floating point are those of 0..255 where the largest is above it: one of 0..1 may be a little above 1 after
+it was resized, and one of 0..255 below it would be black."""
 MAX_SIDE = 16384
 """Largest side of a face box, pixels."""
 
@@ -58,14 +62,16 @@ def predict(
     Args:
         batch: array (B, H, W), (B, H, W, 3) or (B, 1 or 3, H, W); one image (H, W) or (H, W, 3); or a list of such
             single images of any sizes. NumPy, torch, or anything that speaks DLPack. Colours are RGB, without alpha.
-            (3, H, W) are three gray images. uint8, or floating point in 0..1 or 0..255 (where the largest value is
-            above 1). An array of uint8 on a GPU stays there, where the engine runs there too; everything else takes
-            the way over the host.
+            (3, H, W) are three gray images. uint8, or floating point in 0..1 or 0..255 (where the largest value of
+            the array is above 1.5). An array of uint8 on a GPU stays there, where the engine runs there too;
+            everything else takes the way over the host.
         boxes: (B, 4) x, y, width, height of the faces in pixels, about 1.17 times the tight square around the
-            landmarks: one for each image, or any number for a single image. Default: the whole image. Boxes that are
-            not square become the square around their centre.
+            landmarks: one for each image, or any number for a single image, none too. Default: the whole image. Boxes
+            that are not square become the square around their centre.
         model: an engine, a network, the name of one in the package (`lgcn_fast.models()`), or the path of weights.
-            Default: the best in the package; on a CPU the best above 30 faces/s. Engines are kept and used again.
+            Default: the best in the package; on a CPU the best above 30 faces/s. Engines are kept and used again until
+            the file or the network changes (what is done through a parameter's `.data` is not noticed: build an
+            `Engine`).
         fit: fit a shape model to the heatmaps, which filters outliers and reconstructs hidden points (section 3.3);
             otherwise each point is where its heatmap is high around its maximum.
         shape: the shape model, or its file. Default: the one in the package for the model's number of landmarks.
@@ -91,6 +97,8 @@ def predict(
     batch = _from_dlpack(batch)
     frames = _channels_last(batch, "batch") if _stays_on(engine, batch) else None
     images = as_images(batch) if frames is None else list(frames)
+    if len(images) == 1 and boxes is not None and np.shape(boxes) in ((0,), (0, 4)):
+        return _no_faces(engine, to_host)
     if len(images) == 1 and boxes is not None and (count := len(np.atleast_2d(boxes))) > 1:
         images *= count
         frames = frames if frames is None else frames.expand(count, *frames.shape[1:])
@@ -104,6 +112,12 @@ def predict(
         points, _ = locate(faces, boxes, engine, read)
         boxes = np.stack([_box_of(*face) for face in zip(points, boxes, images, strict=True)])
     return Landmarks(*locate(faces, boxes, engine, partial(read, to_host=to_host), ensemble))
+
+
+def _no_faces(engine: Engine, to_host: bool) -> Landmarks:
+    points = np.zeros((0, engine.config.num_landmarks, 2), np.float32)
+    found = points, points[..., 0]
+    return Landmarks(*(found if to_host else (torch.from_numpy(array).to(engine.device) for array in found)))
 
 
 def locate(
@@ -202,6 +216,8 @@ def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int) 
 
 def as_network_input(face: np.ndarray, channels: int) -> Tensor:
     """An image (H, W), gray, or (H, W, 3) as (channels, H, W); with one channel it must be gray."""
+    if not face.flags.writeable:  # (which torch warns of)
+        face = face.copy()
     if channels == 1:
         return torch.from_numpy(face)[None]
     face = face if face.ndim == 3 else np.repeat(face[..., None], 3, axis=2)
@@ -269,7 +285,7 @@ def _in_bytes_range(batch: np.ndarray, name: str) -> np.ndarray:
     low, high = float(batch.min()), float(batch.max())
     if low < 0 or high > 255:
         raise ValueError(f"{name}: expected pixel values in 0..1 or 0..255, got {low:g} to {high:g}")
-    return batch if high > 1 else batch * 255
+    return batch if high > BYTES_FROM else (batch * 255).clip(max=255)
 
 
 def _square_boxes(boxes: Any, images: list[np.ndarray]) -> np.ndarray:
@@ -319,10 +335,21 @@ def default_shape(num_landmarks: int) -> Path:
 def shape_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> ShapeModel:
     if isinstance(shape, ShapeModel):
         return shape
-    return _packaged_shape(num_landmarks) if shape is None else _loaded_shape(Path(shape))
+    return _packaged_shape(num_landmarks) if shape is None else _loaded_shape(Path(shape), _version(Path(shape)))
 
 
-_loaded_shape = lru_cache(maxsize=8)(ShapeModel.load)
+@lru_cache(maxsize=8)
+def _loaded_shape(path: Path, version: tuple[int, int] | None) -> ShapeModel:
+    return ShapeModel.load(path)
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written anew; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
 @lru_cache(maxsize=8)
@@ -331,17 +358,20 @@ def _packaged_shape(num_landmarks: int) -> ShapeModel:
     if not path.exists():
         expected = f"the shape model of the {num_landmarks} landmarks (from `lgcn-fast fit-shape`) or fit=False"
         raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")
-    return _loaded_shape(path)
+    return ShapeModel.load(path)
 
 
-def engine_for(model: Engine | LGCN | Path | str | None, device: str, precision: str, num_threads: int = 0) -> Engine:
+def engine_for(
+    model: Engine | LGCN | Path | str | None, device: str, precision: str, num_threads: int = 0, name: str = "model"
+) -> Engine:
+    """The engine of a model, built once. `name` is what the argument is called in errors."""
     if isinstance(model, Engine):
         return model
     found = engine_device(device)
     if isinstance(model, LGCN):
         return _built(model, str(found), precision, num_threads)
-    path = weights_path(default_model(found.type) if model is None else model)
-    return _loaded(path, str(found), precision, num_threads)
+    path = weights_path(default_model(found.type) if model is None else model, name)
+    return _loaded(path, _version(path), str(found), precision, num_threads)
 
 
 def finder_for(finder: Engine | LGCN | Path | str | None, engine: Engine) -> Engine:
@@ -356,14 +386,14 @@ def finder_for(finder: Engine | LGCN | Path | str | None, engine: Engine) -> Eng
     device, precision, num_threads = engine.options
     if precision == "fp8":  # for large networks: small ones lose accuracy and gain nothing
         precision = "auto"
-    found = engine if asked_for is None else engine_for(asked_for, device, precision, num_threads)
+    found = engine if asked_for is None else engine_for(asked_for, device, precision, num_threads, "finder")
     if found.config.num_landmarks != count:
         raise ValueError(f"finder: expected a model of {count} landmarks, got one of {found.config.num_landmarks}")
     return found
 
 
 @lru_cache(maxsize=8)
-def _loaded(path: Path, device: str, precision: str, num_threads: int) -> Engine:
+def _loaded(path: Path, version: tuple[int, int] | None, device: str, precision: str, num_threads: int) -> Engine:
     return Engine(path, device, precision, num_threads)
 
 
@@ -373,7 +403,8 @@ _engines: WeakKeyDictionary[LGCN, tuple[list, Engine]] = WeakKeyDictionary()
 def _built(model: LGCN, device: str, precision: str, num_threads: int) -> Engine:
     """The engine of a network, built again when its weights have changed."""
     options = device, precision, num_threads
-    state = [options, *((tensor.data_ptr(), tensor._version) for tensor in model.state_dict().values())]
+    tensors = model.state_dict().values()
+    state = [options, *((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)]
     known = _engines.get(model)
     if known is None or known[0] != state:
         known = _engines[model] = state, Engine(model, *options)

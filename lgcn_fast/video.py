@@ -19,6 +19,8 @@ from typing import NamedTuple, Self
 import cv2
 import numpy as np
 
+from .images import silent_opencv
+
 DEFAULT_FPS = 30.0
 """Where a source does not say."""
 MISSING = 0.01
@@ -36,6 +38,8 @@ RESERVE = 16 << 20
 """Bytes left free on the disk: OpenCV does not say that a write failed, and a file needs its index to be readable."""
 CHECK_EVERY = 16
 """Frames from one look at the disk to the next."""
+LONGEST_PAUSE = 10.0
+"""Seconds from a frame to the next: more is a fault of the time stamps, or somebody has stopped the recording."""
 
 
 class Frame(NamedTuple):
@@ -68,11 +72,9 @@ class VideoReader:
         if not remote and not Path(source).is_file():
             got = "a directory" if Path(source).is_dir() else "nothing there"
             raise ValueError(f"{source}: expected a video file, got {got}")
-        level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        try:
-            self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
-        finally:
-            cv2.utils.logging.setLogLevel(level)
+        address = source if isinstance(source, int) else str(source) if remote else _opencv_name(Path(source))
+        with silent_opencv():
+            self._capture = cv2.VideoCapture(address)
         if not self._capture.isOpened():
             raise ValueError(f"{self._name}: expected a video, got {'nothing there' if remote else 'another file'}")
         fps = self._capture.get(cv2.CAP_PROP_FPS)
@@ -80,6 +82,7 @@ class VideoReader:
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.frame_count = int(count) if count > 0 and not isinstance(source, int) else None
         self.live = remote and not self.frame_count
+        self._path = None if remote else Path(source)
 
     def __enter__(self) -> Self:
         return self
@@ -109,8 +112,43 @@ class VideoReader:
             raise OSError(f"{self._name}: expected another frame after {count}, got none: it is gone")
         # (Some containers say how long they are, not how many frames that makes: there both must fall short.)
         expected = (1 - MISSING) * (self.frame_count or 0) - 1
-        if max(count, last * self.fps + 1) < expected:
+        if max(count, last * self.fps + 1) < expected and not (self._path and _is_whole_mp4(self._path)):
             raise OSError(f"{self._name}: expected {self.frame_count} frames, got {count}: the file ends in the middle")
+
+
+def _opencv_name(path: Path) -> str:
+    """What OpenCV takes for a file: of a name like `take:1.mp4` alone FFmpeg thinks that it starts with a protocol.
+
+    Raises:
+        ValueError: a name that is no UTF-8, on which OpenCV crashes.
+    """
+    name = str(path.absolute())
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path!r}: expected a file name in UTF-8, got another encoding; rename it") from None
+    return name
+
+
+def _is_whole_mp4(path: Path) -> bool:
+    """Whether a file consists of the boxes of an MP4 or MOV, the last of them complete. Such a file may have fewer
+    frames than it holds: editors that cut without encoding only note which frames are to be shown."""
+    with path.open("rb") as file:
+        size, at = os.fstat(file.fileno()).st_size, 0
+        while at < size:
+            file.seek(at)
+            header = file.read(16)
+            if len(header) < 8 or (at == 0 and header[4:8] != b"ftyp"):
+                return False
+            length = int.from_bytes(header[:4], "big")
+            if length == 1:  # more than 4 GB
+                length = int.from_bytes(header[8:], "big")
+            elif length == 0:  # to the end
+                return True
+            if length < 8:
+                return False
+            at += length
+    return at == size
 
 
 def newest(frames: Iterable) -> Iterator:
@@ -174,7 +212,7 @@ class VideoWriter:
         self.codec = ""
         self.written = self.scaled = 0
         self._writer: cv2.VideoWriter | None = None
-        self._start = 0.0
+        self._start = self._last = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -187,18 +225,24 @@ class VideoWriter:
 
         Args:
             image: (H, W, 3) uint8 RGB.
-            time: for a live source, seconds: the frame is repeated, or left out, so that the video keeps pace with it.
+            time: its time stamp, seconds: the frame is repeated, or left out, so that the video keeps pace with it. (A
+                pause of more than ten seconds counts as one frame.) Without it, each frame is written once.
 
         Raises:
             OSError: the file cannot be opened, or the disk is (almost) full.
         """
         if self._writer is None:
             self._open(image.shape[1], image.shape[0])
-            self._start = time or 0.0
+            self._start = self._last = time or 0.0
         if image.shape[1::-1] != self._size:
             image = _scaled_into(image, self._size)
             self.scaled += 1
-        copies = 1 if time is None else round((time - self._start) * self.fps) + 1 - self.written
+        copies = 1
+        if time is not None:
+            if time - self._last > LONGEST_PAUSE:
+                self._start += time - self._last - 1 / self.fps
+            self._last = time
+            copies = round((time - self._start) * self.fps) + 1 - self.written
         picture = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         for _ in range(copies):
             if self.written % CHECK_EVERY == 0 and shutil.disk_usage(self.path.parent).free < RESERVE:
@@ -208,10 +252,11 @@ class VideoWriter:
             self.written += 1
 
     def _open(self, width: int, height: int) -> None:
+        name = _opencv_name(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.open("wb").close()  # which says what is wrong where OpenCV does not
         for codec in CODECS[self.path.suffix.lower()]:
-            writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*codec), self.fps, (width, height))
+            writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*codec), self.fps, (width, height))
             if writer.isOpened():
                 self._writer, self._size, self.codec = writer, (width, height), codec
                 return
@@ -269,8 +314,9 @@ class LinesWriter:
             OSError: it could not be written.
         """
         line = (json.dumps(record) + "\n").encode()
-        before = self._file.tell()
+        before = self._file.tell() if self._file.seekable() else None
         written = self._file.write(line)
         if written < len(line):
-            self._file.truncate(before)
+            if before is not None:
+                self._file.truncate(before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))

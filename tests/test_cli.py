@@ -1,5 +1,7 @@
 import csv
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +74,31 @@ def test_what_was_found_is_kept_when_interrupted(tmp_path, demo_picture, monkeyp
     assert main([command, str(demo_picture), "b.jpg", "--out", str(tmp_path)]) == 130
     name = {"predict": "landmarks.json", "detect": "faces.json"}[command]
     assert list(json.loads((tmp_path / name).read_text())) == [str(demo_picture)]
+
+
+@pytest.mark.parametrize(("command", "kind"), [("predict", "landmarks"), ("detect", "faces")])
+def test_drawings_do_not_overwrite_the_input(tmp_path, demo_picture, command, kind):
+    files = [tmp_path / "a.jpg", tmp_path / f"a_{kind}.png"]
+    for file in files:
+        file.write_bytes(demo_picture.read_bytes())
+    assert main([command, *map(str, files), "--out", str(tmp_path)]) == 0
+    assert all(file.read_bytes() == demo_picture.read_bytes() for file in files)
+    found = json.loads((tmp_path / f"{kind}.json").read_text())
+    assert [entry["picture"] for entry in found.values()] == [f"a_2_{kind}.png", f"a_{kind}_{kind}.png"]
+
+
+def test_numbers_replace_others_only_when_they_are_whole(tmp_path, demo_picture, monkeypatch, capsys):
+    def full(path, text):
+        path.write_bytes(text[:10].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    numbers = tmp_path / "landmarks.json"
+    numbers.write_text("{}")
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["predict", str(demo_picture), "--out", str(tmp_path)]) == 2
+    assert f"No space left on device: '{numbers}'" in capsys.readouterr().err
+    assert numbers.read_text() == "{}"
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_predicted_csv_can_be_trained_on(tmp_path, demo_picture):

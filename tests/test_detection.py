@@ -181,6 +181,8 @@ def test_bad_input_is_named(face):
     for function in (detect, combined_heatmap):
         with pytest.raises(ValueError, match="finder: expected a model of 68 landmarks, got one of 5"):
             function(face, finder=other)
+    with pytest.raises(ValueError, match=r"finder: expected one of .*, or a safetensors file, got 'none'"):
+        detect(face, finder="none")
 
 
 def test_heatmap_is_high_on_the_face_and_has_the_photos_size(face, points):
@@ -282,6 +284,10 @@ def test_commands(face, points, tmp_path, capsys):
     (tmp_path / "faces.json").write_text(json.dumps([{"image": "two.png", "faces": []}]))
     assert main(["evaluate", "--multiface", str(tmp_path), "--out", str(out)]) == 0
     assert json.loads((out / "multiface.json").read_text())["unlabelled"] == 2
+    before = (tmp_path / "faces.json").read_bytes()
+    assert main(["detect", str(tmp_path / "two.png"), "--out", str(tmp_path)]) == 2  # where it writes a faces.json, too
+    assert "--out: expected a folder without labels" in capsys.readouterr().err
+    assert (tmp_path / "faces.json").read_bytes() == before
     (tmp_path / "faces.json").write_text("{}[")
     assert main(["evaluate", "--multiface", str(tmp_path), "--out", str(out)]) == 2
     assert "faces.json: expected a list" in capsys.readouterr().err

@@ -1,8 +1,19 @@
+import os
+
 import cv2
 import numpy as np
 import pytest
 
-from lgcn_fast.images import crop, face_box, from_crop, read_image, square_box, to_crop, write_image
+from lgcn_fast.images import (
+    crop,
+    face_box,
+    from_crop,
+    read_image,
+    silent_opencv,
+    square_box,
+    to_crop,
+    write_image,
+)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])
@@ -46,6 +57,40 @@ def test_truncated_png_is_an_error(tmp_path, random):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"a\.png"):
         read_image(path)
+
+
+def test_opencv_may_speak_again_when_the_last_is_done():
+    logging = cv2.utils.logging
+    before = logging.getLogLevel()
+    first, second = silent_opencv(), silent_opencv()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logging.getLogLevel() == logging.LOG_LEVEL_SILENT
+    second.__exit__(None, None, None)
+    assert logging.getLogLevel() == before != logging.LOG_LEVEL_SILENT
+
+
+def test_pictures_with_names_in_any_encoding(tmp_path, random):
+    image = random.integers(0, 256, (8, 9, 3), np.uint8)
+    path = tmp_path / os.fsdecode(b"latin-\xfc.png")
+    write_image(path, image)
+    np.testing.assert_array_equal(read_image(path, color=True), image)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "message"),
+    [
+        ("a.txt", np.zeros((2, 2, 3), np.uint8), r"a\.txt: expected the suffix of a picture, .* got \.txt"),
+        ("a", np.zeros((2, 2, 3), np.uint8), r"a: expected the suffix of a picture, .* got none"),
+        ("a.png", np.zeros((2, 2, 3)), r"image: expected \(H, W, 3\) uint8, got \(2, 2, 3\) float64"),
+        ("a.png", np.zeros((2, 2), np.uint8), r"image: expected \(H, W, 3\) uint8, got \(2, 2\) uint8"),
+    ],
+)
+def test_what_is_no_picture_is_not_written(tmp_path, name, image, message):
+    with pytest.raises(ValueError, match=message):
+        write_image(tmp_path / name, image)
+    assert not (tmp_path / name).exists()
 
 
 def test_face_box_is_the_enlarged_tight_square():

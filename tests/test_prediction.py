@@ -10,6 +10,7 @@ import torch
 
 import lgcn_fast
 from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model, predict, prediction
+from lgcn_fast.checkpoints import save_model
 from lgcn_fast.datasets import is_validation, read_300w
 from lgcn_fast.evaluation import evaluate, landmark_errors, summary
 from lgcn_fast.fitting import NativeFitter
@@ -192,6 +193,31 @@ def test_one_image_may_have_several_faces(image, ensemble):
     np.testing.assert_array_equal(together.points, predict([image] * 3, boxes, ensemble=ensemble).points)
 
 
+@pytest.mark.parametrize("boxes", [[], np.zeros((0, 4))])
+@pytest.mark.parametrize("to_host", [True, False])
+def test_one_image_may_have_no_faces(image, boxes, to_host):
+    landmarks = predict(image, boxes, "lgcn-finder", to_host=to_host)
+    assert len(landmarks) == 0
+    assert (landmarks.points.shape, landmarks.scores.shape) == ((0, 68, 2), (0, 68))
+    assert isinstance(landmarks.points, np.ndarray if to_host else torch.Tensor)
+
+
+def test_floats_a_little_above_1_are_not_bytes(gray):
+    """As after resizing with an antialiasing filter."""
+    expected = predict(gray, model="lgcn-nano").points
+    bright = gray.astype(np.float32) / gray.max()
+    found = predict(bright, model="lgcn-nano").points
+    bright[bright == 1] += 2e-7
+    assert bright.max() > 1
+    np.testing.assert_allclose(predict(bright, model="lgcn-nano").points, found, atol=1e-3)
+    np.testing.assert_allclose(found, expected, atol=1)  # (brighter by a few percent)
+
+
+def test_images_may_be_read_only(gray):
+    gray.flags.writeable = False  # as of PIL
+    assert predict(gray, model="lgcn-nano").points.shape == (1, 68, 2)
+
+
 def test_a_second_pass_looks_in_the_box_of_the_first(image):
     boxes = [[90, 60, 150, 140], FACE]
     first = predict(image, boxes)
@@ -327,6 +353,32 @@ def test_engines_are_kept_until_the_weights_change():
     assert prediction.engine_for(name, "cpu", "fp32") is shipped
     assert prediction.engine_for(WEIGHTS / f"{name}.safetensors", "cpu", "fp32") is shipped
     assert shipped.precision == "fp32"
+
+
+def test_files_that_change_are_read_again(tmp_path, gray, random):
+    path = tmp_path / "best.safetensors"
+    for filters in (8, 9):  # as training writes a better one
+        save_model(path, LGCN(LGCNConfig.nano(filters=filters)), {})
+        assert prediction.engine_for(path, "cpu", "fp32").config.filters == filters
+    assert prediction.engine_for(path, "cpu", "fp32") is prediction.engine_for(path, "cpu", "fp32")
+    for modes in (4, 5):
+        ShapeModel.fit(random.normal(size=(20, 68, 2)), modes=modes).save(tmp_path / "shape.safetensors")
+        assert len(prediction.shape_for(tmp_path / "shape.safetensors", 68).modes) == modes
+
+
+def test_networks_in_any_state_of_torch(gray):
+    expected = predict(gray, model="lgcn-finder", precision="fp32").points
+    with torch.inference_mode():
+        network = load_model("lgcn-finder")
+    np.testing.assert_allclose(predict(gray, model=network, precision="fp32").points, expected, atol=1e-4)
+    double = load_model("lgcn-finder").double()
+    np.testing.assert_allclose(predict(gray, model=double, precision="fp32").points, expected, atol=1e-4)
+    try:
+        torch.set_default_dtype(torch.float64)
+        engine = Engine("lgcn-finder", "cpu", "fp32")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_allclose(predict(gray, model=engine).points, expected, atol=1e-4)
 
 
 def test_several_threads_at_once(gray):

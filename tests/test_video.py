@@ -1,11 +1,13 @@
 import json
 import os
 import resource
+import subprocess
 import sys
 import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,6 +105,55 @@ def test_live_frames_keep_pace(tmp_path, pictures):
         for moment in (7.0, 7.2, 7.4, 7.401, 7.402, 7.6, 7.8, 8.0):
             writer.write(pictures[0], moment)
         assert writer.written == 26
+        for moment in (1e5, 1e5 + 0.2):  # after a pause, which takes no time
+            writer.write(pictures[0], moment)
+        assert writer.written == 26 + 1 + 5
+
+
+def test_variable_frame_rates_keep_pace(tmp_path, pictures, clip, monkeypatch):
+    """A frame a second behind the fourth."""
+    times = [0.0, 0.04, 0.08, 0.12, 1.12, 2.12]
+
+    class Variable(VideoReader):
+        def __iter__(self):
+            return (frame._replace(time=time) for frame, time in zip(super().__iter__(), times, strict=False))
+
+    monkeypatch.setattr(cli_video, "VideoReader", Variable)
+    out, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
+    assert main(["video", str(clip), "--out", str(out), "--json", str(lines)]) == 0
+    assert [json.loads(line)["time"] for line in lines.read_text().splitlines()] == times
+    with VideoReader(out) as reader:
+        assert list(reader)[-1].time == pytest.approx(times[-1])
+
+
+def test_mp4_that_was_trimmed_without_encoding_is_whole(tmp_path, pictures):
+    """Its edit list names fewer frames than the file holds; cut off it is still an error."""
+    path = write(tmp_path / "clip.mp4", pictures)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst") + 12  # version, number of entries; then the first one's duration
+    duration = int.from_bytes(data[at : at + 4], "big")
+    data[at : at + 4] = (duration // 3).to_bytes(4, "big")
+    path.write_bytes(data)
+    with VideoReader(path) as reader:
+        assert reader.frame_count == 12
+        assert 3 <= len(list(reader)) <= 5
+    assert video._is_whole_mp4(path)
+    assert not video._is_whole_mp4(cut(path, 0.9))
+    assert not video._is_whole_mp4(write(tmp_path / "clip.avi", pictures))
+
+
+@pytest.mark.parametrize("name", ["take:1.mp4", "-x.mp4", "über 日.mp4"])
+def test_names_that_ffmpeg_would_take_for_something_else(tmp_path, pictures, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with VideoReader(write(Path(name), pictures)) as reader:
+        assert len(list(reader)) == 12
+
+
+def test_names_in_other_encodings_are_errors(tmp_path, clip, capsys):
+    strange = tmp_path / os.fsdecode(b"latin-\xfc.avi")
+    clip.rename(strange)
+    assert main(["video", str(strange)]) == 2
+    assert "expected a file name in UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -188,6 +239,34 @@ def test_output_must_not_be_the_input(clip, capsys):
         assert main(["video", str(clip), option, str(clip)]) == 2
         assert f"{option}: expected another file than the input" in capsys.readouterr().err
     assert clip.read_bytes() == before
+    both = str(clip.with_name("both.mp4"))
+    assert main(["video", str(clip), "--out", both, "--json", both]) == 2
+    assert "--json: expected another file than --out" in capsys.readouterr().err
+
+
+def test_sigterm_leaves_finished_files(tmp_path, clip):
+    out = tmp_path / "out.avi"
+    program = (
+        "import os, signal, sys; from lgcn_fast import cli, cli_video; update = cli_video.Tracker.update\n"
+        "def killed(self, image, time):\n"
+        "    if time > 4.5 / 25: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return update(self, image, time)\n"
+        "cli_video.Tracker.update = killed; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    run = subprocess.run([sys.executable, "-c", program, "video", str(clip), "--out", str(out)], stdout=subprocess.PIPE)
+    assert run.returncode == 130
+    assert b"5 frames in" in run.stdout
+    with VideoReader(out) as reader:
+        assert len(list(reader)) == 5
+
+
+def test_numbers_may_go_into_a_pipe(tmp_path, clip):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(pipe.read_text)
+        assert main(["video", str(clip), "--json", str(pipe)]) == 0
+    assert [json.loads(line)["frame"] for line in received.result().splitlines()] == list(range(12))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a display")
