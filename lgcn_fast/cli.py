@@ -22,6 +22,7 @@ from .cli_photos import (
     add_detect,
     add_detection_options,
     add_device_option,
+    add_engine_options,
     add_model_options,
     found_in,
     free_name,
@@ -107,7 +108,7 @@ def _add_predict(commands) -> None:
 def _add_prediction_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--ensemble", type=int, default=1, metavar="N", help="see each face N times and average")
-    add_device_option(parser)
+    add_engine_options(parser)
 
 
 def _run_predict(options: argparse.Namespace) -> int:
@@ -117,8 +118,8 @@ def _run_predict(options: argparse.Namespace) -> int:
     taken = names_in(options.out, options.files)
 
     def find(image: np.ndarray) -> Landmarks:
-        chosen = {"ensemble": options.ensemble, "passes": options.passes}
-        return predict(image, boxes, options.model, options.fit, options.shape, options.device, **chosen)
+        names = ("model", "fit", "shape", "device", "precision", "ensemble", "passes")
+        return predict(image, boxes, **{name: getattr(options, name) for name in names})
 
     try:
         for path, image, result in found_in("predict", options.files, find):
@@ -210,7 +211,8 @@ def _run_evaluate(options: argparse.Namespace) -> int:
         return run_multiface(options)
     faces = [face for path in options.faces for face in read_faces(path)]
     model = options.model or default_model(engine_device(options.device).type)
-    evaluations = evaluate(faces, model, options.normalisation, options.shape, options.device, options.ensemble)
+    names = ("normalisation", "shape", "device", "precision", "ensemble")
+    evaluations = evaluate(faces, model, **{name: getattr(options, name) for name in names})
     mean_shape = load_card(model).get("mean_shape")
     if mean_shape is not None:
         evaluations["mean shape"] = with_mean_shape(evaluations["fit"], np.array(mean_shape))

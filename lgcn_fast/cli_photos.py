@@ -15,6 +15,7 @@ import numpy as np
 from .cli_training import add_command
 from .detection import Faces, combined_heatmap, detect
 from .drawing import draw
+from .engine import PRECISIONS
 from .images import read_image, write_image
 from .multiface import draw_score, read_photos, score_photos, summary
 
@@ -27,7 +28,7 @@ def add_detect(commands) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and faces.json")
     parser.add_argument("--heatmap", action="store_true", help="draw the combined heatmap beside each photo, too")
     add_model_options(parser)
-    add_device_option(parser)
+    add_engine_options(parser)
     add_detection_options(parser)
 
 
@@ -42,6 +43,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, or auto: a GPU where there is one, with triton and cupy"
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Where and how the network runs."""
+    add_device_option(parser)
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of the network; default: bf16 where the processor or GPU has instructions for it, else fp32",
     )
 
 
@@ -64,7 +76,7 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
 
 def _detector(options: argparse.Namespace) -> Callable[[np.ndarray], Faces]:
     """`detect` as asked for."""
-    names = ("min_face", "min_confidence", "model", "finder", "shape", "device")
+    names = ("min_face", "min_confidence", "model", "finder", "shape", "device", "precision")
     return partial(detect, **{name: getattr(options, name) for name in names})
 
 

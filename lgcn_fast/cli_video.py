@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .cli_photos import add_device_option, add_finder_option, add_model_options, as_json
+from .cli_photos import add_engine_options, add_finder_option, add_model_options, as_json
 from .cli_training import add_command
 from .drawing import STYLES, draw, write_text
 from .prediction import engine_for
@@ -54,7 +54,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoothing", type=float, default=1.0, help="strength of the filter, 0: off (default: 1)")
     text = "of the network (default: 1); OpenCV has others to decode and encode"
     parser.add_argument("--threads", type=int, default=1, help=text)
-    add_device_option(parser)
+    add_engine_options(parser)
 
 
 def _run_video(options: argparse.Namespace) -> int:
@@ -78,7 +78,7 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
         The exit code: 0, or 130 after Ctrl-C.
     """
     _check_options(options)
-    engine = engine_for(options.model, options.device, "auto", options.threads)
+    engine = engine_for(options.model, options.device, options.precision, options.threads)
     tracker = Tracker(
         engine,
         options.detect_every,

@@ -22,6 +22,8 @@ LEAST_CAPABILITY = (8, 0)
 """Of a GPU that "auto" takes (Ampere): older ones have no bf16."""
 LEAST_FP8_CAPABILITY = (8, 9)
 """Of a GPU with products of fp8 (Ada)."""
+PRECISIONS = ("auto", "fp32", "bf16", "fp8")
+"""What may be asked for, see `Engine`."""
 
 
 class _Backend(Protocol):
@@ -203,8 +205,8 @@ def known_precisions(device: torch.device) -> tuple[str, ...]:
 
 
 def _checked_precision(precision: str, device: torch.device) -> str:
-    if precision not in ("auto", "fp32", "bf16", "fp8"):
-        raise ValueError(f"precision: expected 'auto', 'fp32', 'bf16' or 'fp8', got {precision!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
     known = known_precisions(device)
     if precision == "auto":
         return "bf16" if "bf16" in known else "fp32"

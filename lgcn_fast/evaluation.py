@@ -121,12 +121,13 @@ def evaluate(
     normalisation: str = "inter-ocular",
     shape: ShapeModel | Path | str | None = None,
     device: str = "auto",
+    precision: str = "auto",
     ensemble: int = 1,
 ) -> dict[str, Evaluation]:
     """Find the landmarks of labelled faces, each in the box of its labels enlarged by 17 %, in one pass of the network.
 
     Args:
-        model, shape, device, ensemble: see `predict`.
+        model, shape, device, precision, ensemble: see `predict`.
 
     Returns:
         The points that `predict` finds with the fit, as "fit", and without it, as "heatmap maxima".
@@ -138,7 +139,7 @@ def evaluate(
     faces = [face for face in faces if np.isfinite(face.points).any()]
     if not faces:
         raise ValueError("faces: expected at least one labelled face, got none")
-    engine = engine_for(model, device, "auto")
+    engine = engine_for(model, device, precision)
     counts = sorted({len(face.points) for face in faces})
     if counts != [engine.config.num_landmarks]:
         raise ValueError(f"faces: expected the model's {engine.config.num_landmarks} landmarks, got {counts}")

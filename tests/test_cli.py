@@ -133,6 +133,13 @@ def test_bad_arguments(arguments, message, capsys):
         (["prepare", "{tmp}/nowhere", "--out", "{tmp}/c.npz"], "nowhere: expected a folder"),
         (["train", "{demo}", "--out", "{tmp}/run"], "demo.jpg: expected a crop cache"),
         (["evaluate", "{tmp}", "--out", "{tmp}/o"], "expected .pts files"),
+        *(
+            (
+                [command, "{demo}", "--out", "{tmp}/o.avi", "--device", "cpu", "--precision", "fp8"],
+                "precision: expected",
+            )
+            for command in ("predict", "detect", "video")
+        ),
     ],
 )
 def test_bad_input_exits_with_2(tmp_path, demo_picture, arguments, message, capsys):

@@ -130,7 +130,7 @@ def test_says_what_runs():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int8"}, "precision: expected 'auto', 'fp32', 'bf16' or 'fp8', got 'int8'"),
+        ({"precision": "int8"}, "precision: expected one of 'auto', 'fp32', 'bf16', 'fp8', got 'int8'"),
         ({"precision": "fp8"}, "precision: expected 'auto' or 'fp32'.*, got 'fp8', for which this processor has no"),
         ({"device": "tpu"}, "device"),
         ({"num_threads": -1}, "num_threads: expected 0 or more, got -1"),
