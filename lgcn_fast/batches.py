@@ -54,7 +54,8 @@ class EpochBatches:
         shares: (M,) share of the crops with the same share that an epoch draws.
         repeats: how often an epoch draws each of the crops that it has chosen.
         """
-        self.parts = [(indices[shares == share], round(share * (shares == share).sum())) for share in np.unique(shares)]
+        parts = [(share, indices[shares == share]) for share in np.unique(shares)]
+        self.parts = [(part, max(round(share * len(part)), 1)) for share, part in parts]
         self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
         self.epoch = 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .config import LGCNConfig
@@ -55,11 +55,28 @@ def _in_package(name: str, folder: Path) -> Path:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors to a file that appears complete or not at all."""
+    """Write tensors to a file that appears complete or not at all.
+
+    Raises:
+        OSError: it could not be written; names it.
+    """
+    write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears complete or not at all: what stood there before is not lost.
+
+    Raises:
+        OSError: it could not be written; names it.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from . import checkpoints
-from .checkpoints import load_card
+from .checkpoints import load_card, write_whole
 from .cli_photos import (
     add_detect,
     add_detection_options,
@@ -29,7 +29,6 @@ from .cli_photos import (
     names_in,
     rounded,
     run_multiface,
-    write_whole,
 )
 from .cli_training import add_command, add_fit_shape, add_prepare, add_train
 from .cli_video import add_video, add_webcam
@@ -129,7 +128,8 @@ def _run_predict(options: argparse.Namespace) -> int:
     finally:  # also where it is interrupted, or the disk gets full
         if found:
             numbers = options.out / f"landmarks.{options.format}"
-            write_whole(numbers, _as_csv(found) if options.format == "csv" else json.dumps(found, indent=1))
+            text = _as_csv(found) if options.format == "csv" else json.dumps(found, indent=1)
+            write_whole(numbers, text.encode())
             print(f"{numbers}: landmarks of {len(found)} of {len(options.files)} files")
     return 0 if len(found) == len(set(map(str, options.files))) else 2
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +11,7 @@ from typing import TypeVar
 import cv2
 import numpy as np
 
+from .checkpoints import write_whole
 from .cli_training import add_command
 from .detection import Faces, combined_heatmap, detect
 from .drawing import draw
@@ -98,7 +98,7 @@ def _run_detect(options: argparse.Namespace) -> int:
                 write_image(options.out / picture.replace("_faces.png", "_heatmap.png"), colors[..., ::-1])
     finally:  # also where it is interrupted, or the disk gets full
         if found:
-            write_whole(numbers, json.dumps(found, indent=1))
+            write_whole(numbers, json.dumps(found, indent=1).encode())
             count = sum(len(entry["faces"]) for entry in found.values())
             print(f"{numbers}: {count} faces in {len(found)} of {len(options.files)} photos")
     return 0 if len(found) == len(set(map(str, options.files))) else 2
@@ -155,17 +155,6 @@ def free_name(stem: str, kind: str, taken: set[str]) -> str:
     return name
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, which appears complete or not at all: what stood there before is not lost."""
-    partial = path.with_name(path.name + ".part")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
 def _check_no_labels(path: Path) -> None:
     """Raise ValueError where a `faces.json` holds labels, as `evaluate --multiface` reads them."""
     try:
@@ -186,7 +175,7 @@ def run_multiface(options: argparse.Namespace) -> int:
     for score in scores:
         picture = free_name(score.photo.path.stem, "faces", pictures)
         write_image(options.out / picture, draw_score(score))
-    write_whole(options.out / "multiface.json", json.dumps(values, indent=1))
+    write_whole(options.out / "multiface.json", json.dumps(values, indent=1).encode())
     print(f"{values['found']} of {values['faces']} labelled faces of at least {options.min_face:g} pixels found in "
           f"{values['photos']} photos ({values['recall']:.1f} %), error {values['mean error']:.2f} % mean, "
           f"{values['median error']:.2f} % median; {values['unlabelled']} detections without a label (magenta: look at "

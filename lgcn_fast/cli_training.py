@@ -137,8 +137,8 @@ def _run_fit_shape(options: argparse.Namespace) -> int:
 
 
 def _set_name(text: str) -> str:
-    """A set as `prepare` names it, where a shell may have put a slash behind a folder."""
-    return text.rstrip("/")
+    """A set as `prepare` names it, where there may be a slash behind a folder or `./` in front of it."""
+    return str(Path(text))
 
 
 def _share(text: str) -> tuple[str, float]:

@@ -19,6 +19,8 @@ MARGIN = 1.6
 CROP_SIZE = 180
 """Side of a cached crop in pixels: the face box is 112 px wide, a bit more than the network's 96."""
 JPEG_QUALITY = 95
+LARGEST_FACE = 3
+"""Times the longer side of its picture: a larger face box has a label that was mistyped."""
 BACKGROUND_CROPS = 6
 """Squares that are cut out of a background picture, from half of `CROP_SIZE` to the whole picture."""
 
@@ -60,14 +62,37 @@ class CropCache:
         return digest.hexdigest()
 
 
-def face_crop(face: Face, color: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def labelled_box(face: Face, image: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
+    """`face_box` of a labelled face.
+
+    Raises:
+        ValueError: one that does not meet the picture, or is far larger; names the face.
+    """
+    box = face_box(face.points, mean)
+    check_touches(box, image, f"{face.name}, its labels")
+    if box[2] > LARGEST_FACE * max(image.shape[:2]):
+        size = f"{image.shape[1]} x {image.shape[0]}"
+        raise ValueError(f"{face.name}: expected labels in its picture of {size} pixels, got a face of {box[2]:g}")
+    return box
+
+
+def mean_shape(faces: list[Face]) -> np.ndarray | None:
+    """Mean of the fully labelled faces, (N, 2) in units of the face box; None where there is none."""
+    shapes = [to_crop(face.points, face_box(face.points), 1) for face in faces if np.isfinite(face.points).all()]
+    return np.mean(shapes, axis=0) if shapes else None
+
+
+def face_crop(face: Face, color: bool, mean: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut a face out, with room around it.
+
+    Args:
+        mean: see `face_box`.
 
     Returns:
         image (S, S) or (S, S, 3) uint8, points (N, 2) float32, box (4,) float32, both in pixels of the crop.
     """
-    image, box = face.image(color), face_box(face.points)
-    check_touches(box, image, f"{face.name}, its labels")
+    image = face.image(color)
+    box = labelled_box(face, image, mean)
     square = square_box(box, MARGIN)
     scale = CROP_SIZE / square[2]
     box = np.array([*((box[:2] - square[:2]) * scale), *(box[2:] * scale)], np.float32)
@@ -115,9 +140,10 @@ def write_cache(path: Path, sets: dict[str, list[Face]], color: bool = False, pr
         raise ValueError(f"sets: expected one number of landmarks in all labelled faces, got {sorted(counts)}")
     (num_landmarks,) = counts
     faces = [(name, face) for name, members in sets.items() for face in members]
+    mean = mean_shape([face for _, face in faces if len(face.points)])
     blobs, points, boxes, groups, names = [], [], [], [], []
     for name, face in progress(faces) if progress else faces:
-        crops = [face_crop(face, color)] if len(face.points) else background_crops(face, num_landmarks, color)
+        crops = [face_crop(face, color, mean)] if len(face.points) else background_crops(face, num_landmarks, color)
         for image, its_points, box in crops:
             image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if color else image
             blobs.append(cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))[1])

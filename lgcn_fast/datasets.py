@@ -12,6 +12,8 @@ import numpy as np
 from .images import read_image
 from .landmarks import KAGGLE_NAMES
 
+ENCODING = "utf-8-sig"
+"""UTF-8, with the mark in front that spreadsheets write or without it."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -49,10 +51,9 @@ def read_faces(path: Path) -> list[Face]:
         return read_300w(path)
     if not path.is_file():
         raise ValueError(f"{path}: expected a folder with .pts files or a .csv file, got nothing there")
-    if path.suffix != ".csv":
+    if path.suffix.lower() != ".csv":
         raise ValueError(f"{path}: expected a folder with .pts files or a .csv file, got a file {path.suffix!r}")
-    with path.open(newline="") as file:
-        header = next(csv.reader(file), [])
+    header = _rows(path)[0]
     return read_kaggle(path) if "Image" in header else read_csv(path, path.with_suffix(""))
 
 
@@ -63,12 +64,12 @@ def read_300w(folder: Path) -> list[Face]:
         ValueError: no `.pts` file, one without a picture, or a malformed one.
     """
     folder = Path(folder)
-    labels = sorted(folder.rglob("*.pts"))
+    labels = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".pts")
     if not labels:
         raise ValueError(f"{folder}: expected .pts files in it or below, got none")
     faces = []
     for path in labels:
-        suffixes = [case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper())]
+        suffixes = [case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper(), suffix.title())]
         pictures = [path.with_suffix(suffix) for suffix in suffixes if path.with_suffix(suffix).is_file()]
         if not pictures:
             raise ValueError(f"{path}: expected a picture of the same name beside it, got none")
@@ -86,12 +87,14 @@ def read_pts(path: Path) -> np.ndarray:
         ValueError: no points, a line that is not two numbers, or another count than `n_points`.
     """
     points, announced = [], None
-    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(ENCODING, errors="replace").splitlines(), start=1):
         words = line.replace("{", " ").replace("}", " ").split()
         if not words or words[0].startswith("version"):
             continue
         if words[0].startswith("n_points"):
-            announced = int(line.split(":")[-1])
+            if not (digits := re.search(r"\d+", words[-1])):
+                raise ValueError(f"{path}, line {number}: expected a number of points, got {line.strip()!r}")
+            announced = int(digits[0])
             continue
         try:
             x, y = (float(word) for word in words)
@@ -106,7 +109,7 @@ def read_pts(path: Path) -> np.ndarray:
 def read_csv(path: Path, images: Path) -> list[Face]:
     """Read a CSV with the columns `image, x0, y0, x1, y1, ...`, 0-based pixels; an empty cell is no label.
 
-    Faces without any label are left out.
+    Faces with fewer than two labels are left out: nobody knows how large they are.
 
     Args:
         path: the file.
@@ -116,19 +119,20 @@ def read_csv(path: Path, images: Path) -> list[Face]:
         ValueError: another header, a row of another length, a cell that is not a number, a missing picture.
     """
     path, images = Path(path), Path(images)
-    with path.open(newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
+    header, *rows = _rows(path)
     expected = ["image", *(f"{axis}{i}" for i in range((len(header) - 1) // 2) for axis in "xy")]
     if len(header) < 3 or header != expected:
         raise ValueError(f"{path}: expected the columns image, x0, y0, x1, y1, ..., got {', '.join(header[:6])} ...")
     faces = []
     for number, row in enumerate(rows, start=2):
+        if not any(row):
+            continue
         where = f"{path}, line {number}"
-        picture = images / row[0] if row else images
+        picture = images / row[0]
         if not picture.is_file():
             raise ValueError(f"{where}: expected a picture {picture}, got none")
         points = _cells_to_points(row[1:], len(header) - 1, where)
-        if not np.isnan(points).all():
+        if _labels(points) >= 2:
             faces.append(Face(picture, points, group_of(picture.stem), row[0]))
     return faces
 
@@ -136,7 +140,7 @@ def read_csv(path: Path, images: Path) -> list[Face]:
 def read_kaggle(path: Path) -> list[Face]:
     """Read Kaggle's facial-keypoints CSV: 15 points, some without a label, 96 x 96 pixels in the column `Image`.
 
-    Faces without any label are left out.
+    Faces with fewer than two labels are left out: nobody knows how large they are.
 
     Raises:
         ValueError: missing columns, cells that are not numbers, another number of pixels.
@@ -144,17 +148,19 @@ def read_kaggle(path: Path) -> list[Face]:
     path = Path(path)
     columns = [f"{name}_{axis}" for name in KAGGLE_NAMES for axis in "xy"]
     faces = []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        missing = {*columns, "Image"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path}: expected Kaggle's columns, got none called {', '.join(sorted(missing))}")
-        for number, row in enumerate(reader, start=2):
-            where = f"{path}, line {number}"
-            points = _cells_to_points([row[column] for column in columns], len(columns), where)
-            pixels = _pixels(row["Image"], where)
-            if not np.isnan(points).all():
-                faces.append(Face(pixels, points, f"{path.stem}-{number}", f"{path.name}:{number}"))
+    header, *rows = _rows(path)
+    missing = {*columns, "Image"} - set(header)
+    if missing:
+        raise ValueError(f"{path}: expected Kaggle's columns, got none called {', '.join(sorted(missing))}")
+    for number, cells in enumerate(rows, start=2):
+        if not any(cells):
+            continue
+        where = f"{path}, line {number}"
+        row = dict(zip(header, cells, strict=False))
+        points = _cells_to_points([row.get(column, "") for column in columns], len(columns), where)
+        pixels = _pixels(row.get("Image"), where)
+        if _labels(points) >= 2:
+            faces.append(Face(pixels, points, f"{path.stem}-{number}", f"{path.name}:{number}"))
     return faces
 
 
@@ -201,6 +207,23 @@ def is_validation(group: str) -> bool:
     return int.from_bytes(sha256(group.encode()).digest()[:4]) % 10 == 0
 
 
+def _labels(points: np.ndarray) -> int:
+    return int((~np.isnan(points).any(axis=1)).sum())
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """The lines of a CSV, of which there is at least one.
+
+    Raises:
+        ValueError: an encoding other than UTF-8, or no CSV; names the file.
+    """
+    try:
+        with path.open(newline="", encoding=ENCODING) as file:
+            return list(csv.reader(file)) or [[]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: expected a CSV in UTF-8, got {error}") from None
+
+
 def _cells_to_points(cells: list[str], expected: int, where: str) -> np.ndarray:
     if len(cells) != expected:
         raise ValueError(f"{where}: expected {expected} coordinates, got {len(cells)}")
@@ -208,6 +231,8 @@ def _cells_to_points(cells: list[str], expected: int, where: str) -> np.ndarray:
         points = np.array([float(cell) if cell else np.nan for cell in cells], np.float32).reshape(-1, 2)
     except ValueError as error:
         raise ValueError(f"{where}: expected numbers, got {error}") from None
+    if np.isinf(points).any():
+        raise ValueError(f"{where}: expected finite numbers, got infinity")
     points[np.isnan(points).any(axis=1)] = np.nan
     return points
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 import lgcn_fast_kernels
 
+from .crops import labelled_box
 from .datasets import Face
 from .engine import Engine
 from .fitting import NativeFitter
-from .images import check_touches, face_box, square_box
+from .images import face_box, square_box
 from .landmarks import SCHEMES
 from .model import LGCN
 from .peaks import PEAK_RADIUS
@@ -50,13 +51,14 @@ class Evaluation:
         """`summary` of the errors over each set of points."""
         return {points: summary(self.errors(outline)) for points, outline in self.point_sets().items()}
 
-    def by_face(self) -> dict[str, float]:
-        """The error of each face over all points, percent, by its name; the second of a name is "NAME (2)"."""
+    def by_face(self) -> dict[str, float | None]:
+        """The error of each face over all points, percent, by its name; the second of a name is "NAME (2)". None where
+        the labels that normalise are missing."""
         errors, names = {}, Counter()
         for face, error in zip(self.faces, self.errors(), strict=True):
             names[face.name] += 1
             name = face.name if names[face.name] == 1 else f"{face.name} ({names[face.name]})"
-            errors[name] = 100 * float(error)
+            errors[name] = None if np.isnan(error) else 100 * float(error)
         return errors
 
 
@@ -133,10 +135,10 @@ def evaluate(
         The points that `predict` finds with the fit, as "fit", and without it, as "heatmap maxima".
 
     Raises:
-        ValueError: no labelled face, none with the labels that errors are divided by, labels that are not in the
-            picture, or another number of landmarks than the model's.
+        ValueError: no face with two labels or more, none with the labels that errors are divided by, labels that are
+            not in the picture, or another number of landmarks than the model's.
     """
-    faces = [face for face in faces if np.isfinite(face.points).any()]
+    faces = [face for face in faces if np.isfinite(face.points).all(axis=1).sum() >= 2]
     if not faces:
         raise ValueError("faces: expected at least one labelled face, got none")
     engine = engine_for(model, device, precision)
@@ -147,15 +149,15 @@ def evaluate(
     if np.isnan(landmark_errors(labelled, labelled, normalisation)).all():
         needed = "both outer eye corners (or the normalisation face-size)"
         raise ValueError(f"faces: expected some with labels of {needed}, got none")
-    fitter = NativeFitter(shape_for(shape, engine.config.num_landmarks))
+    shape = shape_for(shape, engine.config.num_landmarks)
+    fitter = NativeFitter(shape)
     read = partial(_fit_and_maxima, engine, fitter)
     found = []
     for start in range(0, len(faces), CHUNK):
         part = faces[start : start + CHUNK]
-        boxes = np.stack([square_box(face_box(face.points)) for face in part])
         images = [face.image(color=True) for face in part]
-        for face, box, image in zip(part, boxes, images, strict=True):
-            check_touches(box, image, f"{face.name}, its labels")
+        boxes = [labelled_box(face, image, shape.mean) for face, image in zip(part, images, strict=True)]
+        boxes = np.stack([square_box(box) for box in boxes])
         found.append(locate(images, boxes, engine, read, ensemble)[0])
     methods = zip(("fit", "heatmap maxima"), np.concatenate(found, axis=1).astype(np.float32), strict=True)
     return {method: Evaluation(faces, points, labelled, normalisation) for method, points in methods}
@@ -176,6 +178,6 @@ def with_mean_shape(evaluation: Evaluation, mean_shape: np.ndarray) -> Evaluatio
     Args:
         mean_shape: (N, 2) in units of the box.
     """
-    boxes = np.stack([face_box(points) for points in evaluation.labelled])
+    boxes = np.stack([face_box(points, mean_shape) for points in evaluation.labelled])
     predicted = mean_shape * boxes[:, None, 2:] + boxes[:, None, :2] - 0.5
     return Evaluation(evaluation.faces, predicted, evaluation.labelled, evaluation.normalisation)

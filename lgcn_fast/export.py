@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -159,8 +160,9 @@ def export(
             write_onnx(program, partial, facts)
             run = _onnx_runtime(partial)
         else:
-            with partial.open("wb") as file:
-                torch.export.save(program, file, extra_files={METADATA: json.dumps(facts)})
+            buffer = BytesIO()  # (on a full disk torch would end the process)
+            torch.export.save(program, buffer, extra_files={METADATA: json.dumps(facts)})
+            partial.write_bytes(buffer.getbuffer())
             with partial.open("rb") as file:
                 run = torch.export.load(file).module()
         error = _checked(run, model, path)

@@ -95,15 +95,25 @@ def _is_truncated_jpeg(data: np.ndarray) -> bool:
     return data[:3].tobytes() == b"\xff\xd8\xff" and b"\xff\xd9" not in data[3:].tobytes()
 
 
-def face_box(points: np.ndarray) -> np.ndarray:
+def face_box(points: np.ndarray, mean: np.ndarray | None = None) -> np.ndarray:
     """The tight square around landmarks, enlarged by 17 % (paper, section 4).
 
     Args:
         points: (N, 2), NaN without a label.
+        mean: (N, 2), a mean shape of any size and place. It is brought to the labelled points, of which there must be
+            two, and stands for the others: the square is one around all landmarks. Without it they do not count.
 
     Returns:
         (4,) float32: x, y, width, height.
     """
+    labelled = ~np.isnan(points).any(axis=1)
+    if mean is not None and 2 <= labelled.sum() < len(points):
+        # A change of size and a turn are one factor of complex numbers x + i y, which least squares gives.
+        there, shape = points[labelled] @ (1, 1j), mean @ (1, 1j)
+        centre, shape = there.mean(), shape - shape[labelled].mean()
+        factor = np.vdot(shape[labelled], there - centre) / max(np.vdot(shape[labelled], shape[labelled]).real, 1e-12)
+        moved = factor * shape + centre
+        points = np.where(labelled[:, None], points, np.stack([moved.real, moved.imag], axis=1))
     low, high = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
     side = max(float((high - low).max()) * BOX_ENLARGEMENT, 1.0)
     return np.array([*((low + high - side + 1) / 2), side, side], np.float32)

@@ -17,6 +17,7 @@ from .crops import CropCache
 from .engine import Engine
 from .heatmaps import to_heatmap
 from .landmarks import SCHEMES
+from .losses import readable
 from .model import LGCN
 from .peaks import PEAK_RADIUS, peak_centroids
 
@@ -54,7 +55,7 @@ def _heatmaps(model: LGCN) -> Callable[[Tensor], Tensor]:
     device = model.main.weight.device
     if device.type == "cpu":
         return Engine(model, device="cpu", precision="fp32").heatmaps
-    return lambda images: model.eval()(images.to(device)).output
+    return lambda images: readable(model.eval()(images.to(device)).output, model.config)
 
 
 @torch.no_grad()

@@ -102,6 +102,11 @@ def probabilities(logits: Tensor) -> Tensor:
     return F.softmax(F.pad(logits, (0, 0, 0, 0, 0, 1)), dim=1)[:, :-1]
 
 
+def readable(output: Tensor, config: LGCNConfig) -> Tensor:
+    """The heatmaps that landmarks are read off, (B, N, H, W) float32, from the output of a network."""
+    return output.float() if config.loss == "squared_error" else probabilities(output.float())
+
+
 class _SumOfSquares(torch.autograd.Function):
     """`(prediction - target).square().sum((2, 3))` in fp32, with half of autograd's passes over the heatmaps."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoints import load_card, model_names, weights_path
+from .checkpoints import load_card, model_names, weights_path, write_whole
 from .datasets import read_faces
 from .engine import Engine
 from .evaluation import Evaluation, evaluate, with_mean_shape
@@ -69,7 +69,7 @@ def write_evaluation(evaluations: dict[str, Evaluation], folder: Path) -> dict:
         },
         "faces": first.by_face(),
     }
-    (folder / "evaluation.json").write_text(json.dumps(values, indent=1))
+    write_whole(folder / "evaluation.json", json.dumps(values, indent=1).encode())
     draw_curves({"": evaluations}, folder / "curve.png")
     draw_sheet(first, folder / "sheet.png")
     return values

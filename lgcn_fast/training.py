@@ -6,12 +6,15 @@ an interrupted epoch is simply run again. (To the last bit on a CPU; CUDA's kern
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +37,7 @@ from .heatmaps import to_heatmap
 from .images import to_crop
 from .label_shifts import measured_shifts
 from .landmarks import SCHEMES
-from .losses import distillation_loss, lgcn_loss
+from .losses import distillation_loss, lgcn_loss, readable
 from .model import LGCN, checked_device, cudnn_benchmark
 from .operators import gaussian_sum_banded, gaussian_sum_native
 from .optimiser import set_rate
@@ -43,9 +46,16 @@ from .recorded_step import RecordedStep
 from .training_log import COLUMNS, draw_log, write_log
 from .training_options import TrainingOptions, check_cache, check_faces
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 PLAN_STEPS = 24
 """Steps that are timed to find how many epochs fit a time budget; the first third does not count: on a GPU a step is
 recorded there."""
+PATIENCE = 10.0
+"""Seconds that a run waits for another one in its folder to end: the workers of a killed one take five to notice."""
 LARGEST_ERROR = 3.0
 """Times the median, in the validation error: how far a few lost faces are off must not decide which weights are
 best for all others."""
@@ -90,7 +100,8 @@ class Trainer:
         self.validation = np.flatnonzero(validation & (shares > 0) & measurable)
         self.validation_shares = shares[self.validation]
         self.chosen = np.flatnonzero(~validation & (shares > 0))
-        check_faces(int(labelled[self.chosen].sum()), len(self.validation))
+        groups = len(set(cache.groups[labelled].tolist()))
+        check_faces(int(labelled[self.chosen].sum()), len(self.validation), groups)
         recipe = options.recipe
         self.batches = EpochBatches(self.chosen, shares[self.chosen], recipe.batch_size, options.seed, recipe.repeats)
         self.epochs, self.commit, self.cache_digest = options.epochs, commit(), cache.digest()
@@ -104,21 +115,31 @@ class Trainer:
         crops = AugmentedCrops(cache, recipe.augmentation, options.config.input_size, options.seed, self.label_shifts)
         workers = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
         pinned = self.device.type == "cuda"
-        self.loader = DataLoader(crops, batch_sampler=self.batches, pin_memory=pinned, **workers)
+        # (With a generator of its own it draws nothing from that of the dropout, which would differ in a resumed run.)
+        self.loader = DataLoader(
+            crops, batch_sampler=self.batches, pin_memory=pinned, generator=torch.Generator(), **workers
+        )
 
     @cudnn_benchmark()
     def run(self, time_budget: float | None = None) -> bool:
         """Train to the end of the schedule, or until the time is up.
 
         Args:
-            time_budget: minutes for this call; it stops before an epoch that would not fit.
+            time_budget: minutes for this call, above 0; it stops before an epoch that would not fit.
 
         Returns:
             Whether the schedule is finished; otherwise run again to go on.
 
         Raises:
             FloatingPointError: the loss became NaN or infinite; the state after the last whole epoch is kept.
+            ValueError: a budget of 0 or less, or another process that trains in the folder.
         """
+        if time_budget is not None and not time_budget > 0:
+            raise ValueError(f"time_budget: expected minutes above 0, got {time_budget:g}")
+        with _alone_in(self.folder):
+            return self._run(time_budget)
+
+    def _run(self, time_budget: float | None) -> bool:
         reuse_freed_memory()
         start = time.monotonic()
         if self.epochs is None:
@@ -230,7 +251,8 @@ class Trainer:
             images, points = zip(*(crops[0, int(index)] for index in indices), strict=True)
             with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 heatmaps = self.averaged(torch.stack(images).to(self.device)).output
-                found, _ = peak_centroids(heatmaps.float(), PEAK_RADIUS / self.options.config.stride)
+                heatmaps = readable(heatmaps, self.options.config)
+                found, _ = peak_centroids(heatmaps, PEAK_RADIUS / self.options.config.stride)
             labelled = to_heatmap(torch.cat(points), self.options.config.stride).numpy()
             errors.append(landmark_errors(found.cpu().numpy(), labelled))
         errors = np.concatenate(errors)
@@ -256,13 +278,14 @@ class Trainer:
             "command": " ".join(["lgcn-fast", *sys.argv[1:]]),
             "torch": torch.__version__,
             "bf16": self.amp,
-            "mean_shape": self._mean_shape().round(5).tolist(),
+            "mean_shape": self._mean_shape(),
         }
 
-    def _mean_shape(self) -> np.ndarray:
-        """Mean of the fully labelled training faces, (N, 2) in units of the face box."""
+    def _mean_shape(self) -> list[list[float]] | None:
+        """Mean of the fully labelled training faces, (N, 2) in units of the face box, where there are any."""
         shapes = to_crop(self.cache.points[self.chosen], self.cache.boxes[self.chosen], 1)
-        return shapes[~np.isnan(shapes).any((1, 2))].mean(axis=0) + 0.5
+        shapes = shapes[~np.isnan(shapes).any((1, 2))]
+        return (shapes.mean(axis=0) + 0.5).round(5).tolist() if len(shapes) else None
 
     def _plan(self, time_budget: float) -> int:
         """Number of epochs that fit the budget, from the time of a few steps on a throw-away copy of the state."""
@@ -280,6 +303,7 @@ class Trainer:
         seconds = float(np.median(times[len(times) // 3 :])) * len(self.batches)
         began = time.monotonic()
         self.validate()
+        draw_log(BytesIO(), [dict.fromkeys(COLUMNS, 1.0)])  # (which takes longest of what `_save` does)
         return max(int(time_budget * 60 * 0.95 / (seconds + time.monotonic() - began)), 1)
 
     def _state(self) -> dict[str, Tensor]:
@@ -358,6 +382,38 @@ class Trainer:
             len(self.cache),
         )
         return json.dumps(values)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Raises ValueError where another run trains in a folder: they would mix."""
+    if fcntl is None:
+        yield
+        return
+    descriptor, patience = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
+    try:
+        while not _locked(descriptor):
+            if time.monotonic() > patience:
+                got = "one that another trains in"
+                raise ValueError(f"{folder}: expected a folder for this run alone, got {got}")
+            time.sleep(0.1)
+        try:
+            yield
+        finally:  # for the workers, too, which have the descriptor and may live on
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def fastest_operator(device: torch.device) -> Callable[..., Tensor]:

@@ -3,6 +3,7 @@
 import csv
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib.figure
 
@@ -19,7 +20,7 @@ def write_log(path: Path, log: list[dict[str, float]]) -> None:
     os.replace(partial, path)
 
 
-def draw_log(path: Path, log: list[dict[str, float]]) -> None:
+def draw_log(path: Path | BinaryIO, log: list[dict[str, float]]) -> None:
     """Draw loss and validation error over the epochs."""
     figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
     left = figure.subplots()

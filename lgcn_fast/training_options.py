@@ -51,11 +51,16 @@ def check_cache(cache: CropCache, options: TrainingOptions) -> None:
         raise ValueError(f"epochs: expected at least 1, got {options.epochs}")
 
 
-def check_faces(training: int, validation: int) -> None:
-    """Raise ValueError where there is nothing to learn from, or nothing to measure with."""
+def check_faces(training: int, validation: int, groups: int) -> None:
+    """Raise ValueError where there is nothing to learn from, or nothing to measure with.
+
+    Args:
+        groups: number of photos and persons that the faces are of, see `datasets.group_of`.
+    """
     if not training or not validation:
         expected = (
-            "labelled faces to train on and others, a tenth by the hash of their names, whose outer eye corners are "
-            "labelled, to validate with"
+            "labelled faces to train on and others, a tenth of the photos or persons by the hash of their names, whose "
+            "outer eye corners are labelled, to validate with"
         )
-        raise ValueError(f"cache: expected {expected}, got {training} and {validation}")
+        kinds = f"by their names of {groups} photos or persons: NAME_1 and NAME_12 belong together"
+        raise ValueError(f"cache: expected {expected}, got {training} and {validation} ({kinds})")

@@ -1,3 +1,7 @@
+import errno
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,6 +22,26 @@ def weights(tmp_path):
     path = tmp_path / "model.safetensors"
     save_model(path, model, {"seed": 7})
     return path, model
+
+
+def test_whoever_may_read_files_may_read_weights(weights, tmp_path):
+    (tmp_path / "other").write_text("")
+    assert weights[0].stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_full_disk_leaves_what_was_there(weights, monkeypatch):
+    path, model = weights
+    before = path.read_bytes()
+
+    def full(partial, content):
+        partial.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+        save_model(path, model, {})
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_round_trip(weights):

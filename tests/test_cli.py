@@ -88,13 +88,14 @@ def test_drawings_do_not_overwrite_the_input(tmp_path, demo_picture, command, ki
 
 
 def test_numbers_replace_others_only_when_they_are_whole(tmp_path, demo_picture, monkeypatch, capsys):
-    def full(path, text):
-        path.write_bytes(text[:10].encode())
+    def full(path, content):
+        path.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     numbers = tmp_path / "landmarks.json"
     numbers.write_text("{}")
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(cli, "_write_picture", lambda *_: None)
     assert main(["predict", str(demo_picture), "--out", str(tmp_path)]) == 2
     assert f"No space left on device: '{numbers}'" in capsys.readouterr().err
     assert numbers.read_text() == "{}"
@@ -208,6 +209,12 @@ def test_from_labels_to_report(tmp_path, faces, capsys):
     )
     assert json.loads((out / "evaluation.json").read_text())["percent"]["fit, 68 points"]["faces"] == 11
     assert {path.name for path in out.iterdir()} == {"evaluation.json", "curve.png", "sheet.png"}
+
+
+def test_sets_may_be_named_as_shells_complete_them():
+    for text in ("faces", "./faces", "faces/", "./faces//"):
+        assert cli_training._set_name(text) == "faces"
+    assert cli_training._share("../a/b.csv=0.25") == ("../a/b.csv", 0.25)
 
 
 @pytest.mark.slow

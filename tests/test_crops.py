@@ -80,6 +80,25 @@ def test_real_faces_lie_within_their_crops(data):
         assert points.max() < CROP_SIZE - 20
 
 
+def test_crops_do_not_depend_on_what_is_labelled(tmp_path, random):
+    shape, image = random.uniform(-1, 1, (5, 2)), random.integers(0, 256, (200, 220), np.uint8)
+    points = [shape * scale + (100, 90) for scale in (40, 50, 40)]
+    points[2][random.integers(5)] = np.nan
+    faces = [Face(image, p.astype(np.float32), f"g{i}", f"g{i}") for i, p in enumerate(points)]
+    write_cache(tmp_path / "c.npz", {"a": faces})
+    cache = read_cache(tmp_path / "c.npz")
+    np.testing.assert_allclose(cache.boxes[2], cache.boxes[0], atol=0.1)
+    np.testing.assert_array_equal(cache.images[2], cache.images[0])
+
+
+def test_mistyped_labels_are_named(tmp_path, random):
+    far = face(random, "far")
+    far.points[2] = 100, 40_000
+    message = "far: expected labels in its picture of 220 x 200 pixels, got a face of 4"
+    with pytest.raises(ValueError, match=message):
+        write_cache(tmp_path / "c.npz", {"a": [face(random), far]})
+
+
 def test_labels_beside_the_picture_are_named(tmp_path, random):
     outside = replace(face(random, "there"), points=random.uniform(400, 500, (5, 2)).astype(np.float32))
     with pytest.raises(ValueError, match="there, its labels: expected a box that meets the image of 220 x 200 pixels"):

@@ -28,12 +28,14 @@ EXPECTED = np.array([[0, 1.5], [2, 3], [4, 5]], np.float32)
         HEADER + POINTS + "}\n",
         POINTS,
         HEADER.replace(": ", ":") + POINTS + "}",
+        "\ufeff" + HEADER.replace("points: 3", "points 3") + POINTS,
+        HEADER.replace(": 3\n{", ": 3 {") + POINTS,
         "version: 1\r\nn_points: 3\r\n{\r\n1.0 2.5\r\n3\t4\r\n 5e0   6\r\n}\r\n\r\n",
     ],
 )
 def test_pts_with_and_without_header(tmp_path, text):
     path = tmp_path / "a.pts"
-    path.write_text(text)
+    path.write_text(text, "utf-8")
     np.testing.assert_array_equal(read_pts(path), EXPECTED)
 
 
@@ -43,6 +45,7 @@ def test_pts_with_and_without_header(tmp_path, text):
         ("", "expected some points, got 0"),
         (HEADER + "1 2\n}", "expected 3 points, got 1"),
         ("1 2\n3\n", r"a.pts, line 2: expected two numbers, got '3'"),
+        ("n_points: many\n1 2\n", "line 1: expected a number of points, got 'n_points: many'"),
         ("1 x\n", "line 1: expected two numbers"),
         ("1 2 3\n", "line 1: expected two numbers"),
     ],
@@ -81,18 +84,23 @@ def test_label_without_picture_is_named(tmp_path):
 
 
 def test_suffixes_may_be_upper_case(tmp_path):
-    (tmp_path / "a.pts").write_text(POINTS)
+    for name in ("a.pts", "b.PTS"):
+        (tmp_path / name).write_text(POINTS)
     picture(tmp_path / "a.PNG")
-    (face,) = read_300w(tmp_path)
-    assert face.image().ndim == 2
+    picture(tmp_path / "b.Jpg")
+    assert [face.image().ndim for face in read_300w(tmp_path)] == [2, 2]
+    (tmp_path / "F.CSV").write_text("image,x0,y0,x1,y1\na.PNG,1,2,3,4\n")
+    picture(tmp_path / "F" / "a.PNG")
+    assert len(read_faces(tmp_path / "F.CSV")) == 1
 
 
 def test_csv_of_points_with_missing_labels(tmp_path):
     picture(tmp_path / "faces" / "Some_One_07.png")
-    rows = "Some_One_07.png,1,2.5,,4\nSome_One_07.png,,,,\nSome_One_07.png,,2,3,\n"
-    (tmp_path / "faces.csv").write_text("image,x0,y0,x1,y1\n" + rows)
+    rows = "1,2.5,,4,5,6", ",,,,,", ",2,3,,5,6"  # with fewer than two labels a face has no size
+    text = "image,x0,y0,x1,y1,x2,y2\n" + "".join(f"Some_One_07.png,{row}\n" for row in rows)
+    (tmp_path / "faces.csv").write_text("\ufeff" + text + "\n,,,,,,\n", "utf-8")  # as spreadsheets write it
     (face,) = read_faces(tmp_path / "faces.csv")
-    np.testing.assert_array_equal(face.points, [[1, 2.5], [np.nan, np.nan]])
+    np.testing.assert_array_equal(face.points, [[1, 2.5], [np.nan, np.nan], [5, 6]])
     assert face.group == "Some_One"
 
 
@@ -104,11 +112,13 @@ def test_csv_of_points_with_missing_labels(tmp_path):
         ("image,x0,y0\nb.png,1,2\n", "line 2: expected a picture"),
         ("image,x0,y0\na.png,1\n", "line 2: expected 2 coordinates, got 1"),
         ("image,x0,y0\na.png,1,two\n", "line 2: expected numbers"),
+        ("image,x0,y0\na.png,1,inf\n", "line 2: expected finite numbers"),
+        ("image,x0,y0\nü.png,1,2\n", r"f\.csv: expected a CSV in UTF-8"),
     ],
 )
 def test_malformed_csv_names_the_line(tmp_path, text, message):
     picture(tmp_path / "a.png")
-    (tmp_path / "f.csv").write_text(text)
+    (tmp_path / "f.csv").write_text(text, "latin-1")
     with pytest.raises(ValueError, match=message):
         read_csv(tmp_path / "f.csv", tmp_path)
 

@@ -59,6 +59,15 @@ def test_no_face_is_named():
         evaluate([])
 
 
+def test_faces_are_seen_alike_whatever_is_labelled(demo_picture):
+    points = predict(read_image(demo_picture, color=True), [[82, 70, 124, 124]], "lgcn-nano").points[0]
+    eyes = np.full_like(points, np.nan)
+    eyes[36:48] = points[36:48]
+    faces = [Face(demo_picture, labels, "g", "name") for labels in (points, eyes)]
+    whole, partly = evaluate(faces, "lgcn-nano")["fit"].predicted
+    np.testing.assert_allclose(partly, whole, atol=3)
+
+
 def test_one_pass_gives_what_predict_gives(demo_picture, random, monkeypatch):
     """Both ways of reading the heatmaps, more faces than go through the network at once."""
     image = read_image(demo_picture, color=True)
@@ -110,3 +119,5 @@ def test_labels_that_cannot_be_evaluated_are_named(random):
 def test_faces_of_one_name_are_all_reported(random):
     evaluation = Evaluation(faces_of(np.zeros((3, 68, 2))), shapes(3) + 5, shapes(3), "inter-ocular")
     assert list(evaluation.by_face()) == ["name", "name (2)", "name (3)"]
+    evaluation.labelled[1, 36] = np.nan  # an eye corner
+    assert [error is None for error in evaluation.by_face().values()] == [False, True, False]

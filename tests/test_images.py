@@ -102,6 +102,20 @@ def test_face_box_is_the_enlarged_tight_square():
     assert y - 0.5 + height / 2 == pytest.approx(40)
 
 
+def test_face_box_where_labels_are_missing(random):
+    """Of a face that is the mean shape, moved, turned and scaled, two labels say where all others are."""
+    mean = random.uniform(-1, 1, (12, 2))
+    turn = np.array([[0.8, 0.6], [-0.6, 0.8]]) * 30
+    points = mean @ turn + (70, 50)
+    expected = face_box(points)
+    for count in (2, 5, 11):
+        partly = points.copy()
+        partly[random.permutation(12)[count:]] = np.nan
+        np.testing.assert_allclose(face_box(partly, mean), expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(face_box(partly), face_box(partly[~np.isnan(partly).any(axis=1)]))
+    np.testing.assert_array_equal(face_box(points, mean), expected)
+
+
 @pytest.mark.parametrize("box", [(10, 20, 30, 30), (-20, -10, 60, 60), (50, 40, 40, 40), (0, 0, 96, 96)])
 @pytest.mark.parametrize("size", [96, 33])
 def test_coordinates_follow_the_pixels(box, size):

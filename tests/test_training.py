@@ -7,7 +7,7 @@ import pytest
 import torch
 from networks import randomised
 
-from lgcn_fast import LGCN, LGCNConfig, load_model, recorded_step, training
+from lgcn_fast import LGCN, LGCNConfig, load_model, losses, recorded_step, training
 from lgcn_fast.augmentation import Augmentation
 from lgcn_fast.batches import EpochBatches
 from lgcn_fast.checkpoints import load_tensors, save_model
@@ -174,6 +174,55 @@ def test_faces_without_an_eye_corner_are_learned_from_but_not_validated_with(cac
         Trainer(replace(cache, points=points), tmp_path / "none", OPTIONS)
 
 
+def test_an_interrupted_run_with_workers_goes_on(cache, tmp_path):
+    options = replace(OPTIONS, workers=1)  # (and with dropout, whose random numbers are this process's)
+    assert Trainer(cache, tmp_path / "whole", options).run()
+    while not Trainer(cache, tmp_path / "parts", options).run(time_budget=1e-6):
+        pass
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_two_runs_do_not_mix_in_one_folder(cache, tmp_path, monkeypatch):
+    first, second = Trainer(cache, tmp_path, OPTIONS), Trainer(cache, tmp_path, replace(OPTIONS, seed=1))
+    step, refused = Trainer._step, []
+
+    def beside(self, *arguments):
+        if not refused:
+            with pytest.raises(ValueError, match="expected a folder for this run alone") as error:
+                second.run()
+            refused.append(error)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", beside)
+    monkeypatch.setattr(training, "PATIENCE", 0)
+    assert first.run()
+    assert refused
+    assert second.epoch == 0
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan")])
+def test_no_time_is_an_error(cache, tmp_path, minutes):
+    with pytest.raises(ValueError, match="time_budget: expected minutes above 0"):
+        Trainer(cache, tmp_path, OPTIONS).run(time_budget=minutes)
+
+
+def test_networks_for_cross_entropy_are_validated_by_their_probabilities(cache, tmp_path):
+    options = replace(OPTIONS, config=replace(CONFIG, loss="cross_entropy"), epochs=1)
+    trainer = Trainer(cache, tmp_path, options)
+    for tensor in (trainer.averaged.main.weight, trainer.averaged.refine.weight):
+        torch.nn.init.normal_(tensor)
+    images = torch.stack([torch.from_numpy(cache.images[i][21:69, 21:69]) for i in range(4)])[:, None]
+    logits = trainer.averaged.eval()(images).output
+    read = losses.readable(logits, options.config)
+    torch.testing.assert_close(read, losses.probabilities(logits))
+    torch.testing.assert_close(losses.readable(logits, CONFIG), logits)
+    called, readable = [], training.readable
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "readable", lambda *arguments: called.append(arguments[1].loss) or readable(*arguments))
+        trainer.validate()
+    assert set(called) == {"cross_entropy"}
+
+
 def test_another_cache_is_another_run(cache, tmp_path):
     Trainer(cache, tmp_path, OPTIONS).run(time_budget=1e-6)
     other = replace(cache, images=[*cache.images[:-1], cache.images[-1] // 2])
@@ -336,6 +385,8 @@ def test_a_folder_with_another_run_is_refused(cache, tmp_path):
 
 
 def test_partly_used_sets_change_between_epochs():
+    tiny = EpochBatches(np.arange(60), np.full(60, 1e-3), batch_size=4, seed=0)
+    assert [len(batch) for batch in tiny] == [1]  # not none
     shares = np.array([1.0] * 10 + [0.2] * 50)
     batches = EpochBatches(np.arange(60), shares, batch_size=4, seed=0)
     drawn = []
