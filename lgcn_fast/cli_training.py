@@ -17,7 +17,7 @@ from .shape import ShapeModel
 from .training import Trainer
 from .training_options import TrainingOptions
 
-NETWORKS = ("nano", "nano-96", "nano-128", "nano-192", "finder", "16", "32", "64", "128")
+NETWORKS = ("nano", "nano-96", "nano-128", "finder", "16", "32", "64", "128")
 
 
 def add_command(commands, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
