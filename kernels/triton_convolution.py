@@ -214,8 +214,9 @@ def channels_last(x: Tensor, dtype: torch.dtype, step: int = 1) -> Tensor:
         pixels = size[2] * size[3]
         grid = (triton.cdiv(pixels, BLOCK_P), triton.cdiv(channels, BLOCK_C), batch)
         _channels_last_kernel[grid](
-            x, out, channels, height, width, size[3], pixels, STEP=step, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P
-        )
+            x, out, channels, height, width, size[3], pixels,
+            STEP=step, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P, enable_fp_fusion=True,
+        )  # fmt: skip
     return out
 
 
@@ -354,6 +355,7 @@ class Convolution:
                 BLOCK_K=tile.block_k if descriptors else min(tile.block_k, LARGEST_GATHERED_K),
                 FILTER_BLOCKS=filter_blocks, num_warps=tile.num_warps,
                 num_stages=tile.stages(self.weight.element_size(), shared_memory(x.device)),
+                enable_fp_fusion=True,  # Triton 3.9 warns where it is not said
             )  # fmt: skip
         return out
 

@@ -123,7 +123,8 @@ def _bands(
         (2 * reach + 1, S, block, block), near = -reach to reach; symmetric but for the order of `near`.
     """
     lines = torch.from_numpy(kernel_taps(kernel_size, sigmas, TOLERANCES[dtype]))
-    near, row, column = torch.arange(-reach, reach + 1), torch.arange(block), torch.arange(block)
+    with torch.device("cpu"):  # whatever the default is
+        near, row, column = torch.arange(-reach, reach + 1), torch.arange(block), torch.arange(block)
     offset = row[:, None] - (column + near[:, None, None] * block) + kernel_size // 2
     inside = (offset >= 0) & (offset < kernel_size)
     blocks = torch.where(inside, lines[:, offset.clamp(0, kernel_size - 1)], 0.0)
@@ -159,7 +160,7 @@ def _launch(
     _gaussian_sum_kernel[grid](
         x, bands_y, bands_x, out, height, width, channels, first_side,
         COUNT=bands_y.shape[1], REACH_Y=reach_y, REACH_X=reach_x, BLOCK_Y=block_y, BLOCK_X=block_x,
-        NUM_STAGES=NUM_STAGES, num_warps=num_warps(block_y, block_x),
+        NUM_STAGES=NUM_STAGES, num_warps=num_warps(block_y, block_x), enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

@@ -114,5 +114,6 @@ def heatmap_reduction(heatmaps: Tensor, radius: int, threshold: float = 0.01, ou
         _heatmap_reduction_kernel[(batch * channels,)](
             heatmaps, out, height, width, float(threshold), SIDE=side,
             RADIUS=radius, LANES=triton.next_power_of_2((2 * radius + 1) ** 2), num_warps=NUM_WARPS[side],
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -31,7 +31,8 @@ LADDER = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes that are recorded. A batch goes through in parts of the largest, its rest in the next that holds it."""
 IN_FP8 = 2.0
 """What activations in fp8 are multiplied by, so that those of up to 224 fit: they are about 1 (`folding.py`), of real
-faces below 50, of noise below 160. Up to 8 the precision is the same."""
+faces below 50, of noise below 180 (of black and white noise up to 263, and there a few are cut off). Up to 8 the
+precision is the same."""
 _RECORDING = threading.Lock()
 """One graph is recorded at a time: nobody may wait for the whole device meanwhile, which is how each record begins."""
 

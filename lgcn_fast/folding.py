@@ -40,11 +40,12 @@ class FoldedNetwork:
 @torch.inference_mode()
 def fold(model: LGCN) -> FoldedNetwork:
     """Fold a trained network, which is not changed."""
-    model = deepcopy(model).eval().cpu().float()
-    scale = model.config.activation_scale
-    local, local_scale = _folded_blocks(model.local_subnet, 0.1 / 128, scale)
-    context, context_scale = _folded_blocks(model.global_subnet, 1.0, scale)
-    heads, refine = _merged_heads(model, local_scale), _filters(model.refine, context_scale)
+    with torch.device("cpu"):  # whatever the default is
+        model = deepcopy(model).eval().cpu().float()
+        scale = model.config.activation_scale
+        local, local_scale = _folded_blocks(model.local_subnet, 0.1 / 128, scale)
+        context, context_scale = _folded_blocks(model.global_subnet, 1.0, scale)
+        heads, refine = _merged_heads(model, local_scale), _filters(model.refine, context_scale)
     return FoldedNetwork(model.config, local, heads, context, refine)
 
 

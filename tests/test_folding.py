@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 import torch.nn.functional as F
 from networks import CONFIGS, randomised
@@ -23,6 +24,13 @@ def test_channels_come_out_in_sizes_of_about_1():
         sizes = x.square().mean((0, 2, 3)).sqrt()
         assert float(sizes.max()) < 5, sizes
         assert float((sizes > 0.1).float().mean()) > 0.4, sizes  # (others are nearly always 0)
+
+
+def test_default_device_does_not_matter():
+    model = randomised(CONFIGS["plain"])
+    expected = fold(model).context[0][0]
+    with torch.device("meta"):  # where there is no GPU to be the default
+        np.testing.assert_array_equal(fold(model).context[0][0], expected)
 
 
 @torch.inference_mode()

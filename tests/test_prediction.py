@@ -193,6 +193,13 @@ def test_one_image_may_have_several_faces(image, ensemble):
     np.testing.assert_array_equal(together.points, predict([image] * 3, boxes, ensemble=ensemble).points)
 
 
+@pytest.mark.parametrize("shape", [(1, 0, 96), (2, 96, 0, 3), (0, 96, 96)])
+def test_images_without_pixels_are_named_where_they_stay_on_a_gpu(shape, monkeypatch):
+    monkeypatch.setattr(prediction, "_stays_on", lambda engine, batch: True)
+    with pytest.raises(ValueError, match=r"batch: expected at least one image with at least one pixel, got shape \("):
+        predict(torch.zeros(shape, dtype=torch.uint8), model="lgcn-finder")
+
+
 @pytest.mark.parametrize("boxes", [[], np.zeros((0, 4))])
 @pytest.mark.parametrize("to_host", [True, False])
 def test_one_image_may_have_no_faces(image, boxes, to_host):
