@@ -71,6 +71,7 @@ public:
     // must not all fall into the same few sets of the cache.
     std::int64_t row_stride() const { return depth_x_; }
     std::int64_t map_elements() const { return depth_y_ * depth_x_ + 32; }
+    std::size_t bytes() const { return columns_.bytes() + rows_.bytes() + scratch_.bytes(); }
 
     // out: (height, width).
     void operator()(const Multiplier<Bf16>& multiplier, const Bf16* map, float* out) {

@@ -124,6 +124,7 @@ public:
     // What the caller needs to know of a map: elements from row to row, and in all.
     std::int64_t row_stride() const { return width_; }
     std::int64_t map_elements() const { return height_ * width_; }
+    std::size_t bytes() const { return row_.bytes() + pairs_.bytes() + blurred_.bytes() + sum_.bytes(); }
 
     void operator()(const Multiplier<float>& multiplier, const float* map, float* out) {
         const std::int64_t radius = taps_.radius;

@@ -97,7 +97,7 @@ public:
                 throw;
             }
         });
-        for (auto& workspace : workspaces) give_back(std::move(workspace));
+        for (auto& workspace : workspaces) give_back(std::move(workspace), workspaces.size());
     }
 
 private:
@@ -117,7 +117,7 @@ private:
         Buffer<float> scratch;
     };
 
-    // So many, and bytes, are kept for the next images of their sizes: an image pyramid has several.
+    // So many (and all of a call), and bytes, are kept for the next images of their sizes: a pyramid has several.
     static constexpr std::size_t kIdle = 12, kIdleBytes = std::size_t{1} << 29;
 
     // What one image needs.
@@ -149,7 +149,8 @@ private:
         std::size_t bytes() const {
             std::size_t sum = input.bytes() + context.bytes() + maps.bytes() + (heatmaps ? heatmaps->bytes() : 0);
             for (int i = 0; i < 2; ++i) sum += local[i].bytes() + global[i].bytes();
-            for (const Member& member : members) sum += member.side.bytes() + member.scratch.bytes();
+            for (const Member& member : members)
+                sum += member.blur.bytes() + member.side.bytes() + member.scratch.bytes();
             return sum;
         }
         static std::int64_t side(std::int64_t pixels, const Network& n) {
@@ -185,13 +186,14 @@ private:
         return found;
     }
 
-    void give_back(std::unique_ptr<Workspace> workspace) {
+    // One of `together` that a call had.
+    void give_back(std::unique_ptr<Workspace> workspace, std::size_t together) {
         std::vector<std::unique_ptr<Workspace>> old;  // freed when others may borrow again
         const std::lock_guard<std::mutex> lock(mutex_);
         idle_.push_back(std::move(workspace));
         std::size_t bytes = 0;
         for (const auto& idle : idle_) bytes += idle->bytes();
-        while (idle_.size() > kIdle || (bytes > kIdleBytes && idle_.size() > 1)) {
+        while (idle_.size() > std::max(kIdle, together) || (bytes > kIdleBytes && idle_.size() > 1)) {
             bytes -= idle_.front()->bytes();
             old.push_back(std::move(idle_.front()));
             idle_.pop_front();

@@ -48,6 +48,7 @@ inline py::tuple fit(const lgcn::Fitter& fitter, const Heatmaps& heatmaps, doubl
         throw py::value_error("heatmaps: expected " + std::to_string(fitter.landmarks()) + " landmarks, got " +
                               std::to_string(batch.landmarks));
     }
+    if (!(stride > 0)) throw py::value_error("stride: expected a positive number, got " + std::to_string(stride));
     const Fits fits(batch.faces, fitter);
     {
         py::gil_scoped_release unlocked;

@@ -6,13 +6,17 @@
 
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define LGCN_X86 1
-#define LGCN_AVX2 __attribute__((target("arch=x86-64-v3")))
-#define LGCN_AVX512 __attribute__((target("arch=x86-64-v4")))
+// The levels x86-64-v3 and v4, feature by feature: "arch=..." would take away what a program's own -march adds, and GCC
+// inlines nothing that has more than its caller.
+#define LGCN_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,f16c,lzcnt,movbe")))
+#define LGCN_AVX512 \
+    __attribute__((target("avx2,fma,bmi,bmi2,f16c,lzcnt,movbe,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")))
 #endif
 
 // For loops that the compiler vectorises. One binary for all x86-64 processors: the loader picks the version for the
-// widest registers there are.
-#if defined(LGCN_X86) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+// widest registers there are. (Sanitizers are not there yet when the loader does.)
+#if defined(LGCN_X86) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
 #if __GNUC__ >= 12
 #define LGCN_EVERY_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else  // that does not choose by levels

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -72,6 +73,10 @@ void run_threads(std::int64_t threads, const Work& work) {
                 while (signal.load(std::memory_order_acquire) == kWait) std::this_thread::yield();
                 if (signal.load(std::memory_order_acquire) == kGo) call(t);
             });
+    } catch (const std::bad_alloc&) {
+        signal.store(kLeave, std::memory_order_release);
+        join();
+        throw;
     } catch (const std::system_error& failure) {
         signal.store(kLeave, std::memory_order_release);
         join();

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 from importlib.util import find_spec
@@ -80,10 +81,13 @@ def test_mistakes_are_named(program, network, tmp_path):
     whole.write_bytes(b"P5\n# a comment\n4 3\n255\n" + bytes(12))
     cut.write_bytes(whole.read_bytes()[:-1])
     other.write_bytes(b"\x89PNG")
+    huge = tmp_path / "huge.pgm"
+    huge.write_bytes(b"P5\n60000 60000\n255\n")  # 3.6 GB, of which nothing is there
     assert run(program, network, whole, 0, 0, 4, 3).returncode == 0
     for words, message in (
         ((network, whole, 0, 0, 4), "usage: "),
         ((network, cut, 0, 0, 4, 3), "cut.pgm: expected a complete picture"),
+        ((network, huge, 0, 0, 4, 3), "huge.pgm: expected a complete picture"),
         ((network, other, 0, 0, 4, 3), "other.png: expected a binary PGM or PPM file"),
         ((network, whole, 4, 0, 4, 3), "box: expected one that meets the picture"),
         ((network, whole, "nan", 0, 4, 3), "box: expected one that meets the picture"),
@@ -93,3 +97,14 @@ def test_mistakes_are_named(program, network, tmp_path):
         result = run(program, *words)
         assert result.returncode == 2
         assert message in result.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of other processors there is one version only")
+@pytest.mark.parametrize("flag", ["-march=x86-64", "-march=haswell", "-march=x86-64-v4", "-mavx512f"])
+def test_headers_compile_for_any_processor(flag, tmp_path):
+    """GCC inlines nothing into functions for other processors than it was made for."""
+    source = tmp_path / "main.cpp"
+    source.write_text('#include "fit.hpp"\n#include "peaks.hpp"\n#include "votes.hpp"\nint main() {}\n')
+    folders = (f"-I{ROOT / name}" for name in ("csrc", "kernels"))
+    command = ["c++", "-std=c++17", "-O2", "-Wno-psabi", flag, *folders, "-c", source, "-o", tmp_path / "main.o"]
+    subprocess.run(command, check=True)

@@ -66,6 +66,12 @@ def test_moment_form_equals_one_equation_per_pixel(random, height, width):
         np.testing.assert_allclose(getattr(one, name), getattr(two, name), rtol=1e-8, atol=1e-8, err_msg=name)
 
 
+@pytest.mark.parametrize("stride", [0, -1, float("nan")])
+def test_strides_are_positive(model, stride):
+    with pytest.raises(ValueError, match="stride: expected a positive number, got"):
+        native(model, np.zeros((1, 68, 8, 8), np.float32), stride)
+
+
 @pytest.mark.parametrize(("height", "width", "stride"), [(96, 96, 1), (48, 48, 2), (41, 67, 1), (13, 7, 3)])
 def test_native_fit_is_the_fit(random, height, width, stride):
     model = small_model(random, 9)

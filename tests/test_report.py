@@ -110,8 +110,9 @@ def test_speed_is_calls_a_second(monkeypatch):
 @pytest.mark.data
 @pytest.mark.slow
 def test_measured_errors_are_reproduced(data):
-    """The table of the README, by what is here now. From bf16 to fp32 the means of the errors hardly change; a median
-    jumps from one face to the next, by up to 0.03 where it was measured on both."""
+    """The table of the README, by what is here now. From one arithmetic to another (fp32, bf16 with AMX, bf16 with
+    Winograd's algorithm) the means of the errors change by up to 0.2 %, those of lgcn-16 and -32; a median jumps from
+    one face to the next, by up to 0.04."""
     measured = json.loads((WEIGHTS / MEASURED).read_text())
     for title, path in TEST_SETS.items():
         faces = read_faces(data / path)
@@ -119,5 +120,5 @@ def test_measured_errors_are_reproduced(data):
             for method, evaluation in evaluate(faces, name).items():
                 for points, row in evaluation.summaries().items():
                     known = entry["percent"][title][method][points]
-                    assert row["mean"] == pytest.approx(known["mean"], abs=0.01)
+                    assert row["mean"] == pytest.approx(known["mean"], rel=3e-3)
                     assert row["median"] == pytest.approx(known["median"], abs=0.05)
