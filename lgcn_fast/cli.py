@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import StringIO
 from pathlib import Path
 
@@ -46,6 +46,8 @@ DEMO_BOX = (82, 70, 124, 124)
 """The face in demo.jpg (Eileen Collins, NASA, public domain)."""
 PICTURE_SIZE = 600
 """Smaller pictures are enlarged to about this many pixels before landmarks are drawn."""
+FINISHING = ("predict", "detect", "video", "webcam")
+"""Commands that have files to finish whenever they end; training has what it needs after each epoch."""
 BENCHMARKS = ("kernel_convolution", "network", "peaks", "fit", "end_to_end", "detection")
 
 
@@ -63,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         add(commands)
     options = parser.parse_args(arguments)
     try:
-        with _finished_when_terminated():
+        with _finished_when_terminated() if options.command in FINISHING else nullcontext():
             return options.run(options)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"lgcn-fast {options.command}: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -53,7 +54,7 @@ def read_faces(path: Path) -> list[Face]:
         raise ValueError(f"{path}: expected a folder with .pts files or a .csv file, got nothing there")
     if path.suffix.lower() != ".csv":
         raise ValueError(f"{path}: expected a folder with .pts files or a .csv file, got a file {path.suffix!r}")
-    header = _rows(path)[0]
+    header = next(_rows(path), [])
     return read_kaggle(path) if "Image" in header else read_csv(path, path.with_suffix(""))
 
 
@@ -119,7 +120,8 @@ def read_csv(path: Path, images: Path) -> list[Face]:
         ValueError: another header, a row of another length, a cell that is not a number, a missing picture.
     """
     path, images = Path(path), Path(images)
-    header, *rows = _rows(path)
+    rows = _rows(path)
+    header = next(rows, [])
     expected = ["image", *(f"{axis}{i}" for i in range((len(header) - 1) // 2) for axis in "xy")]
     if len(header) < 3 or header != expected:
         raise ValueError(f"{path}: expected the columns image, x0, y0, x1, y1, ..., got {', '.join(header[:6])} ...")
@@ -148,7 +150,8 @@ def read_kaggle(path: Path) -> list[Face]:
     path = Path(path)
     columns = [f"{name}_{axis}" for name in KAGGLE_NAMES for axis in "xy"]
     faces = []
-    header, *rows = _rows(path)
+    rows = _rows(path)
+    header = next(rows, [])
     missing = {*columns, "Image"} - set(header)
     if missing:
         raise ValueError(f"{path}: expected Kaggle's columns, got none called {', '.join(sorted(missing))}")
@@ -211,15 +214,15 @@ def _labels(points: np.ndarray) -> int:
     return int((~np.isnan(points).any(axis=1)).sum())
 
 
-def _rows(path: Path) -> list[list[str]]:
-    """The lines of a CSV, of which there is at least one.
+def _rows(path: Path) -> Iterator[list[str]]:
+    """The lines of a CSV, one after the other: Kaggle's are long.
 
     Raises:
         ValueError: an encoding other than UTF-8, or no CSV; names the file.
     """
     try:
         with path.open(newline="", encoding=ENCODING) as file:
-            return list(csv.reader(file)) or [[]]
+            yield from csv.reader(file)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: expected a CSV in UTF-8, got {error}") from None
 
