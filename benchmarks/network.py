@@ -25,17 +25,10 @@ def giga_multiply_adds(config: LGCNConfig) -> float:
     return pixels * (local + heads + context) / 1e9
 
 
-def untrained(filters: int) -> LGCN:
-    """The paper's network in a size of which no weights exist yet."""
-    model = LGCN(LGCNConfig(filters=filters)).eval()
-    for head in (model.main, model.refine):  # all zero so far, and times would mean nothing
-        torch.nn.init.normal_(head.weight, std=0.1)
-    return model
-
-
 def network(name: str, model: LGCN, rates: dict[str, float]) -> dict[str, dict]:
     """All of them side by side on one image, correctness first."""
-    image = torch.randint(0, 256, (1, 1, 96, 96), dtype=torch.uint8)
+    side = model.config.input_size
+    image = torch.randint(0, 256, (1, 1, side, side), dtype=torch.uint8)
     engines = {precision: Engine(model, "cpu", precision) for precision in INSTRUCTIONS}
     with torch.inference_mode():
         expected = model(image).output
@@ -50,7 +43,7 @@ def network(name: str, model: LGCN, rates: dict[str, float]) -> dict[str, dict]:
         rate = 2e3 * giga_multiply_adds(model.config) / rows[f"engine, {precision}"]["median_ms"]
         rows[f"engine, {precision}"] |= {"gflops": rate, "share_of_matrix_rate": rate / rates[precision]}
         print(f"{name} {precision}: {rate:.0f} GFLOP/s, {100 * rate / rates[precision]:.0f} % of the matrix rate")
-    show(f"{name}, one image of 96 x 96", rows)
+    show(f"{name}, one image of {side} x {side}", rows)
     return rows
 
 
@@ -58,9 +51,7 @@ def main() -> dict:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     rates = {precision: matrix_rate(dtypes[precision]) for precision in INSTRUCTIONS}
     print("matrix products: " + ", ".join(f"{rate:.0f} GFLOP/s in {precision}" for precision, rate in rates.items()))
-    models = {name: load_model(name) for name in model_names()}
-    models |= {f"F = {filters}": untrained(filters) for filters in (16, 32, 64, 128)}
-    return {"matrix_gflops": rates} | {name: network(name, model, rates) for name, model in models.items()}
+    return {"matrix_gflops": rates} | {name: network(name, load_model(name), rates) for name in model_names()}
 
 
 if __name__ == "__main__":
