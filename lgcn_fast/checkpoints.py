@@ -63,7 +63,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file that appears complete or not at all: what stood there before is not lost.
 
     Raises:

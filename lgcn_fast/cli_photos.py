@@ -86,7 +86,7 @@ def _run_detect(options: argparse.Namespace) -> int:
     _check_no_labels(numbers)
     found: dict[str, dict] = {}
     taken = names_in(options.out, options.files)
-    taken |= {name.replace("_heatmap.png", "_faces.png") for name in taken}
+    taken |= {name.replace("_heatmap.png", "_faces.png") for name in taken}  # a heatmap is named like its drawing
     try:
         for path, photo, faces in found_in("detect", options.files, _detector(options)):
             picture = free_name(path.stem, "faces", taken)

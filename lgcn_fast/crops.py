@@ -1,15 +1,16 @@
 """The crop cache: all faces of a training in one compact file, cut out once with room for augmentation."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from zipfile import BadZipFile
 
 import cv2
 import numpy as np
 
+from .checkpoints import write_whole
 from .datasets import Face, is_validation
 from .images import check_touches, crop, face_box, square_box, to_crop
 
@@ -76,10 +77,12 @@ def labelled_box(face: Face, image: np.ndarray, mean: np.ndarray | None) -> np.n
     return box
 
 
-def mean_shape(faces: list[Face]) -> np.ndarray | None:
-    """Mean of the fully labelled faces, (N, 2) in units of the face box; None where there is none."""
-    shapes = [to_crop(face.points, face_box(face.points), 1) for face in faces if np.isfinite(face.points).all()]
-    return np.mean(shapes, axis=0) if shapes else None
+def mean_shape(points: np.ndarray, boxes: np.ndarray) -> np.ndarray | None:
+    """Mean of the fully labelled faces among some (M, N, 2), with boxes (M, 4): (N, 2) in units of the face box; None
+    where there is none."""
+    shapes = to_crop(points, boxes, 1)
+    shapes = shapes[~np.isnan(shapes).any((1, 2))]
+    return shapes.mean(axis=0) + 0.5 if len(shapes) else None
 
 
 def face_crop(face: Face, color: bool, mean: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -140,7 +143,8 @@ def write_cache(path: Path, sets: dict[str, list[Face]], color: bool = False, pr
         raise ValueError(f"sets: expected one number of landmarks in all labelled faces, got {sorted(counts)}")
     (num_landmarks,) = counts
     faces = [(name, face) for name, members in sets.items() for face in members]
-    mean = mean_shape([face for _, face in faces if len(face.points)])
+    labelled = np.stack([face.points for _, face in faces if len(face.points)])
+    mean = mean_shape(labelled, np.stack([face_box(its_points) for its_points in labelled]))
     blobs, points, boxes, groups, names = [], [], [], [], []
     for name, face in progress(faces) if progress else faces:
         crops = [face_crop(face, color, mean)] if len(face.points) else background_crops(face, num_landmarks, color)
@@ -151,20 +155,18 @@ def write_cache(path: Path, sets: dict[str, list[Face]], color: bool = False, pr
             boxes.append(box)
             groups.append(face.group)
             names.append(name)
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
-        np.savez(
-            file,
-            jpegs=np.concatenate(blobs),
-            sizes=np.array([len(blob) for blob in blobs]),
-            points=np.stack(points),
-            boxes=np.stack(boxes),
-            groups=np.array(groups),
-            sets=np.array(names),
-            color=np.array(color),
-        )
-    os.replace(partial, path)
+    buffer = BytesIO()
+    np.savez(
+        buffer,
+        jpegs=np.concatenate(blobs),
+        sizes=np.array([len(blob) for blob in blobs]),
+        points=np.stack(points),
+        boxes=np.stack(boxes),
+        groups=np.array(groups),
+        sets=np.array(names),
+        color=np.array(color),
+    )
+    write_whole(path, buffer.getbuffer())
     return len(blobs)
 
 

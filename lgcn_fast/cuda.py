@@ -21,7 +21,7 @@ from lgcn_fast_kernels.triton_peaks import heatmap_reduction
 
 from .fitting import THRESHOLD, Array, CudaFitter, Fit
 from .folding import ORIGIN, FoldedNetwork, Layer
-from .losses import probabilities
+from .losses import readable
 from .model import cudnn_benchmark, pad_to_grid
 from .peaks import PEAK_RADIUS
 from .recorded_step import record_graph
@@ -96,7 +96,7 @@ class CudaNetwork:
         for layer in self._context:
             x = layer(x)
         heatmaps = self._refine(x, local, torch.empty(local.shape, dtype=torch.float32, device=images.device))
-        return heatmaps if config.loss == "squared_error" else probabilities(heatmaps).contiguous()
+        return readable(heatmaps, config).contiguous()
 
 
 def convolution(

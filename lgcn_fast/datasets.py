@@ -54,7 +54,7 @@ def read_faces(path: Path) -> list[Face]:
         raise ValueError(f"{path}: expected a folder with .pts files or a .csv file, got nothing there")
     if path.suffix.lower() != ".csv":
         raise ValueError(f"{path}: expected a folder with .pts files or a .csv file, got a file {path.suffix!r}")
-    header = next(_rows(path), [])
+    _, header = next(_rows(path), (1, []))
     return read_kaggle(path) if "Image" in header else read_csv(path, path.with_suffix(""))
 
 
@@ -110,7 +110,7 @@ def read_pts(path: Path) -> np.ndarray:
 def read_csv(path: Path, images: Path) -> list[Face]:
     """Read a CSV with the columns `image, x0, y0, x1, y1, ...`, 0-based pixels; an empty cell is no label.
 
-    Faces with fewer than two labels are left out: nobody knows how large they are.
+    Faces with fewer than two labels are left out.
 
     Args:
         path: the file.
@@ -121,20 +121,18 @@ def read_csv(path: Path, images: Path) -> list[Face]:
     """
     path, images = Path(path), Path(images)
     rows = _rows(path)
-    header = next(rows, [])
+    _, header = next(rows, (1, []))
     expected = ["image", *(f"{axis}{i}" for i in range((len(header) - 1) // 2) for axis in "xy")]
     if len(header) < 3 or header != expected:
         raise ValueError(f"{path}: expected the columns image, x0, y0, x1, y1, ..., got {', '.join(header[:6])} ...")
     faces = []
-    for number, row in enumerate(rows, start=2):
-        if not any(row):
-            continue
+    for number, row in rows:
         where = f"{path}, line {number}"
         picture = images / row[0]
         if not picture.is_file():
             raise ValueError(f"{where}: expected a picture {picture}, got none")
         points = _cells_to_points(row[1:], len(header) - 1, where)
-        if _labels(points) >= 2:
+        if enough_labels(points):
             faces.append(Face(picture, points, group_of(picture.stem), row[0]))
     return faces
 
@@ -151,18 +149,16 @@ def read_kaggle(path: Path) -> list[Face]:
     columns = [f"{name}_{axis}" for name in KAGGLE_NAMES for axis in "xy"]
     faces = []
     rows = _rows(path)
-    header = next(rows, [])
+    _, header = next(rows, (1, []))
     missing = {*columns, "Image"} - set(header)
     if missing:
         raise ValueError(f"{path}: expected Kaggle's columns, got none called {', '.join(sorted(missing))}")
-    for number, cells in enumerate(rows, start=2):
-        if not any(cells):
-            continue
+    for number, cells in rows:
         where = f"{path}, line {number}"
         row = dict(zip(header, cells, strict=False))
         points = _cells_to_points([row.get(column, "") for column in columns], len(columns), where)
         pixels = _pixels(row.get("Image"), where)
-        if _labels(points) >= 2:
+        if enough_labels(points):
             faces.append(Face(pixels, points, f"{path.stem}-{number}", f"{path.name}:{number}"))
     return faces
 
@@ -210,19 +206,23 @@ def is_validation(group: str) -> bool:
     return int.from_bytes(sha256(group.encode()).digest()[:4]) % 10 == 0
 
 
-def _labels(points: np.ndarray) -> int:
-    return int((~np.isnan(points).any(axis=1)).sum())
+def enough_labels(points: np.ndarray) -> bool:
+    """Whether two landmarks of a face (N, 2) are labelled or more: with fewer nobody knows how large it is."""
+    return bool(np.isfinite(points).all(axis=1).sum() >= 2)
 
 
-def _rows(path: Path) -> Iterator[list[str]]:
-    """The lines of a CSV, one after the other: Kaggle's are long.
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number, from 1, and cells of the header of a CSV and of each line that is not empty. They come one after the
+    other, as those of Kaggle are long.
 
     Raises:
         ValueError: an encoding other than UTF-8, or no CSV; names the file.
     """
     try:
         with path.open(newline="", encoding=ENCODING) as file:
-            yield from csv.reader(file)
+            for number, cells in enumerate(csv.reader(file), start=1):
+                if number == 1 or any(cells):
+                    yield number, cells
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: expected a CSV in UTF-8, got {error}") from None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import lgcn_fast_kernels
 
 from .crops import labelled_box
-from .datasets import Face
+from .datasets import Face, enough_labels
 from .engine import Engine
 from .fitting import NativeFitter
 from .images import face_box, square_box
@@ -138,7 +138,7 @@ def evaluate(
         ValueError: no face with two labels or more, none with the labels that errors are divided by, labels that are
             not in the picture, or another number of landmarks than the model's.
     """
-    faces = [face for face in faces if np.isfinite(face.points).all(axis=1).sum() >= 2]
+    faces = [face for face in faces if enough_labels(face.points)]
     if not faces:
         raise ValueError("faces: expected at least one labelled face, got none")
     engine = engine_for(model, device, precision)

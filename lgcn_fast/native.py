@@ -11,7 +11,7 @@ from lgcn_fast_kernels import INSTRUCTIONS
 
 from .fitting import Array, Fit, NativeFitter
 from .folding import FoldedNetwork
-from .losses import probabilities
+from .losses import readable
 from .peaks import PEAK_RADIUS
 from .shape import ShapeModel
 
@@ -46,7 +46,7 @@ class NativeEngine:
 
     def heatmaps(self, images: Tensor) -> Tensor:
         heatmaps = torch.from_numpy(self._network.heatmaps(_pixels(images), self.num_threads))
-        return heatmaps if self._config.loss == "squared_error" else probabilities(heatmaps).contiguous()
+        return readable(heatmaps, self._config).contiguous()
 
     def maxima(self, images: Tensor, to_host: bool) -> tuple[Array, Array]:
         radius = PEAK_RADIUS / self._config.stride

@@ -95,8 +95,6 @@ def predict(
     engine = engine_for(model, device, precision)
     shape = shape_for(shape, engine.config.num_landmarks) if fit else None
     batch = _from_dlpack(batch)
-    if hasattr(batch, "shape"):
-        _check_pixels(batch, "batch")
     frames = _channels_last(batch, "batch") if _stays_on(engine, batch) else None
     images = as_images(batch) if frames is None else list(frames)
     if len(images) == 1 and boxes is not None and np.shape(boxes) in ((0,), (0, 4)):
@@ -241,13 +239,7 @@ def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
         return [image for (image,) in images]
     if not isinstance(batch, np.ndarray):
         raise ValueError(f"{name}: expected a NumPy array, torch tensor or list of them, got {type(batch).__name__}")
-    _check_pixels(batch, name)
     return list(_in_bytes_range(np.ascontiguousarray(_channels_last(batch, name)), name))
-
-
-def _check_pixels(batch: Array, name: str) -> None:
-    if 0 in batch.shape:
-        raise ValueError(f"{name}: expected at least one image with at least one pixel, got shape {tuple(batch.shape)}")
 
 
 def one_image(image: Any, name: str) -> np.ndarray:
@@ -265,6 +257,8 @@ def _one_expected(count: int, batch: Any) -> str:
 
 def _channels_last(batch: Array, name: str) -> Array:
     """(B, H, W) or (B, H, W, 3) of any accepted shape, a view."""
+    if 0 in batch.shape:
+        raise ValueError(f"{name}: expected at least one image with at least one pixel, got shape {tuple(batch.shape)}")
     if batch.ndim == 2 or (batch.ndim == 3 and batch.shape[2] in (1, 3)):
         batch = batch[None]
     if 3 <= batch.ndim <= 4 and batch.shape[-1] == 4:

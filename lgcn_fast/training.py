@@ -30,11 +30,10 @@ from .augmentation import NONE
 from .batches import AugmentedCrops, EpochBatches
 from .checkpoints import load_start, load_teacher, load_tensors, save_model, save_tensors
 from .config import LGCNConfig
-from .crops import CropCache
+from .crops import CropCache, mean_shape
 from .datasets import is_validation
 from .evaluation import landmark_errors
 from .heatmaps import to_heatmap
-from .images import to_crop
 from .label_shifts import measured_shifts
 from .landmarks import SCHEMES
 from .losses import distillation_loss, lgcn_loss, readable
@@ -262,6 +261,7 @@ class Trainer:
     def card(self) -> dict:
         """What a model card needs to know of this run."""
         counts = {str(name): int((self.cache.sets == name).sum()) for name in np.unique(self.cache.sets)}
+        mean = mean_shape(self.cache.points[self.chosen], self.cache.boxes[self.chosen])
         return {
             "recipe": asdict(self.options.recipe),
             "epochs": self.epochs,
@@ -278,14 +278,8 @@ class Trainer:
             "command": " ".join(["lgcn-fast", *sys.argv[1:]]),
             "torch": torch.__version__,
             "bf16": self.amp,
-            "mean_shape": self._mean_shape(),
+            "mean_shape": None if mean is None else mean.round(5).tolist(),
         }
-
-    def _mean_shape(self) -> list[list[float]] | None:
-        """Mean of the fully labelled training faces, (N, 2) in units of the face box, where there are any."""
-        shapes = to_crop(self.cache.points[self.chosen], self.cache.boxes[self.chosen], 1)
-        shapes = shapes[~np.isnan(shapes).any((1, 2))]
-        return (shapes.mean(axis=0) + 0.5).round(5).tolist() if len(shapes) else None
 
     def _plan(self, time_budget: float) -> int:
         """Number of epochs that fit the budget, from the time of a few steps on a throw-away copy of the state."""

@@ -1,23 +1,24 @@
 """The log of a training: a CSV file and a picture, one row and one point an epoch."""
 
 import csv
-import os
+from io import StringIO
 from pathlib import Path
 from typing import BinaryIO
 
 import matplotlib.figure
+
+from .checkpoints import write_whole
 
 COLUMNS = ("epoch", "loss", "validation_error", "learning_rate", "samples_per_s", "minutes")
 
 
 def write_log(path: Path, log: list[dict[str, float]]) -> None:
     """Write the log of all epochs so far as CSV."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in log)
-    os.replace(partial, path)
+    text = StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in log)
+    write_whole(path, text.getvalue().encode())
 
 
 def draw_log(path: Path | BinaryIO, log: list[dict[str, float]]) -> None:
