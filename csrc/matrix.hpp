@@ -153,10 +153,17 @@ template <typename Vector, int kRows>
     }
 }
 
-inline void wide_baseline(const Product<float>& p, float* c) { multiply_halves<Lanes4, 2>(p, c); }
-inline void tall_baseline(const Product<float>& p, float* c) { multiply_fp32<Lanes4, 2, kPanel>(p, kTall, c); }
+#ifdef __aarch64__  // 32 registers of 128 bits
+constexpr int kBaselineRows = 4, kBaselinePanelRows = 6;
+#else  // 16 (SSE2)
+constexpr int kBaselineRows = 2, kBaselinePanelRows = 2;
+#endif
+inline void wide_baseline(const Product<float>& p, float* c) { multiply_halves<Lanes4, kBaselineRows>(p, c); }
+inline void tall_baseline(const Product<float>& p, float* c) {
+    multiply_fp32<Lanes4, kBaselineRows, kPanel>(p, kTall, c);
+}
 inline void panels_baseline(const Product<float>& p, std::int64_t rows, std::int64_t count, float* c) {
-    multiply_panels<Lanes4, 2, 1>(p, rows, count, c);
+    multiply_panels<Lanes4, kBaselinePanelRows, 1>(p, rows, count, c);
 }
 
 #ifdef LGCN_X86

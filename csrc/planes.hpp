@@ -48,7 +48,8 @@ struct Grid {
 
 namespace detail {
 
-typedef std::uint32_t Eight __attribute__((vector_size(32), aligned(4)));
+// Words of whatever there is: floats, or pairs of bf16.
+typedef std::uint32_t Eight __attribute__((vector_size(32), aligned(4), may_alias));
 
 // Bits of floats, their upper half rounded to nearest, ties to even.
 template <typename Bits, typename Floats>
@@ -110,11 +111,12 @@ template <typename Vector>
 #endif
 
 // Eight rows of eight words, rows to columns: in pairs, in fours, in halves.
-[[gnu::always_inline]] inline void transpose8(const std::uint32_t* const* rows, std::int64_t column, std::uint32_t* out,
+[[gnu::always_inline]] inline void transpose8(const void* const* rows, std::int64_t column, std::uint32_t* out,
                                               std::int64_t stride) {
     Eight v[8], w[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) v[i] = *reinterpret_cast<const Eight*>(rows[i] + column);
+    for (int i = 0; i < 8; ++i)
+        v[i] = *reinterpret_cast<const Eight*>(static_cast<const std::uint32_t*>(rows[i]) + column);
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
         w[i] = LGCN_SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
@@ -139,10 +141,9 @@ template <typename Vector>
 // Sixteen rows of `count` words (a multiple of 8) to (count, 16). A word is a float or two neighbouring bf16: the format
 // of a panel.
 LGCN_EVERY_SIMD inline void transpose16(const void* const* rows, std::int64_t count, void* out) {
-    const auto* words = reinterpret_cast<const std::uint32_t* const*>(rows);
     auto* columns = static_cast<std::uint32_t*>(out);
     for (std::int64_t k = 0; k < count; k += 8)
-        for (int i = 0; i < 16; i += 8) transpose8(words + i, k, columns + k * 16 + i, 16);
+        for (int i = 0; i < 16; i += 8) transpose8(rows + i, k, columns + k * 16 + i, 16);
 }
 
 template <int kStep>

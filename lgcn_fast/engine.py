@@ -100,7 +100,6 @@ class Engine:
         network = f"{self.config.filters} filters, {self.config.num_landmarks} landmarks"
         return f"Engine({network}, backend={self.backend!r}, precision={self.precision!r})"
 
-    @torch.inference_mode()
     def heatmaps(self, images: Tensor | np.ndarray) -> Tensor:
         """Heatmaps of a batch of images, as `LGCN.forward(images).output`; probabilities for cross-entropy networks.
 
@@ -116,7 +115,9 @@ class Engine:
             ValueError: another shape.
         """
         images = self._checked(images)
-        return self._backend.heatmaps(images)
+        with torch.inference_mode():
+            heatmaps = self._backend.heatmaps(images)
+        return torch.from_dlpack(heatmaps)  # the caller may change it, too
 
     @torch.inference_mode()
     def maxima(self, images: Tensor | np.ndarray, to_host: bool = True) -> tuple[Array, Array]:

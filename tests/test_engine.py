@@ -34,6 +34,13 @@ def test_fp32_is_the_model(name, height, width):
     torch.testing.assert_close(heatmaps.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_heatmaps_are_the_callers():
+    """Tensors made in inference mode could not be changed outside."""
+    heatmaps = Engine("lgcn-finder").heatmaps(torch.zeros((2, 1, 48, 48), dtype=torch.uint8))
+    heatmaps.clamp_(min=0.5)
+    assert (heatmaps >= 0.5).all()
+
+
 @pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("poisoned_memory")
