@@ -16,6 +16,8 @@ from .shape import ShapeModel
 from .shipped import ShippedModel, models
 from .tracking import TrackedFaces, Tracker
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LGCN",
     "Engine",

@@ -26,7 +26,7 @@ def add_detect(commands) -> None:
     parser = add_command(commands, _run_detect, "All faces of photos and their landmarks, drawn and as numbers.")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and faces.json")
-    parser.add_argument("--heatmap", action="store_true", help="draw the combined heatmap beside each photo, too")
+    parser.add_argument("--heatmap", action="store_true", help="draw the combined heatmap of each photo, too")
     add_model_options(parser)
     add_engine_options(parser)
     add_detection_options(parser)
@@ -35,7 +35,7 @@ def add_detect(commands) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which network and which shape model: of every command that uses trained ones."""
     parser.add_argument(
-        "--model", help="name (see `lgcn-fast models`) or weights; default: the best, on a CPU in real time"
+        "--model", help="name (see `lgcn-fast models`) or weights; default: lgcn-128, on a CPU lgcn-nano-128"
     )
     parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
 

@@ -55,7 +55,12 @@ def add_train(commands) -> None:
         default="nano",
         help="the light network (64 filters, or more), one that looks for faces, or the paper's with so many filters",
     )
-    parser.add_argument("--recipe", choices=RECIPES, default="fast")
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        default="fast",
+        help="fast (default), polish (the end of a training, with --init), paper (SGD), scene (for finders)",
+    )
     parser.add_argument("--init", type=Path, help="weights to start from instead of random ones, of fewer filters too")
     parser.add_argument("--teacher", type=Path, help="weights of a better model, to learn from its heatmaps as well")
     parser.add_argument("--epochs", type=int, help="default: what fits the time budget, or the recipe's number")
@@ -71,8 +76,9 @@ def add_train(commands) -> None:
     parser.add_argument("--dropout", type=float, metavar="SHARE", help="of activations; default: the network's own")
     parser.add_argument("--batch-size", type=int, help="faces a step; default: the recipe's; 32 for a GPU")
     parser.add_argument("--repeats", type=int, help="draws of each face an epoch; default: the recipe's; 4 for a GPU")
-    parser.add_argument("--loss", choices=[name.replace("_", "-") for name in LOSSES], default="squared-error")
-    parser.add_argument("--seed", type=int, default=0)
+    losses = [name.replace("_", "-") for name in LOSSES]
+    parser.add_argument("--loss", choices=losses, default=losses[0], help=f"default: {losses[0]}")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU where there is one")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast; default: where it is fast")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches")
@@ -121,7 +127,7 @@ def add_fit_shape(commands) -> None:
     )
     parser.add_argument("--shapes", type=Path, nargs="+", default=[], metavar="NPZ",
                         help="more shapes: .npz files with `landmarks` (M, N, 2)")  # fmt: skip
-    parser.add_argument("--modes", type=int, default=20, help="number of principal components")
+    parser.add_argument("--modes", type=int, default=20, help="number of principal components (default: 20)")
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file; a picture goes beside it")
 
 

@@ -34,7 +34,7 @@ def add_video(commands) -> None:
 def add_webcam(commands) -> None:
     text = "Landmarks of the faces before a camera, in a window; q, Esc or Ctrl-C stops."
     parser = add_command(commands, _run_webcam, text)
-    parser.add_argument("--index", type=int, default=0, help="number of the camera")
+    parser.add_argument("--index", type=int, default=0, help="number of the camera (default: 0)")
     parser.add_argument("--show", action=argparse.BooleanOptionalAction, default=True, help="the window")
     _add_options(parser)
 
@@ -102,10 +102,11 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
                     bar.set_postfix_str(f"{latencies[-1]:.1f} ms, {len(faces)} faces", refresh=False)
                     if lines:
                         lines.write(_record(len(latencies) - 1, frame, faces))
-                    picture = _picture(frame, faces, options, tracker) if writer or options.show else None
+                    if writer or options.show:
+                        picture = draw(frame.image, faces, options.style, tracker.engine)
                     if writer:
                         writer.write(picture, frame.time)
-                    if options.show and not _shown(picture):
+                    if options.show and not _shown(picture, faces.latency):
                         break
             except KeyboardInterrupt:
                 code = 130
@@ -147,14 +148,9 @@ def _record(index: int, frame: Frame, faces: TrackedFaces) -> dict:
     }
 
 
-def _picture(frame: Frame, faces: TrackedFaces, options: argparse.Namespace, tracker: Tracker) -> np.ndarray:
-    picture = draw(frame.image, faces, options.style, tracker.engine)
-    write_text(picture, f"{1e3 * faces.latency:.1f} ms", (6, 18))
-    return picture
-
-
-def _shown(picture: np.ndarray) -> bool:
-    """Show a picture; False where the user has had enough."""
+def _shown(picture: np.ndarray, latency: float) -> bool:
+    """Show a picture, and how many seconds it took; False where the user has had enough."""
+    write_text(picture, f"{1e3 * latency:.1f} ms", (6, 18))
     try:
         cv2.imshow(WINDOW, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         key = cv2.waitKey(1) & 0xFF

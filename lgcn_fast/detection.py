@@ -7,9 +7,9 @@ heatmaps and shape agree.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,6 +24,7 @@ from .landmarks import SCHEMES
 from .model import LGCN
 from .prediction import (
     CHUNK,
+    Landmarks,
     as_network_input,
     checked_boxes,
     engine_for,
@@ -69,25 +70,20 @@ TILES = 8
 
 
 @dataclass(frozen=True)
-class Faces:
-    """The faces of a photo, the most confident first."""
+class Faces(Landmarks):
+    """The faces of a photo, the most confident first: `Landmarks`, and where each face is.
 
-    points: np.ndarray
-    """(F, N, 2) float32: x and y in pixels of the photo, pixel centres at integers."""
-    scores: np.ndarray
-    """(F, N) float32 in 0..1, as in `Landmarks`."""
+    Attributes:
+        points: (F, N, 2) float32: x and y in pixels of the photo, pixel centres at integers.
+        scores: (F, N) float32 in 0..1, as in `Landmarks`.
+        confidence: (F,) float32 in 0..1: mean score of the inner landmarks, lowered where heatmaps and shape model
+            disagree.
+        boxes: (F, 4) float32: x, y, width, height, the square around the landmarks enlarged by 17 %, as `predict` wants
+            it.
+    """
+
     confidence: np.ndarray
-    """(F,) float32 in 0..1: mean score of the inner landmarks, lowered where heatmaps and shape model disagree."""
     boxes: np.ndarray
-    """(F, 4) float32: x, y, width, height, the square around the landmarks enlarged by 17 %, as `predict` wants it."""
-
-    def __len__(self) -> int:
-        return len(self.points)
-
-    def only(self, chosen: np.ndarray | list[int]) -> Self:
-        """Some of the faces, by their indices or a mask."""
-        parts = vars(self).items()
-        return replace(self, **{name: part[chosen] for name, part in parts if isinstance(part, np.ndarray)})
 
 
 def detect(
@@ -141,14 +137,14 @@ def detect(
         boxes = boxes[meet(boxes, photo)]
         faces = _fitted_faces(photo, boxes, network, shape)
         kept = distinct(faces.boxes, faces.confidence, share * min_confidence, known)
-        faces, boxes = faces.only(kept), boxes[kept]
+        faces, boxes = faces[kept], boxes[kept]
         still = (network is engine) & (np.abs(faces.boxes - boxes).max(axis=1) <= SETTLED * boxes[:, 2])
-        settled.append(faces.only(still))
-        faces = faces.only(~still)
+        settled.append(faces[still])
+        faces = faces[~still]
         boxes = faces.boxes
     all_parts = zip(*(vars(part).values() for part in [*settled, faces]), strict=True)
     faces = Faces(*map(np.concatenate, all_parts))
-    return faces.only(distinct(faces.boxes, faces.confidence, min_confidence))
+    return faces[distinct(faces.boxes, faces.confidence, min_confidence)]
 
 
 def find_hypotheses(

@@ -28,7 +28,7 @@ _SUBPIXEL_BITS = 4
 
 def draw(
     image: Any,
-    faces: Landmarks | Faces | np.ndarray,
+    faces: Landmarks | np.ndarray,
     style: str | Iterable[str] = ("lines", "points"),
     model: Engine | LGCN | Path | str | None = None,
 ) -> np.ndarray:
@@ -36,8 +36,8 @@ def draw(
 
     Args:
         image: as for `predict`; it is not changed.
-        faces: of `predict`, `detect` or `Tracker.update`, all of this image; or points (F, N, 2) or (N, 2), pixels,
-            where points that are NaN are left out.
+        faces: of `predict`, `detect` or `Tracker.update`, some of this image or one; or points (F, N, 2) or (N, 2),
+            pixels, where points that are NaN are left out.
         style: one or more of `STYLES`: "points"; "lines" between them, where the annotation scheme is known;
             "confidence", points coloured by their scores, from red (0) to green (1); "indices" of the points; "boxes"
             with the faces' confidence and identity where they have some; "heatmaps" of the network, laid over.
@@ -53,7 +53,7 @@ def draw(
     styles = {style} if isinstance(style, str) else set(style)
     if not styles <= set(STYLES):
         raise ValueError(f"style: expected some of {', '.join(STYLES)}, got {', '.join(sorted(styles - set(STYLES)))}")
-    points = np.asarray(faces.points if isinstance(faces, Landmarks | Faces) else faces, np.float64)
+    points = np.asarray(faces.points if isinstance(faces, Landmarks) else faces, np.float64)
     points = points[None] if points.ndim == 2 else points
     if points.ndim != 3 or points.shape[2] != 2:
         raise ValueError(f"faces: expected points (F, N, 2) or (N, 2), got {points.shape}")
@@ -70,7 +70,7 @@ def draw(
         if "lines" in styles:
             _draw_lines(picture, face)
         if "confidence" in styles:
-            _draw_points(picture, face, [_score_color(score) for score in np.asarray(scores[index])])
+            _draw_points(picture, face, [_score_color(score) for score in np.atleast_2d(scores)[index]])
         elif "points" in styles:
             _draw_points(picture, face, [POINT_COLOR] * len(face))
         if "indices" in styles:
@@ -123,9 +123,9 @@ def _draw_box(picture: np.ndarray, face: np.ndarray, caption: str) -> None:
     write_text(picture, caption, (x, y - 4), max(side / 300, 0.4), LABEL_COLOR)
 
 
-def _caption(faces: Landmarks | Faces | np.ndarray, index: int) -> str:
-    identity = f"{faces.ids[index]}: " if isinstance(faces, TrackedFaces) else ""
-    return f"{identity}{faces.confidence[index]:.2f}" if isinstance(faces, Faces) else ""
+def _caption(faces: Landmarks | np.ndarray, index: int) -> str:
+    identity = f"{np.atleast_1d(faces.ids)[index]}: " if isinstance(faces, TrackedFaces) else ""
+    return f"{identity}{np.atleast_1d(faces.confidence)[index]:.2f}" if isinstance(faces, Faces) else ""
 
 
 def _score_color(score: float) -> tuple[int, int, int]:

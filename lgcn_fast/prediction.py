@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -33,16 +33,25 @@ MAX_SIDE = 16384
 
 @dataclass(frozen=True)
 class Landmarks:
-    """Landmarks of a batch of faces, as NumPy arrays or, from `predict(to_host=False)`, torch tensors."""
+    """Landmarks of some faces, as NumPy arrays or, from `predict(to_host=False)`, torch tensors.
+
+    `faces[0]` is one face, with points (N, 2) and so on; `faces[mask]`, `faces[:3]`, `faces[[2, 0]]` are some.
+
+    Attributes:
+        points: (B, N, 2) float32: x and y in pixels of the input image, pixel centres at integers.
+        scores: (B, N) float32 in 0..1: how certain the network is, the height of the heatmap's maximum; with the fit,
+            where it is high around the shape, and 0 where that is far from the shape.
+    """
 
     points: Array
-    """(B, N, 2) float32: x and y in pixels of the input image, pixel centres at integers."""
     scores: Array
-    """(B, N) float32 in 0..1: how certain the network is, the height of the heatmap's maximum; with the fit, where it
-    is high around the shape, and 0 where that is far from the shape."""
 
     def __len__(self) -> int:
         return len(self.points)
+
+    def __getitem__(self, chosen: Any) -> Self:
+        of_each_face = ((name, part) for name, part in vars(self).items() if getattr(part, "ndim", 0))
+        return replace(self, **{name: part[chosen] for name, part in of_each_face})
 
 
 def predict(
@@ -62,12 +71,13 @@ def predict(
     Args:
         batch: array (B, H, W), (B, H, W, 3) or (B, 1 or 3, H, W); one image (H, W) or (H, W, 3); or a list of such
             single images of any sizes. NumPy, torch, or anything that speaks DLPack. Colours are RGB, without alpha.
-            (3, H, W) are three gray images. uint8, or floating point in 0..1 or 0..255 (where the largest value of
-            the array is above 1.5). An array of uint8 on a GPU stays there, where the engine runs there too;
-            everything else takes the way over the host.
+            (3, H, W) are three gray images: of one in torchvision's layout take `image[None]`. uint8, or floating point
+            in 0..1 or 0..255 (where the largest value of the array is above 1.5). An array of uint8 on a GPU stays
+            there, where the engine runs there too; everything else takes the way over the host.
         boxes: (B, 4) x, y, width, height of the faces in pixels, about 1.17 times the tight square around the
-            landmarks: one for each image, or any number for a single image, none too. Default: the whole image. Boxes
-            that are not square become the square around their centre.
+            landmarks: one for each image, or any number for a single image, none too. (For several faces in each of
+            several images repeat the images.) Default: the whole image. Boxes that are not square become the square
+            around their centre.
         model: an engine, a network, the name of one in the package (`lgcn_fast.models()`), or the path of weights.
             Default: the best in the package; on a CPU the best above 30 faces/s. Engines are kept and used again until
             the file or the network changes (what is done through a parameter's `.data` is not noticed: build an
@@ -97,7 +107,8 @@ def predict(
     batch = _from_dlpack(batch)
     frames = _channels_last(batch, "batch") if _stays_on(engine, batch) else None
     images = as_images(batch) if frames is None else list(frames)
-    if len(images) == 1 and boxes is not None and np.shape(boxes) in ((0,), (0, 4)):
+    boxes = None if boxes is None else _numbers("boxes", boxes)
+    if len(images) == 1 and boxes is not None and boxes.shape in ((0,), (0, 4)):
         return _no_faces(engine, to_host)
     if len(images) == 1 and boxes is not None and (count := len(np.atleast_2d(boxes))) > 1:
         images *= count
@@ -238,7 +249,8 @@ def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
                 raise ValueError(f"{name}[{index}]: {_one_expected(len(parts), batch[index])}")
         return [image for (image,) in images]
     if not isinstance(batch, np.ndarray):
-        raise ValueError(f"{name}: expected a NumPy array, torch tensor or list of them, got {type(batch).__name__}")
+        got = f"{type(batch).__name__} (of a file: lgcn_fast.images.read_image(path, color=True))"
+        raise ValueError(f"{name}: expected a NumPy array, torch tensor or list of them, got {got}")
     return list(_in_bytes_range(np.ascontiguousarray(_channels_last(batch, name)), name))
 
 
@@ -252,7 +264,8 @@ def one_image(image: Any, name: str) -> np.ndarray:
 
 def _one_expected(count: int, batch: Any) -> str:
     shape = f" in an array of {tuple(batch.shape)}" if hasattr(batch, "shape") else ""
-    return f"expected one image (H, W) or (H, W, 3), got {count}{shape}"
+    hint = " (of an image (3, H, W) take image[None])" if count == 3 else ""
+    return f"expected one image (H, W) or (H, W, 3), got {count}{shape}{hint}"
 
 
 def _channels_last(batch: Array, name: str) -> Array:
@@ -288,10 +301,9 @@ def _in_bytes_range(batch: np.ndarray, name: str) -> np.ndarray:
     return batch if high > BYTES_FROM else (batch * 255).clip(max=255)
 
 
-def _square_boxes(boxes: Any, images: list[np.ndarray]) -> np.ndarray:
+def _square_boxes(boxes: np.ndarray | None, images: list[np.ndarray]) -> np.ndarray:
     if boxes is None:
         return np.stack([square_box((0, 0, image.shape[1], image.shape[0])) for image in images])
-    boxes = np.asarray(boxes, np.float64)
     if boxes.ndim == 1:
         boxes = boxes[None]
     if boxes.shape != (len(images), 4):
@@ -304,13 +316,24 @@ def _square_boxes(boxes: Any, images: list[np.ndarray]) -> np.ndarray:
     return np.stack(squares)
 
 
+def _numbers(name: str, boxes: Any) -> np.ndarray:
+    if isinstance(boxes, Landmarks):
+        got = f"{type(boxes).__name__} (what `detect` finds has them as `faces.boxes`)"
+        raise ValueError(f"{name}: expected x, y, width, height of each face, got {got}")
+    try:
+        return np.asarray(boxes, np.float64)
+    except (TypeError, ValueError):  # (of ragged lists)
+        expected = "x, y, width, height of each face (for several in each of several images repeat the images)"
+        raise ValueError(f"{name}: expected {expected}, got {boxes!r:.100}") from None
+
+
 def checked_boxes(name: str, boxes: Any) -> np.ndarray:
     """Boxes as (K, 4) float64, of which there may be none.
 
     Raises:
         ValueError: another shape, a number that is not finite, a width or height that is not above 0.
     """
-    boxes = np.asarray(boxes, np.float64)
+    boxes = _numbers(name, boxes)
     if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
         raise ValueError(f"{name}: expected boxes (K, 4), got shape {boxes.shape}")
     boxes = boxes.reshape(-1, 4)

@@ -48,16 +48,19 @@ NEIGHBOURHOOD = 2.5
 
 @dataclass(frozen=True)
 class TrackedFaces(Faces):
-    """The faces of a frame, those first that have been there longest."""
+    """The faces of a frame, those first that have been there longest: `Faces`, and what is known of their past.
+
+    Attributes:
+        ids: (F,) int64: the same number for the same face in all frames; a number is never given twice.
+        tracked: (F,) bool: found from the last frame's points; False: detected in this frame.
+        time: time stamp of the frame, seconds.
+        latency: how long the update took, seconds.
+    """
 
     ids: np.ndarray
-    """(F,) int64: the same number for the same face in all frames; a number is never given twice."""
     tracked: np.ndarray
-    """(F,) bool: found from the last frame's points; False: detected in this frame."""
     time: float
-    """Time stamp of the frame, seconds."""
     latency: float
-    """How long the update took, seconds."""
 
 
 @dataclass

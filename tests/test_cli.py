@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgcn_fast import cli, cli_training, predict
+from lgcn_fast import __version__, cli, cli_training, predict
 from lgcn_fast.checkpoints import load_card
 from lgcn_fast.cli import main
 from lgcn_fast.crops import BACKGROUND_CROPS
@@ -23,6 +23,22 @@ def test_demo(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "new" / "demo.png")]) == 0
     assert "68 landmarks" in capsys.readouterr().out
     assert cv2.imread(str(tmp_path / "new" / "demo.png")).shape == (600, 600, 3)
+
+
+def test_predict_doubts_that_a_photo_is_one_face(tmp_path, demo_picture, capsys):
+    predict_it = ["predict", str(demo_picture), "--out", str(tmp_path)]
+    assert main(predict_it) == 0
+    assert "mean score below 0.2 in 1 of 1 pictures: is the whole picture one face?" in capsys.readouterr().err
+    assert main([*predict_it, "--box", "93,79,108,108"]) == 0
+    printed = capsys.readouterr()
+    assert not printed.err
+    assert "landmarks of 1 of 1 files, mean score 0.7" in printed.out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lgcn_fast {__version__}\n"
 
 
 def test_predict_goes_on_after_bad_files(tmp_path, demo_picture, capsys):

@@ -80,6 +80,8 @@ def test_results_may_stay_on_the_device(gray, fit):
 
 def test_three_gray_images_are_not_one_in_colour(gray):
     assert len(predict(np.stack([gray] * 3))) == 3
+    with pytest.raises(ValueError, match=r"expected one image .*, got 3 .* take image\[None\]"):
+        lgcn_fast.detect(np.stack([gray] * 3))
 
 
 def test_images_of_any_sizes_in_one_call(image, gray):
@@ -171,6 +173,9 @@ def test_bad_batches_are_named(batch, message):
         ([[0, 0, 1e9, 1e9]], r"boxes\[0\]: expected a face of at most 16384 pixels a side, got 1000000000"),
         ([[0, 0, 10]], r"boxes: expected x, y, width, height for 1 images, got shape \(1, 3\)"),
         ([[0, 0, 10, 10], [96, 0, 10, 10]], r"boxes\[1\]"),
+        (["0,0,10,10"], r"boxes: expected x, y, width, height of each face .*, got \['0,0,10,10'\]"),
+        ([[[0, 0, 10, 10]] * 2, [[0, 0, 10, 10]]], r"boxes: expected .* repeat the images"),
+        (lgcn_fast.Faces(*np.zeros((4, 0))), r"boxes: expected .*, got Faces .*`faces.boxes`"),
     ],
 )
 def test_bad_boxes_are_named(gray, boxes, message):
@@ -191,6 +196,18 @@ def test_one_image_may_have_several_faces(image, ensemble):
         alone = predict(image, box, ensemble=ensemble)
         np.testing.assert_allclose(together.points[index], alone.points[0], atol=1e-3)
     np.testing.assert_array_equal(together.points, predict([image] * 3, boxes, ensemble=ensemble).points)
+
+
+@pytest.mark.parametrize("to_host", [True, False])
+def test_faces_one_by_one_and_some_of_them(image, to_host):
+    boxes = [[82, 70, 124, 124], [70, 60, 140, 140], [90, 80, 110, 110]]
+    faces = predict(image, boxes, "lgcn-finder", to_host=to_host)
+    one_by_one = list(faces)
+    assert [face.points.shape for face in one_by_one] == [(68, 2)] * 3
+    assert all((face.scores == scores).all() for face, scores in zip(one_by_one, faces.scores, strict=True))
+    for chosen in ([2, 0], slice(2), np.array([True, False, True])):
+        assert (faces[chosen].points == faces.points[chosen]).all()
+        assert (faces[chosen].scores == faces.scores[chosen]).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 96), (2, 96, 0, 3), (0, 96, 96)])

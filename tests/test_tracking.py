@@ -88,6 +88,18 @@ def test_first_frame_is_detected_and_the_next_ones_are_tracked(engine, face):
         assert values.dtype == dtype
 
 
+def test_some_faces_of_a_frame(engine, face):
+    faces = Tracker(engine, min_face=60).update(np.hstack([face, face]), 3)
+    assert len(faces) == 2
+    second = faces[faces.ids == 1]
+    assert (len(second), second.time, second.latency) == (1, 3, faces.latency)
+    assert (second.points[0] == faces.points[1]).all()
+    assert [int(found.ids) for found in faces] == [0, 1]
+    style = ["boxes", "confidence"]
+    pictures = [lgcn_fast.draw(np.hstack([face, face]), which, style) for which in (faces[1], second)]
+    np.testing.assert_array_equal(*pictures)
+
+
 def test_nothing_in_the_frame(engine, face):
     faces = Tracker(engine).update(blank(face))
     assert len(faces) == 0
