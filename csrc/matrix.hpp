@@ -96,6 +96,7 @@ public:
 
 private:
     void (*end_)();
+    NoDenormals no_denormals_;
 };
 
 namespace detail {
@@ -119,9 +120,13 @@ template <typename Vector, int kRows, int kColumns, bool kByPanel = false>
                     columns[j] = *reinterpret_cast<const Vector*>(b + j * kLength / kPanel * p.panel_stride +
                                                                   k * kPanel + j * kLength % kPanel);
 #pragma GCC unroll 8
-                for (int i = 0; i < kRows; ++i)
+                for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
                     for (int j = 0; j < kVectors; ++j) sums[i][j] += a[i * p.row_stride + k] * columns[j];
+#if defined(__aarch64__) && !defined(__clang__)
+                    asm volatile("");  // GCC would load all of a first, and keep two of the sums in memory.
+#endif
+                }
             }
         }
 #pragma GCC unroll 8

@@ -48,8 +48,14 @@ struct Grid {
 
 namespace detail {
 
-// Words of whatever there is: floats, or pairs of bf16.
-typedef std::uint32_t Eight __attribute__((vector_size(32), aligned(4), may_alias));
+// Words of whatever there is, floats or pairs of bf16, in squares as large as GCC has shuffles for: wider vectors it takes
+// apart, word by word.
+#ifdef LGCN_X86
+constexpr int kSquare = 8;
+#else
+constexpr int kSquare = 4;
+#endif
+typedef std::uint32_t Row __attribute__((vector_size(4 * kSquare), aligned(4), may_alias));
 
 // Bits of floats, their upper half rounded to nearest, ties to even.
 template <typename Bits, typename Floats>
@@ -107,16 +113,16 @@ template <typename Vector>
 #ifdef __clang__
 #define LGCN_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define LGCN_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Eight{__VA_ARGS__})
+#define LGCN_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Row{__VA_ARGS__})
 #endif
 
-// Eight rows of eight words, rows to columns: in pairs, in fours, in halves.
-[[gnu::always_inline]] inline void transpose8(const void* const* rows, std::int64_t column, std::uint32_t* out,
-                                              std::int64_t stride) {
-    Eight v[8], w[8];
+// A square of words, rows to columns of (..., kPanel): in pairs, in fours, in halves.
+[[gnu::always_inline]] inline void transpose(const void* const* rows, std::int64_t column, std::uint32_t* out) {
+    Row v[kSquare], w[kSquare];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-        v[i] = *reinterpret_cast<const Eight*>(static_cast<const std::uint32_t*>(rows[i]) + column);
+    for (int i = 0; i < kSquare; ++i)
+        v[i] = *reinterpret_cast<const Row*>(static_cast<const std::uint32_t*>(rows[i]) + column);
+#ifdef LGCN_X86
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
         w[i] = LGCN_SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
@@ -131,9 +137,21 @@ template <typename Vector>
         }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-        *reinterpret_cast<Eight*>(out + i * stride) = LGCN_SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        *reinterpret_cast<Eight*>(out + (i + 4) * stride) = LGCN_SHUFFLE(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+        *reinterpret_cast<Row*>(out + i * kPanel) = LGCN_SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        *reinterpret_cast<Row*>(out + (i + 4) * kPanel) = LGCN_SHUFFLE(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
+#else
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2) {
+        w[i] = LGCN_SHUFFLE(v[i], v[i + 1], 0, 4, 1, 5);
+        w[i + 1] = LGCN_SHUFFLE(v[i], v[i + 1], 2, 6, 3, 7);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        *reinterpret_cast<Row*>(out + 2 * i * kPanel) = LGCN_SHUFFLE(w[i], w[i + 2], 0, 1, 4, 5);
+        *reinterpret_cast<Row*>(out + (2 * i + 1) * kPanel) = LGCN_SHUFFLE(w[i], w[i + 2], 2, 3, 6, 7);
+    }
+#endif
 }
 
 #undef LGCN_SHUFFLE
@@ -142,8 +160,8 @@ template <typename Vector>
 // of a panel.
 LGCN_EVERY_SIMD inline void transpose16(const void* const* rows, std::int64_t count, void* out) {
     auto* columns = static_cast<std::uint32_t*>(out);
-    for (std::int64_t k = 0; k < count; k += 8)
-        for (int i = 0; i < 16; i += 8) transpose8(rows + i, k, columns + k * 16 + i, 16);
+    for (std::int64_t k = 0; k < count; k += kSquare)
+        for (int i = 0; i < kPanel; i += kSquare) transpose(rows + i, k, columns + k * kPanel + i);
 }
 
 template <int kStep>

@@ -111,8 +111,8 @@ def _relight(image: np.ndarray, augmentation: Augmentation, random: Generator) -
     if augmentation.occlusion and random.random() < 0.5:
         size = image.shape[0]
         width, height = (random.uniform(0.05, augmentation.occlusion, 2) * size).astype(int) + 1
-        x, y = random.integers(0, size - width), random.integers(0, size - height)
+        x, y = random.integers(0, size - width + 1), random.integers(0, size - height + 1)
         image[y : y + height, x : x + width] = random.uniform(0, 255)
     if augmentation.noise and random.random() < 0.25:
         image += random.normal(0, random.uniform(0, augmentation.noise), image.shape)
-    return np.clip(image, 0, 255).astype(np.uint8)
+    return np.rint(np.clip(image, 0, 255)).astype(np.uint8)

@@ -5,6 +5,7 @@ A box covers whole pixels: its left edge lies half a pixel left of pixel x, as w
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import floor
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -126,8 +127,9 @@ def square_box(box: np.ndarray, scale: float = 1.0) -> np.ndarray:
         (4,) int64: x, y, side, side.
     """
     x, y, width, height = (float(v) for v in box)
-    side = max(round(max(width, height) * scale), 1)
-    return np.array([round(x + (width - side) / 2), round(y + (height - side) / 2), side, side])
+    # (`round` goes to even numbers: a box one pixel further on would be a square two pixels further on, or none.)
+    side = max(floor(max(width, height) * scale + 0.5), 1)
+    return np.array([floor(x + (width - side) / 2 + 0.5), floor(y + (height - side) / 2 + 0.5), side, side])
 
 
 def touches(box: np.ndarray, image: np.ndarray) -> bool:

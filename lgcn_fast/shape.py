@@ -53,10 +53,13 @@ class ShapeModel:
             # Faces are symmetric: the mirror image of each is one more.
             shapes = np.concatenate([shapes, shapes[:, list(scheme.mirror)] * (-1, 1)])
         aligned = _normalised(shapes)
-        mean = aligned[0]
+        mean, average = aligned[0], aligned.mean(axis=0)
         for _ in range(ALIGNMENTS):
             aligned = _turned(aligned, mean)
             mean = _normalised(aligned.mean(axis=0, keepdims=True))[0]
+        # Upright as the shapes are on average, not as the first of them is.
+        mean = _turned(mean[None], average)[0]
+        aligned = _turned(aligned, mean)
         # On the tangent plane at the mean: divided by the part along the mean, sizes are exactly comparable.
         along = (aligned * mean).sum(axis=(1, 2), keepdims=True) / len(mean)
         aligned /= np.where(along > 0, along, 1)

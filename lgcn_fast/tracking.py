@@ -34,7 +34,9 @@ COARSE = 2.0
 LEAST_SHRINKING = 0.6
 """Side of the smallest face that is looked for where one was lost, over that of the lost one."""
 MEMORY = 1.0
-"""Seconds for which a lost face keeps its identity, where it was last seen."""
+"""Seconds for which a lost face keeps its identity, where it was last seen or would be by its pace then."""
+PACE = 0.15
+"""Seconds over which a face's pace is averaged."""
 MOTION = 0.7
 """Share of a face's last shift that is expected again. On a pan of 16 % of the face a frame it cuts the points' error
 from 0.95 to 0.2 pixels, and without it a pan of 30 % loses the face; more of it overshoots where the motion turns."""
@@ -86,19 +88,27 @@ class _Track:
     """(2,) pixels, from the frame before."""
     step: float = field(init=False)
     """Seconds since then."""
+    pace: np.ndarray = field(init=False)
+    """(2,) pixels a second."""
 
     def __post_init__(self) -> None:
-        self.shift, self.step = np.zeros(2), LEAST_STEP
+        self.shift, self.step, self.pace = np.zeros(2), LEAST_STEP, np.zeros(2)
         self._update()
 
     def expected_shift(self, time: float) -> np.ndarray:
         """How far the face will have moved, (2,) pixels."""
         return MOTION * self.shift * min((time - self.seen) / self.step, MOST_STEPS)
 
+    def common(self, box: np.ndarray, time: float) -> float:
+        """What a box has in common with this face, where it was last seen or would be by its pace, see `overlap`."""
+        gone_on = self.box + np.append(self.pace * (time - self.seen), (0, 0))
+        return max(overlap(box, self.box), overlap(box, gone_on))
+
     def move(self, points: np.ndarray, scores: np.ndarray, confidence: float, tracked: bool, time: float) -> None:
         """Take over what was found in a new frame."""
         # (Shifts only: turns and changes of size are slow, and as noisy.)
         self.shift, self.step = (points - self.points).mean(axis=0), max(time - self.seen, LEAST_STEP)
+        self.pace = self.pace + min(self.step / PACE, 1) * (self.shift / self.step - self.pace)
         self.points, self.scores, self.confidence, self.tracked, self.seen = points, scores, confidence, tracked, time
         self._update()
 
@@ -134,8 +144,8 @@ class Tracker:
         Args:
             model: see `predict`.
             detect_every: frames in which all of the frame is looked through once for new faces, while faces are
-                tracked, a window of six at a time: fewer frames find them sooner and cost more. Where no face is, or
-                one was just lost, every other frame has its window.
+                tracked, in six windows one after the other: fewer frames find them sooner and cost more. Where no face
+                is, or one was just lost, every other frame has its window at least.
             min_face: side of the smallest face box to look for, pixels. Default: 15 % of the frame's shorter side, at
                 least 40. Tracked faces may become smaller.
             min_confidence: least confidence of a new face, see `Faces`.
@@ -172,7 +182,7 @@ class Tracker:
         self._size: tuple[int, ...] | None = None
         self._time = -np.inf
         self._order = itertools.cycle(WINDOWS)
-        self._wait = 0.0
+        self._wait = 1.0  # frames until the next window is due
 
     def run(self, frames: Iterable[Any]) -> Iterator[TrackedFaces]:
         """`update` with all frames of a source, none dropped; see `video.newest` for live ones.
@@ -243,24 +253,27 @@ class Tracker:
         return [track for track in before if track not in self._tracks]
 
     def _detect(self, image: np.ndarray, first: bool, lost: bool) -> None:
-        """Look through the next window, where one is due: all of the first frame, and at once where a face was lost."""
+        """Look through the windows that are due: all of the first frame, and one at once where a face was lost."""
         self._wait -= 1
         if self._wait > 0 and not lost:
             return
         searching = not self._tracks or bool(self._lost)
-        self._wait = SEARCH_EVERY if searching else self._detect_every / len(WINDOWS)
+        pause = min(self._detect_every / len(WINDOWS), SEARCH_EVERY if searching else np.inf)
+        self._wait, due = min(self._wait, 0) + pause, 1
+        while self._wait <= 0 and due < len(WINDOWS):
+            self._wait, due = self._wait + pause, due + 1
         smallest = self._smallest()
         if first:
             windows = [(_window(image, None, smallest), smallest)]
         else:
             if lost:
                 self._order = itertools.cycle(WINDOWS)
-            quarter = next(self._order)
-            large = COARSE * smallest
-            windows = [(_window(image, quarter, large), large if quarter is None else smallest)]
-            if quarter is None:
-                small = [track.box for track in self._lost if track.box[2] < large]
-                windows += [(_neighbourhood(image, box), LEAST_SHRINKING * box[2]) for box in small]
+            large, windows = COARSE * smallest, []
+            for quarter in itertools.islice(self._order, due):
+                windows.append((_window(image, quarter, large), large if quarter is None else smallest))
+                if quarter is None:
+                    small = [track.box for track in self._lost if track.box[2] < large]
+                    windows += [(_neighbourhood(image, box), LEAST_SHRINKING * box[2]) for box in small]
         models = self.engine, self._finder, self._shape
         for window, smallest in windows:
             known = [track.box for track in self._tracks]
@@ -271,8 +284,8 @@ class Tracker:
         for points, scores, confidence, box in zip(
             found.points, found.scores, found.confidence, found.boxes, strict=True
         ):
-            again = max(self._lost, key=lambda track, box=box: overlap(box, track.box), default=None)
-            if again and overlap(box, again.box) > SAME_FACE:
+            again = max(self._lost, key=lambda track, box=box: track.common(box, self._time), default=None)
+            if again and again.common(box, self._time) > SAME_FACE:
                 identity = again.identity
                 self._lost = [track for track in self._lost if track is not again]
             else:

@@ -139,6 +139,13 @@ def test_beyond_the_image_the_border_repeats():
     np.testing.assert_array_equal(result, np.pad(image, ((1, 1), (1, 0)), mode="edge"))
 
 
+@pytest.mark.parametrize("box", [(10, 10, 20, 19), (10.5, 10.5, 20, 20), (0.5, 3, 20.5, 7)])
+def test_square_box_moves_with_its_box(box):
+    for shift in range(-3, 4):
+        moved = np.add(box, (shift, shift, 0, 0))
+        np.testing.assert_array_equal(square_box(moved), np.add(square_box(np.array(box)), (shift, shift, 0, 0)))
+
+
 def test_square_box_keeps_the_centre():
     np.testing.assert_array_equal(square_box(np.array([10, 20, 30, 10])), [10, 10, 30, 30])
     np.testing.assert_array_equal(square_box(np.array([0, 0, 0.2, 0.2])), [0, 0, 1, 1])

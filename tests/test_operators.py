@@ -1,3 +1,5 @@
+import platform
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,16 @@ def test_no_product_of_taps_is_subnormal(size, sigmas):
     line = gaussian_taps(size, sigmas).float()
     products = torch.einsum("sy,sx->syx", line, line)
     assert products[products > 0].min() > torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of processors with SSE")
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+def test_native_takes_denormals_for_zero(instructions):
+    """They would take a hundred times as long. The caller's own arithmetic keeps them."""
+    denormal = np.full((1, 1, 40, 40), 1e-40, np.float32)
+    blurred = lgcn_fast_kernels.gaussian_sum(denormal, 45, (1.0, 5.0), 1, instructions)
+    assert not blurred.any()
+    assert (denormal * np.float32(0.5)).all()
 
 
 @pytest.mark.parametrize("instructions", [name for name in INSTRUCTION_SETS if name.endswith("bf16")])

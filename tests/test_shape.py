@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from lgcn_fast import ShapeModel
+from lgcn_fast.landmarks import SCHEMES
 from lgcn_fast.prediction import WEIGHTS
 from lgcn_fast.shape import similarity_basis
 
@@ -27,6 +28,18 @@ def shapes(random):
             for _ in range(300)
         ]
     )
+
+
+def test_mean_is_upright_whichever_face_comes_first(random):
+    """It is that of the shapes and their mirror images: symmetric."""
+    base, mirror = ShapeModel.load(WEIGHTS / "shape-68.safetensors").mean, list(SCHEMES[68].mirror)
+    faces = [
+        similar(base + random.normal(size=base.shape) * 0.05, 50, angle, 0) for angle in random.uniform(-0.5, 0.5, 40)
+    ]
+    means = [ShapeModel.fit(np.stack([similar(base, 1, turn, 0), *faces])).mean for turn in (0, 1, np.pi)]
+    for mean in (base, *means):
+        np.testing.assert_allclose(mean, mean[mirror] * (-1, 1), atol=1e-9)
+        assert mean[8, 1] > mean[27, 1]
 
 
 def test_finds_the_modes_and_nothing_else(shapes):

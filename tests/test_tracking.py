@@ -128,6 +128,22 @@ def test_detects_rarely_while_all_is_well(engine, face, searched):
     assert all(150 < width < 300 and 150 < height < 300 for width, height in quarters)
 
 
+@pytest.mark.parametrize(("detect_every", "windows"), [(1, 60), (2, 30), (4, 15), (6, 10), (8, 7.5), (20, 3)])
+def test_detects_as_often_as_asked(engine, face, searched, detect_every, windows):
+    track(Tracker(engine, detect_every=detect_every), [face] * 11)
+    assert abs(len(searched) - 1 - windows) < 1
+
+
+def test_moving_face_that_is_hidden_keeps_its_identity(engine, face):
+    """Where it comes back it has nothing in common with where it was seen last."""
+    frames = [blank(face) if 8 <= i < 17 else moved(face, x=8 * i - 88) for i in range(22)]
+    found = track(Tracker(engine), frames)
+    assert [len(faces) for faces in found[:17]] == [1] * 8 + [0] * 9
+    again = next(faces for faces in found[17:] if len(faces))
+    assert overlap(found[7].boxes[0], again.boxes[0]) < tracking.SAME_FACE
+    assert again.ids.tolist() == [0]
+
+
 def test_face_that_is_lost_is_searched_at_once_and_keeps_its_identity(engine, face, searched):
     tracker = Tracker(engine, detect_every=10**6)
     frames = [face] * 3 + [blank(face)] * 6 + [face] * 6

@@ -89,9 +89,9 @@ Box square_box(const std::array<double, 4>& box, const Picture& picture) {
     if (!(meets && width > 0 && height > 0 && width <= longest && height <= longest)) {
         throw std::runtime_error("box: expected one that meets the picture, with sides of up to 16384 pixels");
     }
-    const double side = std::max(std::nearbyint(std::max(width, height)), 1.0);
-    return {static_cast<std::int64_t>(std::nearbyint(x + (width - side) / 2)),
-            static_cast<std::int64_t>(std::nearbyint(y + (height - side) / 2)), static_cast<std::int64_t>(side)};
+    const double side = std::max(std::floor(std::max(width, height) + 0.5), 1.0);
+    return {static_cast<std::int64_t>(std::floor(x + (width - side) / 2 + 0.5)),
+            static_cast<std::int64_t>(std::floor(y + (height - side) / 2 + 0.5)), static_cast<std::int64_t>(side)};
 }
 
 // What one pixel of a resized line is made of: these pixels of the line, times weights.
