@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import LGCNConfig
-from .model import LGCN, widened
+from .model import LGCN, retargeted, widened
 
 FORMAT = "lgcn_fast-1"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -139,22 +139,28 @@ def load_model(model: Path | str) -> LGCN:
     return network.eval()
 
 
-def load_start(model: Path | str, config: LGCNConfig) -> LGCN:
-    """Read a trained model to go on from in training, widened where it has fewer filters than asked for.
+def load_start(model: Path | str, config: LGCNConfig) -> tuple[LGCN, bool]:
+    """Read a trained model to go on from in training, see `widened` and `retargeted` for what it may be.
 
     Args:
         model: the name of a model in the package, or a path.
+
+    Returns:
+        A network of that configuration, and whether it knows the landmarks.
 
     Raises:
         ValueError: as `load_model`; or weights of another kind of network, or of one with more filters.
     """
     start = load_model(model)
-    if (
-        replace(start.config, filters=config.filters, dropout=config.dropout) != config
-        or start.config.filters > config.filters
-    ):
+    wide = replace(start.config, filters=config.filters, dropout=config.dropout)
+    same_landmarks = wide.num_landmarks == config.num_landmarks
+    if not same_landmarks:
+        side_channels = config.side_channels if wide.side_channels else 0
+        wide = replace(wide, num_landmarks=config.num_landmarks, side_channels=side_channels, loss=config.loss)
+    if wide != config or start.config.filters > config.filters:
         raise ValueError(f"{model}: expected weights of {config}, or of fewer filters, got {start.config}")
-    return widened(start, config.filters)
+    start = widened(start, config.filters)
+    return (start if same_landmarks else retargeted(start, config)), same_landmarks
 
 
 def load_teacher(model: Path | str, student: LGCNConfig) -> LGCN:

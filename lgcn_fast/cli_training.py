@@ -61,7 +61,7 @@ def add_train(commands) -> None:
         default="fast",
         help="fast (default), polish (the end of a training, with --init), paper (SGD), scene (for finders)",
     )
-    parser.add_argument("--init", type=Path, help="weights to start from instead of random ones, of fewer filters too")
+    parser.add_argument("--init", type=Path, help="weights to start from, of fewer filters or for other landmarks too")
     parser.add_argument("--teacher", type=Path, help="weights of a better model, to learn from its heatmaps as well")
     parser.add_argument("--epochs", type=int, help="default: what fits the time budget, or the recipe's number")
     parser.add_argument("--time-budget", type=float, metavar="MINUTES", help="stop this call in time, to be taken up")

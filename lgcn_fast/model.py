@@ -169,6 +169,23 @@ def widened(model: LGCN, filters: int) -> LGCN:
     return wide.train(model.training)
 
 
+def retargeted(model: LGCN, config: LGCNConfig) -> LGCN:
+    """A network for other landmarks that starts with what a trained one has learned to see.
+
+    Its hidden layers are those of the trained one, but for the first of the global subnet, which sees the heatmaps:
+    that one and the heads are random.
+
+    Args:
+        config: that of `model`, but for what depends on the landmarks.
+    """
+    other, trained = LGCN(config), model.state_dict()
+    fresh = other.state_dict()
+    other.load_state_dict(
+        {name: trained[name] if trained[name].shape == fresh[name].shape else fresh[name] for name in fresh}
+    )
+    return other.train(model.training)
+
+
 def check_images(images: Tensor, channels: int) -> None:
     """Raise ValueError where a batch is not what a network takes."""
     if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape:

@@ -77,8 +77,10 @@ class Trainer:
         self.amp = fast_in_bf16 if options.amp is None else options.amp
         torch.manual_seed(options.seed)
         self.model = LGCN(options.config)
+        knows_landmarks = False
         if options.init:
-            self.model.load_state_dict(load_start(options.init, options.config).state_dict())
+            start, knows_landmarks = load_start(options.init, options.config)
+            self.model.load_state_dict(start.state_dict())
         self.model.kernel_convolution.operator = operator = fastest_operator(self.device)
         self.model.to(self.device, memory_format=fastest_memory_format(self.device, options.config))
         self.teacher = None
@@ -109,7 +111,7 @@ class Trainer:
         self.label_shifts: dict[str, float] = {}
         if (self.folder / "checkpoint.safetensors").exists():
             self._restore()
-        elif trained := self.model if options.init else self.teacher:
+        elif trained := self.model if knows_landmarks else self.teacher:
             self.label_shifts = measured_shifts(cache, trained)
         crops = AugmentedCrops(cache, recipe.augmentation, options.config.input_size, options.seed, self.label_shifts)
         workers = {"num_workers": options.workers, "persistent_workers": options.workers > 0}

@@ -18,7 +18,7 @@ class TrainingOptions:
     epochs: int | None = None
     """Length of the schedule. None: what fits `time_budget`, or the recipe's number."""
     init: Path | None = None
-    """Weights of a trained model to start from, of a narrower one too; None: random ones."""
+    """Weights of a trained model to start from, of a narrower one or for other landmarks too; None: random ones."""
     teacher: Path | None = None
     """Weights of a better model: half of the loss is against its heatmaps, the other half against the labels."""
     seed: int = 0

@@ -145,6 +145,26 @@ def test_starts_from_given_weights(cache, tmp_path):
             Trainer(cache, tmp_path / "other", replace(OPTIONS, init=weights, config=replace(CONFIG, **changes)))
 
 
+@pytest.mark.parametrize("config", [CONFIG, replace(PAPER, filters=8, loss="cross_entropy")], ids=["light", "paper"])
+def test_starts_from_weights_for_other_landmarks(cache, tmp_path, config):
+    """Hidden layers are those of the start, all but the one that sees the heatmaps."""
+    other = replace(config, num_landmarks=68, side_channels=68 if config.side_channels else 0, loss="squared_error")
+    start = randomised(other)
+    save_model(tmp_path / "start.safetensors", start, {})
+    options = replace(OPTIONS, init=tmp_path / "start.safetensors", config=config, epochs=1)
+    trainer = Trainer(cache, tmp_path / "run", options)
+    assert trainer.label_shifts == {}
+    old, new = start.state_dict(), trainer.model.state_dict()
+    fresh = [name for name in new if name.endswith("weight") and new[name].shape != old[name].shape]
+    assert fresh[0] == "main.weight"
+    assert fresh[-1] == "refine.weight"
+    assert len(fresh) == (5 if config.side_channels else 3)  # main, side and its norm, the first of the global subnet
+    for name in new.keys() - set(fresh):
+        if new[name].shape == old[name].shape and new[name].ndim > 1:
+            torch.testing.assert_close(new[name], old[name], atol=0, rtol=1e-3)  # (filters are stored in fp16)
+    assert trainer.run()
+
+
 def test_label_shifts_are_those_of_the_start_when_a_run_goes_on(cache, tmp_path):
     save_model(tmp_path / "start.safetensors", randomised(CONFIG), {})
     options = replace(OPTIONS, init=tmp_path / "start.safetensors")
