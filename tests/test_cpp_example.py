@@ -58,6 +58,16 @@ def run(program: Path, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run([program, *map(str, words)], capture_output=True, text=True)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_compiles():
+    """Against declarations alone, so that it is tested where ONNX Runtime has no headers, too."""
+    folders = (ROOT / "csrc", ROOT / "kernels", Path(__file__).with_name("declarations"))
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", "-fsyntax-only"]
+    subprocess.run(
+        ["g++", *flags, *(f"-I{folder}" for folder in folders), ROOT / "examples/cpp/landmarks.cpp"], check=True
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("color", [True, False])
 @pytest.mark.parametrize("fit", [True, False])

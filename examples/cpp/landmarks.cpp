@@ -66,8 +66,11 @@ Picture read_picture(const std::string& path) {
     const std::int64_t size = picture.width * picture.height * picture.channels;
     // What the header says is only believed where so much is there; of a pipe nobody knows.
     const std::streamoff start = file.tellg();
-    const std::streamoff there = start < 0 ? size : file.seekg(0, std::ios::end).tellg() - start;
-    if (start >= 0) file.seekg(start);
+    std::streamoff there = size;
+    if (start >= 0) {
+        there = file.seekg(0, std::ios::end).tellg() - start;
+        file.seekg(start);
+    }
     if (there < size) throw std::runtime_error(path + ": expected a complete picture, got one cut short");
     picture.pixels.resize(static_cast<std::size_t>(size));
     file.read(reinterpret_cast<char*>(picture.pixels.data()), size);
