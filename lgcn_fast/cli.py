@@ -118,7 +118,7 @@ def _add_prediction_options(parser: argparse.ArgumentParser) -> None:
 
 def _run_predict(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
-    found, scores = {}, []
+    found = {}
     boxes = [options.box] if options.box else None
     taken = names_in(options.out, options.files)
 
@@ -131,13 +131,13 @@ def _run_predict(options: argparse.Namespace) -> int:
             picture = free_name(path.stem, "landmarks", taken)
             _write_picture(options.out / picture, image, result.points)
             found[str(path)] = {"picture": picture, **rounded(result.points[0], result.scores[0])}
-            scores.append(float(result.scores.mean()))
     finally:  # also where it is interrupted, or the disk gets full
         if found:
             numbers = options.out / f"landmarks.{options.format}"
             text = _as_csv(found) if options.format == "csv" else json.dumps(found, indent=1)
             write_whole(numbers, text.encode())
             count = f"{len(found)} of {len(options.files)} files"
+            scores = [np.mean(face["scores"]) for face in found.values()]
             print(f"{numbers}: landmarks of {count}, mean score {np.mean(scores):.2f}")
             doubtful = sum(score < DOUBTFUL for score in scores)
             if doubtful and not boxes:

@@ -102,9 +102,9 @@ def detect(
 
     Args:
         image: one photo of any size, as for `predict`.
-        min_face: side of the smallest face box to look for, pixels; the work grows with the photo's pixels over its
-            square. Photos are enlarged twice at most: less than 0.3 input sizes of the finder (14 pixels) changes
-            nothing.
+        min_face: side of the smallest face box to look for, pixels; on large photos the work grows with their pixels
+            over its square. Photos are enlarged twice at most: less than 0.3 input sizes of the finder (14 pixels)
+            changes nothing.
         min_confidence: faces below it are dropped.
         model: finds the landmarks of each face, see `predict`.
         finder: finds the faces; default: the lightest in the package with the model's landmarks (lgcn-finder), or the

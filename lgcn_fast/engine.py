@@ -109,7 +109,8 @@ class Engine:
 
         Returns:
             torch (B, N, H, W) float32, contiguous, on the engine's device; H and W of `config.heatmap_size`. Column x
-            of a heatmap lies at `(x + 0.5) * config.stride - 0.5` in the image, and rows likewise.
+            of a heatmap lies at `(x + 0.5) * config.stride - 0.5` in the image, and rows likewise. (On a GPU
+            `record_stream` has no effect on it: what uses it in another stream must be waited for.)
 
         Raises:
             ValueError: another shape.

@@ -173,7 +173,7 @@ def retargeted(model: LGCN, config: LGCNConfig) -> LGCN:
     """A network for other landmarks that starts with what a trained one has learned to see.
 
     Its hidden layers are those of the trained one, but for the first of the global subnet, which sees the heatmaps:
-    that one and the heads are random.
+    that one and the heads are those of an untrained network.
 
     Args:
         config: that of `model`, but for what depends on the landmarks.

@@ -50,6 +50,8 @@ class Landmarks:
         return len(self.points)
 
     def __getitem__(self, chosen: Any) -> Self:
+        if self.points.ndim < 3:
+            raise TypeError("faces: expected some, got the landmarks of one")
         of_each_face = ((name, part) for name, part in vars(self).items() if getattr(part, "ndim", 0))
         return replace(self, **{name: part[chosen] for name, part in of_each_face})
 
@@ -320,6 +322,9 @@ def _numbers(name: str, boxes: Any) -> np.ndarray:
     if isinstance(boxes, Landmarks):
         got = f"{type(boxes).__name__} (what `detect` finds has them as `faces.boxes`)"
         raise ValueError(f"{name}: expected x, y, width, height of each face, got {got}")
+    boxes = _from_dlpack(boxes)
+    if isinstance(boxes, Tensor):  # of any device and dtype
+        return boxes.detach().cpu().double().numpy()
     try:
         return np.asarray(boxes, np.float64)
     except (TypeError, ValueError):  # (of ragged lists)

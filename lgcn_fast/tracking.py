@@ -102,7 +102,7 @@ class _Track:
     def common(self, box: np.ndarray, time: float) -> float:
         """What a box has in common with this face, where it was last seen or would be by its pace, see `overlap`."""
         gone_on = self.box + np.append(self.pace * (time - self.seen), (0, 0))
-        return max(overlap(box, self.box), overlap(box, gone_on))
+        return max(overlap(box, self.box), overlap(box, gone_on) if time - self.seen <= MEMORY else 0.0)
 
     def move(self, points: np.ndarray, scores: np.ndarray, confidence: float, tracked: bool, time: float) -> None:
         """Take over what was found in a new frame."""
@@ -281,15 +281,15 @@ class Tracker:
 
     def _take(self, found: Faces) -> None:
         """Detected faces that are not tracked yet: those that were lost, and new ones."""
-        for points, scores, confidence, box in zip(
-            found.points, found.scores, found.confidence, found.boxes, strict=True
-        ):
-            again = max(self._lost, key=lambda track, box=box: track.common(box, self._time), default=None)
-            if again and again.common(box, self._time) > SAME_FACE:
-                identity = again.identity
-                self._lost = [track for track in self._lost if track is not again]
-            else:
-                identity = next(self._identities)
+        pairs = [(track.common(box, self._time), i, track) for i, box in enumerate(found.boxes) for track in self._lost]
+        again: dict[int, int] = {}  # which face has which identity
+        for common, index, track in sorted(pairs, key=lambda pair: -pair[0]):  # the surest first
+            if common > SAME_FACE and index not in again and track.identity not in again.values():
+                again[index] = track.identity
+        self._lost = [track for track in self._lost if track.identity not in again.values()]
+        faces = zip(found.points, found.scores, found.confidence, strict=True)
+        for index, (points, scores, confidence) in enumerate(faces):
+            identity = again[index] if index in again else next(self._identities)
             smooth = OneEuroFilter(self._smoothing) if self._smoothing else None
             points = points.astype(np.float64)
             self._tracks.append(_Track(identity, points, scores, float(confidence), False, self._time, smooth))

@@ -183,6 +183,22 @@ def test_bad_boxes_are_named(gray, boxes, message):
         predict(gray, boxes)
 
 
+def test_boxes_of_any_kind(image):
+    boxes = [[82, 70, 124, 124], [70, 60, 140, 140]]
+    expected = predict(image, boxes, "lgcn-finder").points
+    tensor = torch.tensor(boxes, dtype=torch.float32)
+    kinds = (
+        tensor,
+        tensor.bfloat16(),
+        tensor.long(),
+        tensor.requires_grad_(),
+        array_api_strict.asarray(boxes),
+        [*np.array(boxes)],
+    )
+    for kind in kinds:
+        np.testing.assert_array_equal(predict(image, kind, "lgcn-finder").points, expected)
+
+
 def test_several_images_want_as_many_boxes(gray):
     with pytest.raises(ValueError, match=r"boxes: expected .* for 2 images, got shape \(3, 4\)"):
         predict([gray, gray], [[0, 0, 10, 10]] * 3)
@@ -205,6 +221,8 @@ def test_faces_one_by_one_and_some_of_them(image, to_host):
     one_by_one = list(faces)
     assert [face.points.shape for face in one_by_one] == [(68, 2)] * 3
     assert all((face.scores == scores).all() for face, scores in zip(one_by_one, faces.scores, strict=True))
+    with pytest.raises(TypeError, match="expected some, got the landmarks of one"):
+        one_by_one[0][0]
     for chosen in ([2, 0], slice(2), np.array([True, False, True])):
         assert (faces[chosen].points == faces.points[chosen]).all()
         assert (faces[chosen].scores == faces.scores[chosen]).all()

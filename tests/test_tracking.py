@@ -144,6 +144,28 @@ def test_moving_face_that_is_hidden_keeps_its_identity(engine, face):
     assert again.ids.tolist() == [0]
 
 
+def test_after_a_gap_a_face_elsewhere_is_another_one(engine, face):
+    """Even where the one before it would be by now."""
+    tracker = Tracker(engine)
+    track(tracker, [moved(face, x=4 * i - 88) for i in range(8)])
+    found = [tracker.update(moved(face, x=70), 1.5 + i / FPS) for i in range(3)]
+    assert found[-1].ids.tolist() == [1]
+
+
+def test_the_surest_pairs_of_faces_come_first(engine, face):
+    """A face that turns up near where another was seen last does not take its identity, if that is there as well."""
+    tracker = Tracker(engine)
+    moving = tracker.update(face, 0).points[0].astype(np.float64)
+    still, turned_up = (np.add(moving, (x, 0)) for x in (200, 160))
+    lost = [tracking._Track(i, where, np.ones(68), 1.0, True, 0.0, None) for i, where in ((10, still), (11, moving))]
+    lost[1].pace = np.array([800.0, 0.0])
+    tracker._lost, tracker._tracks, tracker._time = lost, [], 0.3
+    points = np.stack([turned_up, still])
+    tracker._take(lgcn_fast.Faces(points, np.ones((2, 68)), np.ones(2), np.stack([*map(tracking.face_box, points)])))
+    assert [found.identity for found in tracker._tracks] == [1, 10]
+    assert [other.identity for other in tracker._lost] == [11]
+
+
 def test_face_that_is_lost_is_searched_at_once_and_keeps_its_identity(engine, face, searched):
     tracker = Tracker(engine, detect_every=10**6)
     frames = [face] * 3 + [blank(face)] * 6 + [face] * 6
