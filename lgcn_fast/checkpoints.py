@@ -124,7 +124,8 @@ def load_model(model: Path | str) -> LGCN:
     tensors, metadata = load_tensors(path)
     _check_format(path, metadata)
     try:
-        network = LGCN(LGCNConfig.from_json(metadata["config"]))
+        with torch.device("meta"):  # random weights would cost the caller random numbers
+            network = LGCN(LGCNConfig.from_json(metadata["config"]))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: expected a configuration in its metadata, got {error}") from None
     expected = {name: t for name, t in network.state_dict().items() if not name.endswith("num_batches_tracked")}
@@ -134,8 +135,13 @@ def load_model(model: Path | str) -> LGCN:
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape:
             raise ValueError(f"{path}: {name}: expected {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}")
-    batches = {name: t for name, t in network.state_dict().items() if name.endswith("num_batches_tracked")}
-    network.load_state_dict({name: t.to(torch.float32) for name, t in tensors.items()} | batches, strict=True)
+    weights = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    batches = {
+        name: torch.zeros((), dtype=torch.int64, device="cpu")
+        for name in network.state_dict()
+        if name.endswith("num_batches_tracked")
+    }
+    network.load_state_dict(weights | batches, strict=True, assign=True)
     return network.eval()
 
 

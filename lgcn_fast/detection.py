@@ -69,7 +69,7 @@ TILES = 8
 """Tiles that go through the network at once, each with up to 100 MB."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Faces(Landmarks):
     """The faces of a photo, the most confident first: `Landmarks`, and where each face is.
 

@@ -1,5 +1,6 @@
 """A trained network made fast for inference: a transformation of the model, not a second model."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,10 @@ from .folding import fold
 from .model import LGCN, check_images, checked_device
 from .native import NativeEngine
 from .shape import ShapeModel
+
+if hasattr(os, "register_at_fork"):
+    # Of PyTorch's threads a forked process has none, and waits for them for ever.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 GPU_PACKAGES = ("triton", "cupy")
 LEAST_CAPABILITY = (8, 0)

@@ -31,7 +31,7 @@ MAX_SIDE = 16384
 """Largest side of a face box, pixels."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Landmarks:
     """Landmarks of some faces, as NumPy arrays or, from `predict(to_host=False)`, torch tensors.
 

@@ -48,7 +48,7 @@ NEIGHBOURHOOD = 2.5
 """Side of the square in which a face that was just lost is looked for, over that of its box."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrackedFaces(Faces):
     """The faces of a frame, those first that have been there longest: `Faces`, and what is known of their past.
 

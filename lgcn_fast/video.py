@@ -3,6 +3,7 @@
 A file is finished properly whatever happens, so that what was written so far can be read.
 """
 
+import atexit
 import errno
 import json
 import os
@@ -12,7 +13,6 @@ import threading
 import time as clock
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -83,6 +83,7 @@ class VideoReader:
         self.frame_count = int(count) if count > 0 and not isinstance(source, int) else None
         self.live = remote and not self.frame_count
         self._path = None if remote else Path(source)
+        self._lock, self._closed = threading.Lock(), False
 
     def __enter__(self) -> Self:
         return self
@@ -91,20 +92,30 @@ class VideoReader:
         self.close()
 
     def close(self) -> None:
-        self._capture.release()
+        with self._lock:  # OpenCV crashes where another thread, that of `newest`, reads meanwhile
+            self._closed = True
+            self._capture.release()
+
+    def _read(self) -> tuple[np.ndarray | None, float]:
+        """The next picture (BGR), None behind the last, and its time stamp, seconds."""
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"{self._name}: expected an open reader, got one that was closed")
+            there, image = self._capture.read()
+            return (image, self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3) if there else (None, 0.0)
 
     def __iter__(self) -> Iterator[Frame]:
         """The frames. Time stamps are the file's (made up from the frame rate where they do not rise), or of the clock.
 
         Raises:
             OSError: the file ends in the middle, or the camera is gone: after all frames that there were.
+            ValueError: it was closed.
         """
         count, last = 0, -1.0
         while True:
-            there, image = self._capture.read()
-            if not there:
+            image, stamp = self._read()
+            if image is None:
                 break
-            stamp = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
             time = clock.perf_counter() if self.live else stamp if stamp > last else last + 1 / self.fps
             yield Frame(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), max(time, 0.0))
             count, last = count + 1, max(time, 0.0)
@@ -162,6 +173,7 @@ def newest(frames: Iterable) -> Iterator:
     """
     slot: deque = deque(maxlen=1)
     changed, stop, ended = threading.Condition(), threading.Event(), threading.Event()
+    errors: list[BaseException] = []
 
     def read() -> None:
         try:
@@ -171,24 +183,34 @@ def newest(frames: Iterable) -> Iterator:
                 with changed:
                     slot.append(frame)
                     changed.notify()
+        except BaseException as error:  # whatever it is: it is raised below
+            errors.append(error)
         finally:
             with changed:
                 ended.set()
                 changed.notify()
 
-    with ThreadPoolExecutor(1, "newest") as pool:
-        reading = pool.submit(read)
-        try:
-            while True:
-                with changed:
-                    changed.wait_for(lambda: slot or ended.is_set())
-                    if not slot:
-                        break
-                    frame = slot.pop()
-                yield frame
-        finally:
-            stop.set()
-        reading.result()
+    def finish() -> None:
+        stop.set()
+        thread.join()
+
+    # (A daemon: for others the interpreter waits before it closes iterators that somebody still holds.)
+    thread = threading.Thread(target=read, name="newest", daemon=True)
+    thread.start()
+    atexit.register(finish)
+    try:
+        while True:
+            with changed:
+                changed.wait_for(lambda: slot or ended.is_set())
+                if not slot:
+                    break
+                frame = slot.pop()
+            yield frame
+    finally:
+        finish()
+        atexit.unregister(finish)
+    if errors:
+        raise errors[0]
 
 
 class VideoWriter:
@@ -213,6 +235,7 @@ class VideoWriter:
         self.written = self.scaled = 0
         self._writer: cv2.VideoWriter | None = None
         self._start = self._last = 0.0
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -230,7 +253,10 @@ class VideoWriter:
 
         Raises:
             OSError: the file cannot be opened, or the disk is (almost) full.
+            ValueError: it was closed.
         """
+        if self._closed:
+            raise ValueError(f"{self.path}: expected an open writer, got one that was closed")
         if self._writer is None:
             self._open(image.shape[1], image.shape[0])
             self._start = self._last = time or 0.0
@@ -268,6 +294,7 @@ class VideoWriter:
         Raises:
             OSError: it cannot be read back: some write failed.
         """
+        self._closed = True
         if self._writer is None:
             return
         self._writer.release()

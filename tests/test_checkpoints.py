@@ -100,3 +100,17 @@ def test_other_files_are_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file"):
         load_model(path)
+
+
+def test_loading_keeps_random_numbers_and_does_not_depend_on_defaults():
+    expected = load_model("lgcn-finder").state_dict()
+    before = torch.get_rng_state()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            found = load_model("lgcn-finder").state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)

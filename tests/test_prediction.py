@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -430,6 +431,29 @@ def test_several_threads_at_once(gray):
         for _ in range(5):
             for points, known in zip(pool.map(lambda crop: predict(crop).points, crops), expected, strict=True):
                 np.testing.assert_array_equal(points, known)
+
+
+FORKED = """
+import multiprocessing
+import sys
+import numpy as np
+from lgcn_fast import Engine, predict
+
+image = np.random.default_rng(0).integers(0, 256, (96, 96), np.uint8)
+
+def job(_):
+    Engine("lgcn-nano")
+    return predict(image, model="lgcn-finder", ensemble=40).points
+
+before = job(0)
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    np.testing.assert_array_equal(pool.map(job, [0])[0], before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_forked_processes_do_not_wait_for_threads_that_they_have_not():
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)
 
 
 MEMORY = """

@@ -449,3 +449,33 @@ def test_frames_may_be_missing_in_the_middle(clip, pictures, monkeypatch, last, 
     else:
         with pytest.raises(OSError, match="expected 12 frames, got 8: the file ends in the middle"):
             list(frames)
+
+
+def test_readers_and_writers_say_that_they_were_closed(clip, tmp_path, pictures):
+    """A writer would start its file anew, OpenCV crash where a thread reads what is released."""
+    with VideoReader(clip) as frames:
+        live = newest(frames)
+        next(live)
+    with pytest.raises(ValueError, match="expected an open reader, got one that was closed"):
+        list(live)
+    with VideoWriter(tmp_path / "out.avi", FPS) as writer:
+        writer.write(pictures[0])
+    content = writer.path.read_bytes()
+    with pytest.raises(ValueError, match="expected an open writer, got one that was closed"):
+        writer.write(pictures[0])
+    writer.close()
+    assert writer.path.read_bytes() == content
+
+
+def test_a_source_that_never_ends_does_not_keep_a_program_that_failed():
+    script = """
+import itertools, time
+from lgcn_fast.video import newest
+
+frames = newest(time.sleep(0.01) or i for i in itertools.count())
+next(frames)
+raise RuntimeError("bug")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: bug\n")
