@@ -66,6 +66,10 @@ void run_threads(std::int64_t threads, const Work& work) {
     const auto join = [&] {
         for (std::thread& thread : pool) thread.join();
     };
+    const auto leave = [&] {
+        signal.store(kLeave, std::memory_order_release);
+        join();
+    };
     pool.reserve(static_cast<std::size_t>(threads));
     try {
         for (std::int64_t t = 1; t < threads; ++t)
@@ -74,12 +78,10 @@ void run_threads(std::int64_t threads, const Work& work) {
                 if (signal.load(std::memory_order_acquire) == kGo) call(t);
             });
     } catch (const std::bad_alloc&) {
-        signal.store(kLeave, std::memory_order_release);
-        join();
+        leave();
         throw;
     } catch (const std::system_error& failure) {
-        signal.store(kLeave, std::memory_order_release);
-        join();
+        leave();
         throw std::runtime_error("num_threads: expected as many threads as may be started, got " +
                                  std::to_string(threads) + " (" + failure.what() + ")");
     }

@@ -136,11 +136,8 @@ def load_model(model: Path | str) -> LGCN:
         if tensors[name].shape != tensor.shape:
             raise ValueError(f"{path}: {name}: expected {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}")
     weights = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
-    batches = {
-        name: torch.zeros((), dtype=torch.int64, device="cpu")
-        for name in network.state_dict()
-        if name.endswith("num_batches_tracked")
-    }
+    uncounted = torch.zeros((), dtype=torch.int64, device="cpu")
+    batches = {name: uncounted.clone() for name in network.state_dict().keys() - expected.keys()}
     network.load_state_dict(weights | batches, strict=True, assign=True)
     return network.eval()
 
@@ -152,7 +149,7 @@ def load_start(model: Path | str, config: LGCNConfig) -> tuple[LGCN, bool]:
         model: the name of a model in the package, or a path.
 
     Returns:
-        A network of that configuration, and whether it knows the landmarks.
+        A network of that configuration, but for the dropout perhaps, and whether it knows the landmarks.
 
     Raises:
         ValueError: as `load_model`; or weights of another kind of network, or of one with more filters.

@@ -178,11 +178,10 @@ def retargeted(model: LGCN, config: LGCNConfig) -> LGCN:
     Args:
         config: that of `model`, but for what depends on the landmarks.
     """
-    other, trained = LGCN(config), model.state_dict()
-    fresh = other.state_dict()
-    other.load_state_dict(
-        {name: trained[name] if trained[name].shape == fresh[name].shape else fresh[name] for name in fresh}
-    )
+    other = LGCN(config)
+    fresh, trained = other.state_dict(), model.state_dict()
+    fitting = {name: tensor for name, tensor in trained.items() if tensor.shape == fresh[name].shape}
+    other.load_state_dict(fresh | fitting)
     return other.train(model.training)
 
 

@@ -114,9 +114,9 @@ def write_report(data: Path, folder: Path, device: str = "auto") -> dict:
             for title, models in evaluations.items()
         },
     }
-    (folder / "report.json").write_text(json.dumps(values, indent=1) + "\n")
-    (folder / MEASURED).write_text(json.dumps(values["models"], indent=1) + "\n")
-    (folder / "accuracy.md").write_text(accuracy_table(values))
+    write_whole(folder / "report.json", (json.dumps(values, indent=1) + "\n").encode())
+    write_whole(folder / MEASURED, (json.dumps(values["models"], indent=1) + "\n").encode())
+    write_whole(folder / "accuracy.md", accuracy_table(values).encode())
     return values
 
 
@@ -230,7 +230,7 @@ def put_into_readme(readme: Path, table: str) -> None:
     _, closing, after = rest.partition(MARKERS[1])
     if not closing:
         raise ValueError(f"{readme}: expected the lines {' and '.join(map(str.strip, MARKERS))}, got none")
-    Path(readme).write_text(before + opening + table + closing + after)
+    write_whole(readme, (before + opening + table + closing + after).encode())
 
 
 def _rounded(summaries: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

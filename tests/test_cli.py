@@ -17,6 +17,7 @@ from lgcn_fast.cli import main
 from lgcn_fast.crops import BACKGROUND_CROPS
 from lgcn_fast.datasets import read_csv
 from lgcn_fast.images import read_image
+from lgcn_fast.shipped import default_model
 
 
 def test_demo(tmp_path, capsys):
@@ -33,6 +34,13 @@ def test_predict_doubts_that_a_photo_is_one_face(tmp_path, demo_picture, capsys)
     printed = capsys.readouterr()
     assert not printed.err
     assert "landmarks of 1 of 1 files, mean score 0.7" in printed.out
+
+
+def test_help_names_the_models_that_are_the_default(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["predict", "--help"])
+    expected = f"default: {default_model('cuda')}, on a CPU {default_model('cpu')} "
+    assert expected in " ".join(capsys.readouterr().out.split()) + " "
 
 
 def test_version(capsys):

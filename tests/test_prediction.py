@@ -435,7 +435,6 @@ def test_several_threads_at_once(gray):
 
 FORKED = """
 import multiprocessing
-import sys
 import numpy as np
 from lgcn_fast import Engine, predict
 
