@@ -19,7 +19,7 @@ import lgcn_fast_kernels
 
 from .engine import Engine
 from .fitting import Fit
-from .images import BOX_ENLARGEMENT, face_box, from_crop, square_box
+from .images import BOX_ENLARGEMENT, face_box, from_crop, turned, upright_boxes
 from .landmarks import SCHEMES
 from .model import LGCN
 from .prediction import (
@@ -133,15 +133,17 @@ def detect(
     seeker, shape = finder_for(finder, engine), shape_for(shape, engine.config.num_landmarks)
     known = checked_boxes("known", [] if known is None else known)
     boxes, settled = find_hypotheses(photo, seeker, shape, min_face, step), []
+    angles = np.zeros(len(boxes))
     for network, share in ((seeker, FIRST_ROUND), *((engine, share) for share in ROUNDS)):
-        boxes = boxes[meet(boxes, photo)]
-        faces = _fitted_faces(photo, boxes, network, shape)
+        near = meet(boxes, photo)
+        before = boxes[near]
+        faces = fitted_faces(photo, before, angles[near], network, shape)
         kept = distinct(faces.boxes, faces.confidence, share * min_confidence, known)
-        faces, boxes = faces[kept], boxes[kept]
-        still = (network is engine) & (np.abs(faces.boxes - boxes).max(axis=1) <= SETTLED * boxes[:, 2])
+        faces, before = faces[kept], before[kept]
+        boxes, angles = upright_boxes(faces.points, shape.mean)
+        still = (network is engine) & (np.abs(boxes - before).max(axis=1) <= SETTLED * before[:, 2])
         settled.append(faces[still])
-        faces = faces[~still]
-        boxes = faces.boxes
+        faces, boxes, angles = faces[~still], boxes[~still], angles[~still]
     all_parts = zip(*(vars(part).values() for part in [*settled, faces]), strict=True)
     faces = Faces(*map(np.concatenate, all_parts))
     return faces[distinct(faces.boxes, faces.confidence, min_confidence)]
@@ -287,21 +289,18 @@ def meet(boxes: np.ndarray, photo: np.ndarray) -> np.ndarray:
     return ((middle >= 0) & (middle < (width, height))).all(1) & (boxes[:, 2] <= 2 * max(height, width))
 
 
-def _fitted_faces(photo: np.ndarray, boxes: np.ndarray, engine: Engine, shape: ShapeModel) -> Faces:
-    """The faces in boxes (M, 4)."""
+def fitted_faces(photo: np.ndarray, boxes: np.ndarray, angles: np.ndarray, engine: Engine, shape: ShapeModel) -> Faces:
+    """The faces in boxes (M, 4) that are turned by angles (M,), see `upright_boxes`, none left out."""
     size, channels = engine.config.input_size, engine.config.in_channels
-    squares = np.array([square_box(box) for box in boxes], np.int64).reshape(-1, 4)
-    parts = []
-    for start in range(0, len(squares), CHUNK):
-        crops = [network_input(photo, box, size, channels) for box in squares[start : start + CHUNK]]
-        parts.append(engine.fit(torch.stack(crops), shape))
+    crops = [network_input(photo, box, size, channels, angle) for box, angle in zip(boxes, angles, strict=True)]
+    parts = [engine.fit(torch.stack(crops[start : start + CHUNK]), shape) for start in range(0, len(crops), CHUNK)]
     if not parts:
         count, modes = shape.num_landmarks, len(shape.modes)
         shapes = ((0, count, 2), (0, count, 2), (0, modes), (0, count), (0,))
         parts = [Fit(*map(np.empty, shapes))]
     names = ("points", "shapes", "coefficients", "certainties", "residuals")
     fitted = Fit(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
-    points = from_crop(fitted.points, squares, size / engine.config.stride)
+    points = turned(from_crop(fitted.points, boxes, size / engine.config.stride), boxes, angles)
     boxes = np.array([face_box(face) for face in points], np.float32).reshape(-1, 4)
     parts = points, fitted.certainties.clip(0, 1), confidence_of(fitted), boxes
     return Faces(*(part.astype(np.float32) for part in parts))

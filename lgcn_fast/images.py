@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from array_api_compat import array_namespace, device
 
 Array = Any
 BOX_ENLARGEMENT = 1.17
@@ -109,11 +110,8 @@ def face_box(points: np.ndarray, mean: np.ndarray | None = None) -> np.ndarray:
     """
     labelled = ~np.isnan(points).any(axis=1)
     if mean is not None and 2 <= labelled.sum() < len(points):
-        # A change of size and a turn are one factor of complex numbers x + i y, which least squares gives.
-        there, shape = points[labelled] @ (1, 1j), mean @ (1, 1j)
-        centre, shape = there.mean(), shape - shape[labelled].mean()
-        factor = np.vdot(shape[labelled], there - centre) / max(np.vdot(shape[labelled], shape[labelled]).real, 1e-12)
-        moved = factor * shape + centre
+        factor, shape = _factor(mean[labelled], points[labelled]), mean @ (1, 1j)
+        moved = factor * (shape - shape[labelled].mean()) + (points[labelled] @ (1, 1j)).mean()
         points = np.where(labelled[:, None], points, np.stack([moved.real, moved.imag], axis=1))
     low, high = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
     side = max(float((high - low).max()) * BOX_ENLARGEMENT, 1.0)
@@ -176,35 +174,63 @@ def crop(image: np.ndarray, box: np.ndarray, size: int, gray: bool = False) -> n
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
 
 
-def upright_crop(
-    image: np.ndarray, centre: np.ndarray, side: float, angle: float, size: int, gray: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def upright_boxes(points: np.ndarray, mean: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """`face_box` of faces that stand upright in it.
+
+    Args:
+        points: (B, N, 2), pixels.
+        mean: (N, 2), an upright face of any size and place, as of a shape model. Without it no box is turned.
+
+    Returns:
+        boxes (B, 4) float64: x, y, side, side of each square before it is turned about its middle; angles (B,) by which
+        it is, radians, clockwise as one sees it.
+    """
+    angles = np.zeros(len(points)) if mean is None else np.angle([_factor(mean, face) for face in points])
+    upright = turned(points, np.zeros((len(points), 4)), -angles)
+    low, high = upright.min(axis=1), upright.max(axis=1)
+    sides = np.maximum(BOX_ENLARGEMENT * (high - low).max(axis=1), 1.0)[:, None]
+    middles = turned((low + high)[:, None] / 2, np.zeros((len(points), 4)), angles)[:, 0]
+    return np.concatenate([middles - (sides - 1) / 2, sides, sides], axis=1), angles
+
+
+def _factor(mean: np.ndarray, points: np.ndarray) -> complex:
+    """What takes a mean face (N, 2) to points (N, 2), but for a shift: least squares give the turn and the change of
+    size as one factor of complex numbers x + i y."""
+    shape = (mean - mean.mean(axis=0)) @ (1, 1j)
+    return np.vdot(shape, points @ (1, 1j)) / max(np.vdot(shape, shape).real, 1e-12)
+
+
+def upright_crop(image: np.ndarray, box: np.ndarray, angle: float, size: int, gray: bool = False) -> np.ndarray:
     """Cut a turned square out, so that what is in it stands upright, and resize it.
 
     Args:
         image: (H, W) or (H, W, 3) uint8 or float32.
-        centre: (2,) pixels, any fractions, in the image.
-        side: of the square, pixels.
-        angle: of the square's x axis against the image's, radians, clockwise as one sees it.
+        box: (4,) any fractions, square, its middle in the image.
+        angle: by which it is turned about its middle, see `upright_boxes`.
         size: side of the result in pixels.
         gray: convert RGB to grayscale.
 
     Returns:
-        The crop, (size, size) or (size, size, 3), dtype of `image`; (2, 3) float64: what takes its pixels (x, y, 1)
-        to the image's.
+        (size, size) or (size, size, 3), dtype of `image`.
     """
+    side, centre = float(box[2]), middle(box)
     cos, sin = np.cos(angle), np.sin(angle)
     turn = np.array([[cos, -sin], [sin, cos]]) * (side / size)
-    to_image = np.column_stack([turn, centre - turn @ np.full(2, (size - 1) / 2)])
     # Large faces are shrunk by areas first: warpAffine looks at four pixels only and would alias.
     whole = side * (abs(cos) + abs(sin)) + 2
     around = square_box((*(centre - whole / 2 + 0.5), whole, whole))
     shrunk = min(int(around[2]), round(OVERSAMPLING * size * float(around[2]) / side))
     scale = shrunk / around[2]
-    inverse = np.column_stack([turn * scale, (to_image[:, 2] - around[:2] + 0.5) * scale - 0.5])
+    first = centre - turn @ np.full(2, (size - 1) / 2)
+    inverse = np.column_stack([turn * scale, (first - around[:2] + 0.5) * scale - 0.5])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     source = crop(image, around, shrunk, gray)
-    return cv2.warpAffine(source, inverse, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE), to_image
+    return cv2.warpAffine(source, inverse, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+
+
+def middle(boxes: np.ndarray) -> np.ndarray:
+    """Middles of boxes (..., 4): (..., 2), pixels."""
+    return boxes[..., :2] + (boxes[..., 2:] - 1) / 2
 
 
 def to_crop(points: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
@@ -225,3 +251,23 @@ def from_crop(points: Array, boxes: Array, size: float) -> Array:
     """Inverse of `to_crop`, on NumPy arrays or torch tensors."""
     boxes = boxes[..., None, :]
     return (points + 0.5) * (boxes[..., 2:] / size) + boxes[..., :2] - 0.5
+
+
+def turned(points: Array, boxes: np.ndarray, angles: np.ndarray) -> Array:
+    """Where points come to lie when boxes are turned about their middles, and what is in them with them.
+
+    Args:
+        points: (..., B, N, 2) pixels, a NumPy array or torch tensor.
+        boxes: (B, 4).
+        angles: (B,), see `upright_boxes`.
+
+    Returns:
+        (..., B, N, 2).
+    """
+    xp = array_namespace(points)
+    cos, sin = np.cos(angles), np.sin(angles)
+    turns = np.stack([cos, sin, -sin, cos], axis=-1).reshape(-1, 2, 2)
+    about, turns = (
+        xp.asarray(array, dtype=points.dtype, device=device(points)) for array in (middle(boxes)[:, None], turns)
+    )
+    return (points - about) @ turns + about

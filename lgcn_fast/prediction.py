@@ -12,12 +12,23 @@ import numpy as np
 import torch
 from array_api_compat import array_namespace
 from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
 
 from . import ensembles
 from .checkpoints import WEIGHTS, weights_path
 from .engine import Engine, engine_device
 from .fitting import Array
-from .images import check_touches, crop, face_box, from_crop, square_box, touches
+from .images import (
+    OVERSAMPLING,
+    check_touches,
+    crop,
+    from_crop,
+    middle,
+    square_box,
+    turned,
+    upright_boxes,
+    upright_crop,
+)
 from .model import LGCN
 from .shape import ShapeModel
 from .shipped import default_model, lightest_model
@@ -93,7 +104,8 @@ def predict(
         ensemble: see each face so many times, mirrored and in slightly other boxes, and average: 10 take ten times as
             long and have 2 to 4 % less error, see `ensembles`.
         passes: 2: look again, in the box around the points that were found first, for boxes that are not quite those
-            described above, such as another detector's. It takes twice as long.
+            described above, such as another detector's; with the fit it is turned, too, so that the face stands
+            upright. It takes twice as long.
 
     Returns:
         `Landmarks` of all faces, in the order given.
@@ -120,11 +132,11 @@ def predict(
     if passes < 1:
         raise ValueError(f"passes: expected 1 or more, got {passes}")
     read = engine.maxima if shape is None else partial(_fitted, engine, shape)
-    faces = images if frames is None else frames
+    faces, angles = images if frames is None else frames, None
     for _ in range(passes - 1):
-        points, _ = locate(faces, boxes, engine, read)
-        boxes = np.stack([_box_of(*face) for face in zip(points, boxes, images, strict=True)])
-    return Landmarks(*locate(faces, boxes, engine, partial(read, to_host=to_host), ensemble))
+        points, _ = locate(faces, boxes, engine, read, angles=angles)
+        boxes, angles = _looked_at_again(points, boxes, angles, images, shape)
+    return Landmarks(*locate(faces, boxes, engine, partial(read, to_host=to_host), ensemble, angles))
 
 
 def _no_faces(engine: Engine, to_host: bool) -> Landmarks:
@@ -139,15 +151,17 @@ def locate(
     engine: Engine,
     read: Callable[[Tensor], tuple[Array, Array]],
     ensemble: int = 1,
+    angles: np.ndarray | None = None,
 ) -> tuple[Array, Array]:
     """Cut the faces out, read landmarks off the crops, and put them back into the pixels of the images.
 
     Args:
         images: B times (H, W) or (H, W, 3), see `as_images`; or frames (B, H, W) or (B, H, W, 3) on the engine's GPU.
-        boxes: (B, 4) whole pixels, square.
+        boxes: (B, 4) square; whole pixels, unless there are `angles`.
         read: from crops (b, C, S, S) to points (..., b, N, 2) in pixels of their heatmaps and scores (..., b, N),
             NumPy arrays or torch tensors.
         ensemble: see `predict`.
+        angles: (B,) by which the boxes are turned about their middles, see `upright_boxes`.
 
     Returns:
         points (..., B, N, 2), scores (..., B, N) in 0..1 float32, arrays of the kind that `read` returns.
@@ -156,12 +170,15 @@ def locate(
         ValueError: an ensemble below 1.
     """
     count, config = len(boxes), engine.config
+    first = boxes
     boxes, mirrored = ensembles.views(images, boxes, ensemble, config.num_landmarks)
+    places = boxes if angles is None else _turned_views(boxes, first, angles)
     points, scores = [], []
     for start in range(0, len(boxes), CHUNK):
         part = slice(start, start + CHUNK)
         faces = np.arange(len(boxes))[part] % count
-        crops = _crops(images, faces, boxes[part], config.input_size, config.in_channels)
+        turns = None if angles is None else angles[faces]
+        crops = _crops(images, faces, places[part], config.input_size, config.in_channels, turns)
         if ensemble > 1:
             crops[mirrored[part]] = crops[mirrored[part]].flip(-1)
         found, values = read(crops)
@@ -173,13 +190,32 @@ def locate(
         boxes = torch.from_numpy(boxes).to(points.device, non_blocking=True)
     points = from_crop(points, boxes, config.input_size / config.stride)
     points, scores = ensembles.merged(points, scores, boxes, mirrored, count)
+    points = points if angles is None else turned(points, first, angles)
     return xp.astype(points, xp.float32), xp.astype(scores, xp.float32)
 
 
-def _box_of(points: np.ndarray, box: np.ndarray, image: np.ndarray | Tensor) -> np.ndarray:
-    """The square box around the points of a face; the one that they were found in, where that is none to look at."""
-    found = square_box(face_box(points))
-    return found if touches(found, image) and found[2] <= MAX_SIDE else box
+def _looked_at_again(
+    points: np.ndarray,
+    boxes: np.ndarray,
+    angles: np.ndarray | None,
+    images: list[np.ndarray] | Tensor,
+    shape: ShapeModel | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Upright boxes around the points of faces and their angles; those that they were found in, where that is none to
+    look at."""
+    found, turns = upright_boxes(points, None if shape is None else shape.mean)
+    for index, (box, image) in enumerate(zip(found, images, strict=True)):
+        x, y = middle(box)
+        if not (0 <= x < image.shape[1] and 0 <= y < image.shape[0] and box[2] <= MAX_SIDE / 2):
+            found[index], turns[index] = boxes[index], 0.0 if angles is None else angles[index]
+    return found, turns
+
+
+def _turned_views(views: np.ndarray, boxes: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    """Where views (K * B, 4) of faces come to lie when these are turned about the middles of their boxes (B, 4)."""
+    middles = middle(views).reshape(-1, len(boxes), 1, 2)
+    moved = turned(middles, boxes, angles) - middles
+    return views + np.concatenate([moved, np.zeros_like(moved)], axis=-1).reshape(views.shape)
 
 
 def _fitted(engine: Engine, shape: ShapeModel, crops: Tensor, to_host: bool = True) -> tuple[Array, Array]:
@@ -187,13 +223,24 @@ def _fitted(engine: Engine, shape: ShapeModel, crops: Tensor, to_host: bool = Tr
     return fitted.points, fitted.certainties
 
 
-def _crops(images: list[np.ndarray] | Tensor, faces: np.ndarray, boxes: np.ndarray, size: int, channels: int) -> Tensor:
+def _crops(
+    images: list[np.ndarray] | Tensor,
+    faces: np.ndarray,
+    boxes: np.ndarray,
+    size: int,
+    channels: int,
+    angles: np.ndarray | None,
+) -> Tensor:
     """Network inputs (b, channels, size, size) of some boxes, each in the image that `faces` (b,) names."""
     if not isinstance(images, Tensor):
-        return torch.stack([network_input(images[i], box, size, channels) for i, box in zip(faces, boxes, strict=True)])
+        turns = (None for _ in faces) if angles is None else angles
+        of_each = zip(faces, boxes, turns, strict=True)
+        return torch.stack([network_input(images[face], box, size, channels, turn) for face, box, turn in of_each])
     in_order = faces[-1] - faces[0] == len(faces) - 1  # then they need not be copied
     frames = images[faces[0] : faces[-1] + 1] if in_order else images[torch.from_numpy(faces).to(images.device)]
-    return _device_crops(frames, boxes, size, channels)
+    if angles is None:
+        return _device_crops(frames, boxes, size, channels)
+    return _upright_device_crops(frames, boxes, angles, size, channels)
 
 
 def _from_dlpack(batch: Any) -> Any:
@@ -210,21 +257,40 @@ def _device_crops(frames: Tensor, boxes: np.ndarray, size: int, channels: int) -
     """What `network_input` makes of each frame, on the GPU that the frames are on."""
     from lgcn_fast_kernels.triton_crop import crop
 
-    with torch.cuda.device(frames.device):
+    with torch.cuda.device_of(frames):
         return crop(frames, boxes, size, gray=channels == 1)
 
 
-def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int) -> Tensor:
+def _upright_device_crops(frames: Tensor, boxes: np.ndarray, angles: np.ndarray, size: int, channels: int) -> Tensor:
+    """What `network_input` makes of each frame where boxes are turned, but for rounding, on the frames' device."""
+    sides = boxes[:, 2]
+    # The squares around them however they are turned, and how to get from there to the crops, where each side of a
+    # picture goes from -1 to 1.
+    around = np.stack([square_box(box, 2**0.5) for box in boxes])
+    sources = _device_crops(frames, around, round(OVERSAMPLING * 2**0.5 * size), channels)
+    cos, sin = sides / around[:, 2] * (np.cos(angles), np.sin(angles))
+    x, y = ((middle(boxes) - around[:, :2] + 0.5) / around[:, 2:] * 2 - 1).T
+    matrices = torch.from_numpy(np.stack([cos, -sin, x, sin, cos, y], axis=1).reshape(-1, 2, 3)).float()
+    shape = (*sources.shape[:2], size, size)
+    grid = affine_grid(matrices.to(frames.device, non_blocking=True), shape, align_corners=False)
+    crops = grid_sample(sources.float(), grid, padding_mode="border", align_corners=False)
+    return crops.round().to(torch.uint8)
+
+
+def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int, angle: float | None = None) -> Tensor:
     """Cut the face out, resize it and convert it to the network's colours.
 
     Args:
         image: (H, W) or (H, W, 3) uint8 or float32 in 0..255.
-        box: (4,) whole pixels, square.
+        box: (4,) square; whole pixels, unless there is an
+        angle: by which the box is turned about its middle, see `upright_crop`.
 
     Returns:
         (channels, size, size), dtype of `image`.
     """
-    return as_network_input(crop(image, box, size, gray=channels == 1), channels)
+    gray = channels == 1
+    face = crop(image, box, size, gray) if angle is None else upright_crop(image, box, angle, size, gray)
+    return as_network_input(face, channels)
 
 
 def as_network_input(face: np.ndarray, channels: int) -> Tensor:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from .detection import Faces, confidence_of, detect, distinct, meet, overlap
+from .detection import Faces, detect, distinct, fitted_faces, meet, overlap
 from .engine import Engine
-from .images import BOX_ENLARGEMENT, face_box, square_box, upright_crop
+from .images import face_box, square_box, upright_boxes
 from .model import LGCN
-from .prediction import as_network_input, engine_for, finder_for, one_image, shape_for
+from .prediction import engine_for, finder_for, one_image, shape_for
 from .shape import ShapeModel
 from .smoothing import LEAST_STEP, OneEuroFilter
 
@@ -231,24 +230,15 @@ class Tracker:
         seen = [track for track, meets in zip(before, inside, strict=True) if meets]
         self._tracks = []
         if seen:
-            size, stride = self.engine.config.input_size, self.engine.config.stride
-            crops, matrices = [], []
+            expected = []
             for track in seen:
-                expected = track.points + track.expected_shift(self._time)
-                if not meet(face_box(expected)[None], image)[0]:
-                    expected = track.points
-                pose = _pose(expected, self._shape.mean)
-                face, to_image = upright_crop(image, *pose, size, gray=self.engine.config.in_channels == 1)
-                crops.append(as_network_input(face, self.engine.config.in_channels))
-                matrices.append(to_image)
-            fitted = self.engine.fit(torch.stack(crops), self._shape)
-            turns = np.array(matrices)
-            points = ((fitted.points + 0.5) * stride - 0.5) @ turns[:, :, :2].transpose(0, 2, 1) + turns[:, None, :, 2]
-            confidence = confidence_of(fitted)
-            boxes = np.array([face_box(face) for face in points])
-            for index in distinct(boxes, confidence, self._lost_below):
-                certainty = fitted.certainties[index].clip(0, 1)
-                seen[index].move(points[index], certainty, float(confidence[index]), True, self._time)
+                points = track.points + track.expected_shift(self._time)
+                expected.append(points if meet(face_box(points)[None], image)[0] else track.points)
+            boxes, angles = upright_boxes(np.array(expected), self._shape.mean)
+            faces = fitted_faces(image, boxes, angles, self.engine, self._shape)
+            for index in distinct(faces.boxes, faces.confidence, self._lost_below):
+                points, confidence = faces.points[index].astype(np.float64), float(faces.confidence[index])
+                seen[index].move(points, faces.scores[index], confidence, True, self._time)
                 self._tracks.append(seen[index])
         return [track for track in before if track not in self._tracks]
 
@@ -307,22 +297,6 @@ class Tracker:
             time=self._time,
             latency=latency,
         )
-
-
-def _pose(points: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """The square around a face that stands upright in it: its centre (2,), side and angle, see `upright_crop`.
-
-    Args:
-        points: (N, 2), pixels.
-        mean: (N, 2), the upright face of a shape model.
-    """
-    centred = points - points.mean(axis=0)
-    angle = np.arctan2((mean[:, 0] * centred[:, 1] - mean[:, 1] * centred[:, 0]).sum(), (mean * centred).sum())
-    cos, sin = np.cos(angle), np.sin(angle)
-    turn = np.array([[cos, sin], [-sin, cos]])
-    upright = points @ turn.T
-    low, high = upright.min(axis=0), upright.max(axis=0)
-    return (low + high) / 2 @ turn, BOX_ENLARGEMENT * float((high - low).max()), float(angle)
 
 
 def _window(image: np.ndarray, quarter: tuple[int, int] | None, shared: float) -> np.ndarray:

@@ -59,6 +59,15 @@ def test_finds_faces_of_any_size(face, points, scale):
     assert distance(faces.points[0], (points + 0.5) * scale - 0.5) < 0.02
 
 
+@pytest.mark.parametrize("angle", [-30, 40, 45])
+def test_turned_faces_are_read_upright(face, points, angle):
+    """Off by 0.5 % of the box; read from squares that are not turned, by 0.5, 1.0 and 1.2 %."""
+    matrix = cv2.getRotationMatrix2D((144, 132), -angle, 1)
+    faces = detect(cv2.warpAffine(face, matrix, face.shape[1::-1], borderMode=cv2.BORDER_REPLICATE))
+    assert len(faces) == 1
+    assert distance(faces.points[0], points @ matrix[:, :2].T + matrix[:, 2]) < 0.008
+
+
 def test_several_faces_of_different_size(face, points):
     photo = np.full((500, 900, 3), 90, np.uint8)
     places = {(10, 20): 0.5, (200, 10): 0.9, (480, 60): 1.4, (30, 250): 0.8}

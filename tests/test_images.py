@@ -3,6 +3,7 @@ import os
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from lgcn_fast.images import (
     crop,
@@ -12,6 +13,9 @@ from lgcn_fast.images import (
     silent_opencv,
     square_box,
     to_crop,
+    turned,
+    upright_boxes,
+    upright_crop,
     write_image,
 )
 
@@ -162,3 +166,43 @@ def test_pictures_need_a_suffix(tmp_path):
     for name in ("picture", "picture.what"):
         with pytest.raises(ValueError, match=name + r": expected the suffix of a picture"):
             write_image(tmp_path / name, np.zeros((4, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize("side", [60.0, 96.0, 250.0])
+def test_points_of_an_upright_crop_are_turned_back(random, side):
+    """The pixels say where they come from, also where the crop shrinks and beyond the border."""
+    y, x = np.mgrid[:300, :400].astype(np.float32)
+    box, angle = np.array([*(random.uniform((150, 130), (250, 170)) - side / 2), side, side]), random.uniform(-3, 3)
+    found = np.stack([upright_crop(ramp, box, angle, 96) for ramp in (x, y)], axis=-1)
+    pixels = np.stack(np.meshgrid(np.arange(96), np.arange(96)), axis=-1).reshape(1, -1, 2)
+    expected = turned(from_crop(pixels, box[None], 96), box[None], np.array([angle])).reshape(96, 96, 2)
+    inside = ((expected > 2) & (expected < (397, 297))).all(axis=-1)
+    np.testing.assert_allclose(found[inside], expected[inside], atol=0.1)
+
+
+def test_an_upright_crop_without_a_turn_is_crop(demo_picture):
+    face = read_image(demo_picture)
+    np.testing.assert_array_equal(upright_crop(face, np.array([96, 84, 96, 96]), 0.0, 96), face[84:180, 96:192])
+
+
+@pytest.mark.parametrize("angle", [-2.5, -0.4, 0.0, 1.2])
+def test_upright_boxes_of_turned_faces(random, angle):
+    mean = random.uniform(0, 1, (68, 2))
+    boxes = np.array([[30.0, 40, 90, 90], [-7, 5, 200, 200]])
+    upright = from_crop(mean, boxes, 1)
+    expected = [face_box(points) for points in upright]
+    points = turned(upright, np.array(expected), np.full(2, angle))
+    found, angles = upright_boxes(points, mean)
+    np.testing.assert_allclose(angles, angle, atol=1e-12)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    found, angles = upright_boxes(upright)
+    np.testing.assert_array_equal(angles, 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_turned_means_clockwise_as_one_sees_it():
+    box, right = np.array([[0, 0, 11, 11]]), np.array([[[8.0, 5.0]]])
+    np.testing.assert_allclose(turned(right, box, np.array([np.pi / 2])), [[[5, 8]]], atol=1e-12)
+    tensor = turned(torch.from_numpy(right).float(), box, np.array([np.pi / 2]))
+    assert tensor.dtype == torch.float32
+    np.testing.assert_allclose(tensor.numpy(), [[[5, 8]]], atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import lgcn_fast
 from lgcn_fast import Engine, Tracker, load_model, tracking
 from lgcn_fast.detection import overlap
-from lgcn_fast.images import read_image, upright_crop
+from lgcn_fast.images import read_image
 from lgcn_fast.smoothing import OneEuroFilter
 from lgcn_fast.tracking import TrackedFaces
 from lgcn_fast.video import VideoReader
@@ -337,27 +337,6 @@ def test_filter_counts_seconds_and_sizes_of_the_face(random):
         np.testing.assert_allclose(2 * a, b)
     np.testing.assert_allclose(small(path[-1] + 1, scores, 50, 1000), path[-1] + 1, atol=0.01)
     assert np.isfinite(small(path[-1], scores, 50, 1000)).all()
-
-
-@pytest.mark.parametrize("side", [60.0, 96.0, 250.0])
-def test_upright_crop(random, side):
-    """What it cuts out is what the matrix says, also where it shrinks and beyond the border."""
-    y, x = np.mgrid[:300, :400].astype(np.float32)
-    centre, angle = random.uniform((150, 130), (250, 170)), random.uniform(-3, 3)
-    ramps = [upright_crop(ramp, centre, side, angle, 96) for ramp in (x, y)]
-    to_image = ramps[0][1]
-    v, u = np.mgrid[:96, :96]
-    expected = np.stack([u, v, np.ones_like(u)], axis=-1) @ to_image.T
-    inside = ((expected > 2) & (expected < (397, 297))).all(axis=-1)
-    np.testing.assert_allclose(np.stack([r for r, _ in ramps], -1)[inside], expected[inside], atol=0.1)
-    np.testing.assert_allclose(to_image @ (47.5, 47.5, 1), centre)
-    np.testing.assert_allclose(np.linalg.norm(to_image[:, 0]), side / 96)
-
-
-def test_upright_crop_without_a_turn_is_crop(face):
-    crop, _ = upright_crop(face, np.array([143.5, 131.5]), 96, 0.0, 96, gray=True)
-    gray = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
-    np.testing.assert_array_equal(crop, gray[84:180, 96:192])
 
 
 @pytest.mark.data

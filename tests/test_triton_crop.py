@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lgcn_fast.images import read_image
-from lgcn_fast.prediction import network_input
+from lgcn_fast.prediction import _upright_device_crops, network_input
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton (pip install '.[gpu]')")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,6 +88,21 @@ def test_real_picture(crop, demo_picture):
     boxes = [(0, 0, side, side), (width // 3, height // 3, 60, 60), (width // 4, height // 4, 200, 200)]
     for gray in (True, False):
         check(crop, image, boxes, 96, gray, [0, 0, 0])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_upright_crops(crop, demo_picture, channels):
+    """Those of the host but for rounding (which OpenCV does after each step), also beyond the border."""
+    image = read_image(demo_picture, color=True)
+    boxes = np.array([[82.3, 70.1, 124.7, 124.7], [120, 100, 50.5, 50.5], [-100, -80, 333, 333], [200, 190, 90, 90]])
+    angles = np.array([0.3, -1.2, 2.7, -0.6])
+    frames = torch.from_numpy(image).to(DEVICE).expand(len(boxes), *image.shape)
+    found = _upright_device_crops(frames, boxes, angles, 96, channels).cpu().float()
+    for index, (box, angle) in enumerate(zip(boxes, angles, strict=True)):
+        expected = network_input(image, box, 96, channels, angle).float()
+        difference = (found[index] - expected).abs()
+        assert difference.mean() < 1.5, index
+        assert (difference > 10).float().mean() < 0.01, index
 
 
 def test_colors_become_the_same_gray(crop, random):
