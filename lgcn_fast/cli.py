@@ -102,7 +102,11 @@ def _add_predict(commands) -> None:
         "face (for photos: detect)",
     )
     parser.add_argument(
-        "--passes", type=int, default=1, metavar="N", help="2: look again, in the box around the points (default: 1)"
+        "--passes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="2: look again, in the box around the points, turned upright (default: 1)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and numbers")
     parser.add_argument("--format", choices=["json", "csv"], default="json", help="of the numbers")

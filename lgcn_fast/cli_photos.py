@@ -72,11 +72,14 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-confidence", type=float, default=0.5, metavar="SHARE", help="faces below it are dropped (default: 0.5)"
     )
+    parser.add_argument(
+        "--any-angle", action="store_true", help="find faces however they are turned, in four times the finder's time"
+    )
 
 
 def _detector(options: argparse.Namespace) -> Callable[[np.ndarray], Faces]:
     """`detect` as asked for."""
-    names = ("min_face", "min_confidence", "model", "finder", "shape", "device", "precision")
+    names = ("min_face", "min_confidence", "model", "finder", "shape", "device", "precision", "any_angle")
     return partial(detect, **{name: getattr(options, name) for name in names})
 
 

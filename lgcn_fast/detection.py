@@ -2,8 +2,8 @@
 
 The network runs on an image pyramid. In each level every landmark's heatmap, shifted by where that landmark sits in the
 mean face, votes for the middle of a face; the peaks of the votes are hypotheses. Each is cut out and fitted, by the
-network that voted, then as `predict` would, again in the box of its points until that settles, and judged by how well
-heatmaps and shape agree.
+network that voted, then by the one that is to read the landmarks, in the upright box of its points until that settles,
+and judged by how well heatmaps and shape agree.
 """
 
 from collections.abc import Iterable, Iterator
@@ -97,6 +97,7 @@ def detect(
     precision: str = "auto",
     step: float = 2.0,
     known: np.ndarray | None = None,
+    any_angle: bool = False,
 ) -> Faces:
     """Find all faces of a photo and their landmarks (section 4.3).
 
@@ -116,6 +117,8 @@ def detect(
             1.41 finds no more than 2 and takes 1.5 times as long.
         known: boxes (K, 4), as in `Faces`, of faces that are known already: the finder sees them, the model does not
             look at them.
+        any_angle: find faces however they are turned in the photo: of people who lie down, or in a photo that does.
+            Otherwise they must stand upright, to about 40 degrees. The finder takes four times as long.
 
     Returns:
         `Faces`, none where there is none; without the known ones.
@@ -132,21 +135,30 @@ def detect(
     engine = engine_for(model, device, precision)
     seeker, shape = finder_for(finder, engine), shape_for(shape, engine.config.num_landmarks)
     known = checked_boxes("known", [] if known is None else known)
-    boxes, settled = find_hypotheses(photo, seeker, shape, min_face, step), []
-    angles = np.zeros(len(boxes))
-    for network, share in ((seeker, FIRST_ROUND), *((engine, share) for share in ROUNDS)):
-        near = meet(boxes, photo)
-        before = boxes[near]
-        faces = fitted_faces(photo, before, angles[near], network, shape)
-        kept = distinct(faces.boxes, faces.confidence, share * min_confidence, known)
-        faces, before = faces[kept], before[kept]
+    faces, settled = [], []
+    for quarters in range(4 if any_angle else 1):
+        boxes = _turned_back(find_hypotheses(np.rot90(photo, quarters), seeker, shape, min_face, step), photo, quarters)
+        boxes = boxes[meet(boxes, photo)]
+        found = fitted_faces(photo, boxes, np.full(len(boxes), quarters * np.pi / 2), seeker, shape)
+        faces.append(found[distinct(found.boxes, found.confidence, FIRST_ROUND * min_confidence, known)])
+    faces = _joined(faces)
+    for share in ROUNDS:
         boxes, angles = upright_boxes(faces.points, shape.mean)
-        still = (network is engine) & (np.abs(boxes - before).max(axis=1) <= SETTLED * before[:, 2])
+        near = meet(boxes, photo)
+        boxes = boxes[near]
+        faces = fitted_faces(photo, boxes, angles[near], engine, shape)
+        kept = distinct(faces.boxes, faces.confidence, share * min_confidence, known)
+        faces, boxes = faces[kept], boxes[kept]
+        again, _ = upright_boxes(faces.points, shape.mean)
+        still = np.abs(again - boxes).max(axis=1) <= SETTLED * boxes[:, 2]
         settled.append(faces[still])
-        faces, boxes, angles = faces[~still], boxes[~still], angles[~still]
-    all_parts = zip(*(vars(part).values() for part in [*settled, faces]), strict=True)
-    faces = Faces(*map(np.concatenate, all_parts))
+        faces = faces[~still]
+    faces = _joined([*settled, faces])
     return faces[distinct(faces.boxes, faces.confidence, min_confidence)]
+
+
+def _joined(parts: list[Faces]) -> Faces:
+    return Faces(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def find_hypotheses(
@@ -177,6 +189,13 @@ def find_hypotheses(
             found.append(np.column_stack([values[inside], centres, sides]))
     _, x, y, sides = _apart(np.concatenate(found)).T
     return np.column_stack([x - sides / 2 + 0.5, y - sides / 2 + 0.5, sides, sides])
+
+
+def _turned_back(boxes: np.ndarray, photo: np.ndarray, quarters: int) -> np.ndarray:
+    """Where squares (M, 4) of `np.rot90(photo, quarters)` lie in the photo."""
+    (height, width), (x, y, side, _) = photo.shape[:2], boxes.T
+    there = (x, y), (width - y - side, x), (width - x - side, height - y - side), (y, height - x - side)
+    return np.column_stack([*there[quarters], side, side])
 
 
 def combined_heatmap(

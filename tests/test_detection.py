@@ -68,6 +68,21 @@ def test_turned_faces_are_read_upright(face, points, angle):
     assert distance(faces.points[0], points @ matrix[:, :2].T + matrix[:, 2]) < 0.008
 
 
+@pytest.mark.parametrize("angle", [60, 90, 135, 180, 240, 270])
+def test_faces_at_any_angle(face, points, angle):
+    """In a photo that is no square: 500 x 340, the face somewhere right."""
+    matrix = cv2.getRotationMatrix2D((144, 132), -angle, 1)
+    matrix[:, 2] += 200, 60
+    photo = cv2.warpAffine(face, matrix, (500, 340), borderValue=(90, 90, 90))
+    expected = points @ matrix[:, :2].T + matrix[:, 2]
+    assert angle == 60 or len(detect(photo)) == 0
+    faces = detect(photo, any_angle=True)
+    assert len(faces) == 1
+    assert distance(faces.points[0], expected) < 0.01
+    np.testing.assert_allclose(faces.boxes[0], face_box(expected), atol=3)
+    assert len(detect(photo, any_angle=True, known=faces.boxes)) == 0
+
+
 def test_several_faces_of_different_size(face, points):
     photo = np.full((500, 900, 3), 90, np.uint8)
     places = {(10, 20): 0.5, (200, 10): 0.9, (480, 60): 1.4, (30, 250): 0.8}
@@ -308,8 +323,8 @@ def test_faces_of_real_photos(data):
     values = summary(score_photos(read_photos(data / "multiface"), detect, 40))
     assert values["faces"] == 87
     assert values["recall"] >= 95
-    # All of them looked at: ten faces that nobody labelled, and one shelf with toy animals.
-    assert values["unlabelled"] <= 11
+    # All of them looked at: nine faces that nobody labelled, and one shelf with toy animals.
+    assert values["unlabelled"] <= 10
 
 
 @pytest.mark.data
