@@ -6,8 +6,8 @@ from heatmaps import real_heatmaps
 from timing import compare, run, show
 
 from lgcn_fast import ShapeModel
+from lgcn_fast.checkpoints import WEIGHTS
 from lgcn_fast.fitting import NativeFitter, fit, fit_reference
-from lgcn_fast.prediction import WEIGHTS
 
 FACES = 64
 

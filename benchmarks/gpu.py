@@ -20,11 +20,11 @@ from runtimes import constant_bands
 from timing import output_folder, turn, write
 
 from lgcn_fast import Engine, ShapeModel, gaussian_sum, load_model, predict
+from lgcn_fast.checkpoints import WEIGHTS
 from lgcn_fast.engine import known_precisions
 from lgcn_fast.fitting import CudaFitter, Fit, fit
 from lgcn_fast.images import from_crop
 from lgcn_fast.operators import gaussian_sum_banded
-from lgcn_fast.prediction import WEIGHTS
 
 BATCHES = (1, 64)
 NETWORKS = ("lgcn-128", "lgcn-nano-128", "lgcn-64", "lgcn-nano", "lgcn-16")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .cli_photos import add_engine_options, add_finder_option, add_model_options, as_json
 from .cli_training import add_command
 from .drawing import STYLES, draw, write_text
-from .prediction import engine_for
+from .loading import engine_for
 from .tracking import TrackedFaces, Tracker
 from .video import Frame, LinesWriter, VideoReader, VideoWriter, newest
 

@@ -20,19 +20,11 @@ import lgcn_fast_kernels
 from .engine import Engine
 from .fitting import Fit
 from .images import BOX_ENLARGEMENT, face_box, from_crop, turned, upright_boxes
+from .inputs import checked_boxes, one_image
 from .landmarks import SCHEMES
+from .loading import engine_for, finder_for, shape_for
 from .model import LGCN
-from .prediction import (
-    CHUNK,
-    Landmarks,
-    as_network_input,
-    checked_boxes,
-    engine_for,
-    finder_for,
-    network_input,
-    one_image,
-    shape_for,
-)
+from .prediction import CHUNK, Landmarks, as_network_input, network_input
 from .shape import ShapeModel
 
 SIZES = (0.72, 1.1)

@@ -11,9 +11,11 @@ import torch
 from .detection import Faces
 from .engine import Engine
 from .images import face_box, square_box, touches
+from .inputs import one_image
 from .landmarks import SCHEMES
+from .loading import engine_for
 from .model import LGCN
-from .prediction import Landmarks, engine_for, network_input, one_image
+from .prediction import Landmarks, network_input
 from .tracking import TrackedFaces
 
 STYLES = ("heatmaps", "boxes", "lines", "points", "confidence", "indices")

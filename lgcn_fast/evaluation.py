@@ -16,9 +16,10 @@ from .engine import Engine
 from .fitting import NativeFitter
 from .images import face_box, square_box
 from .landmarks import SCHEMES
+from .loading import engine_for, shape_for
 from .model import LGCN
 from .peaks import PEAK_RADIUS
-from .prediction import CHUNK, engine_for, locate, shape_for
+from .prediction import CHUNK, locate
 from .shape import ShapeModel
 
 FAILURE = 0.1

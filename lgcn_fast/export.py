@@ -25,11 +25,11 @@ from .checkpoints import load_model
 from .config import LGCNConfig
 from .fitting import fitter_constants
 from .folding import ORIGIN, FoldedNetwork, Layer, fold
+from .loading import default_shape, shape_for
 from .losses import probabilities
 from .model import LGCN
 from .operators import bands, gaussian_taps, two_products
 from .peaks import PEAK_RADIUS
-from .prediction import default_shape, shape_for
 from .shape import ShapeModel
 
 FORMATS = ("onnx", "pt2")

@@ -1,12 +1,10 @@
 """Landmarks of images: `predict`, the main entry point."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,12 +13,10 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from . import ensembles
-from .checkpoints import WEIGHTS, weights_path
-from .engine import Engine, engine_device
+from .engine import Engine
 from .fitting import Array
 from .images import (
     OVERSAMPLING,
-    check_touches,
     crop,
     from_crop,
     middle,
@@ -29,17 +25,13 @@ from .images import (
     upright_boxes,
     upright_crop,
 )
+from .inputs import MAX_SIDE, as_images, box_numbers, channels_last, from_dlpack, square_boxes
+from .loading import engine_for, shape_for
 from .model import LGCN
 from .shape import ShapeModel
-from .shipped import default_model, lightest_model
 
 CHUNK = 64
 """Crops that go through the network at once: on a GPU the largest batch that is recorded."""
-BYTES_FROM = 1.5
-"""Pixels in floating point are those of 0..255 where the largest is above it: one of 0..1 may be a little above 1 after
-it was resized, and one of 0..255 below it would be black."""
-MAX_SIDE = 16384
-"""Largest side of a face box, pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,17 +110,16 @@ def predict(
     """
     engine = engine_for(model, device, precision)
     shape = shape_for(shape, engine.config.num_landmarks) if fit else None
-    batch = _from_dlpack(batch)
-    frames = _channels_last(batch, "batch") if _stays_on(engine, batch) else None
+    batch = from_dlpack(batch)
+    frames = channels_last(batch, "batch") if _stays_on(engine, batch) else None
     images = as_images(batch) if frames is None else list(frames)
-    boxes = None if boxes is None else _numbers("boxes", boxes)
+    boxes = None if boxes is None else box_numbers("boxes", boxes)
     if len(images) == 1 and boxes is not None and boxes.shape in ((0,), (0, 4)):
         return _no_faces(engine, to_host)
     if len(images) == 1 and boxes is not None and (count := len(np.atleast_2d(boxes))) > 1:
         images *= count
         frames = frames if frames is None else frames.expand(count, *frames.shape[1:])
-    boxes = _square_boxes(boxes, images)
-    _check_sides(boxes)
+    boxes = square_boxes(boxes, images)
     if passes < 1:
         raise ValueError(f"passes: expected 1 or more, got {passes}")
     read = engine.maxima if shape is None else partial(_fitted, engine, shape)
@@ -243,12 +234,6 @@ def _crops(
     return _upright_device_crops(frames, boxes, angles, size, channels)
 
 
-def _from_dlpack(batch: Any) -> Any:
-    """Arrays of other libraries as tensors; what is none as it is."""
-    known = isinstance(batch, np.ndarray | Tensor | list | tuple)
-    return torch.from_dlpack(batch) if not known and hasattr(batch, "__dlpack__") else batch
-
-
 def _stays_on(engine: Engine, batch: Any) -> bool:
     return isinstance(batch, Tensor) and batch.is_cuda and batch.device == engine.device and batch.dtype == torch.uint8
 
@@ -301,205 +286,3 @@ def as_network_input(face: np.ndarray, channels: int) -> Tensor:
         return torch.from_numpy(face)[None]
     face = face if face.ndim == 3 else np.repeat(face[..., None], 3, axis=2)
     return torch.from_numpy(face).permute(2, 0, 1)
-
-
-def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
-    """Check a batch and split it into images (H, W) or (H, W, 3), uint8 or float32 in 0..255; see `predict`."""
-    if isinstance(batch, Tensor):
-        batch = batch.detach().cpu()
-        batch = (batch.float() if batch.is_floating_point() else batch).numpy()
-    if isinstance(batch, list | tuple):
-        if not batch:
-            raise ValueError(f"{name}: expected at least one image, got none")
-        images = [as_images(_from_dlpack(image), f"{name}[{index}]") for index, image in enumerate(batch)]
-        for index, parts in enumerate(images):
-            if len(parts) != 1:
-                raise ValueError(f"{name}[{index}]: {_one_expected(len(parts), batch[index])}")
-        return [image for (image,) in images]
-    if not isinstance(batch, np.ndarray):
-        got = f"{type(batch).__name__} (of a file: lgcn_fast.images.read_image(path, color=True))"
-        raise ValueError(f"{name}: expected a NumPy array, torch tensor or list of them, got {got}")
-    return list(_in_bytes_range(np.ascontiguousarray(_channels_last(batch, name)), name))
-
-
-def one_image(image: Any, name: str) -> np.ndarray:
-    """Check that there is one image: (H, W) or (H, W, 3), see `as_images`."""
-    images = as_images(image, name)
-    if len(images) != 1:
-        raise ValueError(f"{name}: {_one_expected(len(images), image)}")
-    return images[0]
-
-
-def _one_expected(count: int, batch: Any) -> str:
-    shape = f" in an array of {tuple(batch.shape)}" if hasattr(batch, "shape") else ""
-    hint = " (of an image (3, H, W) take image[None])" if count == 3 else ""
-    return f"expected one image (H, W) or (H, W, 3), got {count}{shape}{hint}"
-
-
-def _channels_last(batch: Array, name: str) -> Array:
-    """(B, H, W) or (B, H, W, 3) of any accepted shape, a view."""
-    if 0 in batch.shape:
-        raise ValueError(f"{name}: expected at least one image with at least one pixel, got shape {tuple(batch.shape)}")
-    if batch.ndim == 2 or (batch.ndim == 3 and batch.shape[2] in (1, 3)):
-        batch = batch[None]
-    if 3 <= batch.ndim <= 4 and batch.shape[-1] == 4:
-        raise ValueError(f"{name}: expected gray or RGB, got {tuple(batch.shape)}, as of RGBA (take image[..., :3])")
-    if batch.ndim == 3:
-        return batch
-    if batch.ndim == 4 and batch.shape[1] != 1 and batch.shape[3] in (1, 3):
-        return batch[..., 0] if batch.shape[3] == 1 else batch
-    if batch.ndim == 4 and batch.shape[1] in (1, 3):
-        return batch[:, 0] if batch.shape[1] == 1 else array_namespace(batch).permute_dims(batch, (0, 2, 3, 1))
-    shapes = "(B, H, W), (B, H, W, 3), (B, 1, H, W) or (B, 3, H, W)"
-    raise ValueError(f"{name}: expected {shapes}, got {tuple(batch.shape)}")
-
-
-def _in_bytes_range(batch: np.ndarray, name: str) -> np.ndarray:
-    """uint8 as it is, floating point as float32 in 0..255."""
-    if batch.dtype == np.uint8:
-        return batch
-    if not np.issubdtype(batch.dtype, np.floating):
-        raise ValueError(f"{name}: expected uint8 or floating point, got {batch.dtype}")
-    batch = batch.astype(np.float32)
-    if not np.isfinite(batch).all():
-        raise ValueError(f"{name}: expected finite pixel values, got NaN or infinity")
-    low, high = float(batch.min()), float(batch.max())
-    if low < 0 or high > 255:
-        raise ValueError(f"{name}: expected pixel values in 0..1 or 0..255, got {low:g} to {high:g}")
-    return batch if high > BYTES_FROM else (batch * 255).clip(max=255)
-
-
-def _square_boxes(boxes: np.ndarray | None, images: list[np.ndarray]) -> np.ndarray:
-    if boxes is None:
-        return np.stack([square_box((0, 0, image.shape[1], image.shape[0])) for image in images])
-    if boxes.ndim == 1:
-        boxes = boxes[None]
-    if boxes.shape != (len(images), 4):
-        raise ValueError(f"boxes: expected x, y, width, height for {len(images)} images, got shape {boxes.shape}")
-    squares = []
-    for index, (box, image) in enumerate(zip(checked_boxes("boxes", boxes), images, strict=True)):
-        check_touches(box, image, f"boxes[{index}]")
-        squares.append(square_box(box))
-        check_touches(squares[-1], image, f"boxes[{index}], in whole pixels")
-    return np.stack(squares)
-
-
-def _numbers(name: str, boxes: Any) -> np.ndarray:
-    if isinstance(boxes, Landmarks):
-        got = f"{type(boxes).__name__} (what `detect` finds has them as `faces.boxes`)"
-        raise ValueError(f"{name}: expected x, y, width, height of each face, got {got}")
-    boxes = _from_dlpack(boxes)
-    if isinstance(boxes, Tensor):  # of any device and dtype
-        return boxes.detach().cpu().double().numpy()
-    try:
-        return np.asarray(boxes, np.float64)
-    except (TypeError, ValueError):  # (of ragged lists)
-        expected = "x, y, width, height of each face (for several in each of several images repeat the images)"
-        raise ValueError(f"{name}: expected {expected}, got {boxes!r:.100}") from None
-
-
-def checked_boxes(name: str, boxes: Any) -> np.ndarray:
-    """Boxes as (K, 4) float64, of which there may be none.
-
-    Raises:
-        ValueError: another shape, a number that is not finite, a width or height that is not above 0.
-    """
-    boxes = _numbers(name, boxes)
-    if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
-        raise ValueError(f"{name}: expected boxes (K, 4), got shape {boxes.shape}")
-    boxes = boxes.reshape(-1, 4)
-    for index, box in enumerate(boxes):
-        if not (np.isfinite(box).all() and (box[2:] > 0).all()):
-            raise ValueError(f"{name}[{index}]: expected x, y and a width and height above 0, got {box.tolist()}")
-    return boxes
-
-
-def _check_sides(squares: np.ndarray) -> None:
-    """A crop is padded to its square before it shrinks: a side beyond reason is an error, not gigabytes of border."""
-    for index, side in enumerate(squares[:, 2]):
-        if side > MAX_SIDE:
-            raise ValueError(f"boxes[{index}]: expected a face of at most {MAX_SIDE} pixels a side, got {side}")
-
-
-def default_shape(num_landmarks: int) -> Path:
-    """Where the package has its shape model of so many landmarks, if it has one."""
-    return WEIGHTS / f"shape-{num_landmarks}.safetensors"
-
-
-def shape_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> ShapeModel:
-    if isinstance(shape, ShapeModel):
-        return shape
-    return _packaged_shape(num_landmarks) if shape is None else _loaded_shape(Path(shape), _version(Path(shape)))
-
-
-@lru_cache(maxsize=8)
-def _loaded_shape(path: Path, version: tuple[int, int] | None) -> ShapeModel:
-    return ShapeModel.load(path)
-
-
-def _version(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written anew; None where there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size
-
-
-@lru_cache(maxsize=8)
-def _packaged_shape(num_landmarks: int) -> ShapeModel:
-    path = default_shape(num_landmarks)
-    if not path.exists():
-        expected = f"the shape model of the {num_landmarks} landmarks (from `lgcn-fast fit-shape`) or fit=False"
-        raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")
-    return ShapeModel.load(path)
-
-
-def engine_for(
-    model: Engine | LGCN | Path | str | None, device: str, precision: str, num_threads: int = 0, name: str = "model"
-) -> Engine:
-    """The engine of a model, built once. `name` is what the argument is called in errors."""
-    if isinstance(model, Engine):
-        return model
-    found = engine_device(device)
-    if isinstance(model, LGCN):
-        return _built(model, str(found), precision, num_threads)
-    path = weights_path(default_model(found.type) if model is None else model, name)
-    return _loaded(path, _version(path), str(found), precision, num_threads)
-
-
-def finder_for(finder: Engine | LGCN | Path | str | None, engine: Engine) -> Engine:
-    """What looks for faces whose landmarks an engine reads, where and as that one runs: `finder`; else the model in the
-    package with these landmarks that takes the least work; where there is none, the engine itself.
-
-    Raises:
-        ValueError: a finder for other landmarks.
-    """
-    count = engine.config.num_landmarks
-    asked_for = lightest_model(count) if finder is None else finder
-    device, precision, num_threads = engine.options
-    if precision == "fp8":  # for large networks: small ones lose accuracy and gain nothing
-        precision = "auto"
-    found = engine if asked_for is None else engine_for(asked_for, device, precision, num_threads, "finder")
-    if found.config.num_landmarks != count:
-        raise ValueError(f"finder: expected a model of {count} landmarks, got one of {found.config.num_landmarks}")
-    return found
-
-
-@lru_cache(maxsize=8)
-def _loaded(path: Path, version: tuple[int, int] | None, device: str, precision: str, num_threads: int) -> Engine:
-    return Engine(path, device, precision, num_threads)
-
-
-_engines: WeakKeyDictionary[LGCN, tuple[list, Engine]] = WeakKeyDictionary()
-
-
-def _built(model: LGCN, device: str, precision: str, num_threads: int) -> Engine:
-    """The engine of a network, built again when its weights have changed."""
-    options = device, precision, num_threads
-    tensors = model.state_dict().values()
-    state = [options, *((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)]
-    known = _engines.get(model)
-    if known is None or known[0] != state:
-        known = _engines[model] = state, Engine(model, *options)
-    return known[1]

@@ -19,7 +19,8 @@ from .engine import Engine
 from .evaluation import Evaluation, evaluate, with_mean_shape
 from .figures import draw_curves, draw_sheet
 from .images import crop, face_box, square_box
-from .prediction import engine_for, predict
+from .loading import engine_for
+from .prediction import predict
 from .shipped import MEASURED, REFERENCE_SET
 
 TEST_SETS = {REFERENCE_SET: "300w/lfpw/testset", "YouTube test": "youtube/test.csv"}

@@ -17,8 +17,9 @@ import numpy as np
 from .detection import Faces, detect, distinct, fitted_faces, meet, overlap
 from .engine import Engine
 from .images import face_box, square_box, upright_boxes
+from .inputs import one_image
+from .loading import engine_for, finder_for, shape_for
 from .model import LGCN
-from .prediction import engine_for, finder_for, one_image, shape_for
 from .shape import ShapeModel
 from .smoothing import LEAST_STEP, OneEuroFilter
 

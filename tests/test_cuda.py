@@ -16,8 +16,8 @@ from lgcn_fast import Engine, LGCNConfig, ShapeModel, engine, load_model, predic
 from lgcn_fast.fitting import Fit, NativeFitter
 from lgcn_fast.folding import fold
 from lgcn_fast.images import read_image
+from lgcn_fast.loading import shape_for
 from lgcn_fast.native import NativeEngine
-from lgcn_fast.prediction import shape_for
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton (pip install '.[gpu]')")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

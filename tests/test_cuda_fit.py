@@ -14,8 +14,8 @@ import torch
 from test_fitting import faces, heatmaps_of, small_model, weak_peaks
 
 from lgcn_fast import ShapeModel, fitting
+from lgcn_fast.checkpoints import WEIGHTS
 from lgcn_fast.fitting import CudaFitter, Fit, NativeFitter, fit
-from lgcn_fast.prediction import WEIGHTS
 from lgcn_fast_kernels import cuda_fit, peak_centroids, window_moments
 
 NAMES = ("points", "shapes", "coefficients", "certainties", "residuals")

@@ -11,9 +11,9 @@ from lgcn_fast import Engine, LGCNConfig, detect, detection, load_model, peaks, 
 from lgcn_fast.cli import main
 from lgcn_fast.detection import combined_heatmap
 from lgcn_fast.images import face_box, read_image, write_image
+from lgcn_fast.loading import engine_for
 from lgcn_fast.model import LGCN
 from lgcn_fast.multiface import LabelledPhoto, read_photos, score_photo, score_photos, summary
-from lgcn_fast.prediction import engine_for
 
 FACE = (82, 70, 124, 124)
 

@@ -5,13 +5,13 @@ import torch
 
 import lgcn_fast_kernels
 from lgcn_fast import Engine, ShapeModel, fitting, load_model
+from lgcn_fast.checkpoints import WEIGHTS
 from lgcn_fast.datasets import read_300w
 from lgcn_fast.evaluation import landmark_errors
 from lgcn_fast.fitting import Fit, NativeFitter, fit, fit_reference
 from lgcn_fast.heatmaps import blurred_ground_truth
 from lgcn_fast.images import crop, face_box, square_box, to_crop
 from lgcn_fast.peaks import PEAK_RADIUS
-from lgcn_fast.prediction import WEIGHTS
 
 HALF_SIGMAS = (0.5, 1.5, 2.5, 3.5, 4.5)
 

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import array_api_strict
 import cv2
@@ -11,7 +12,7 @@ import torch
 
 import lgcn_fast
 from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model, predict, prediction
-from lgcn_fast.checkpoints import save_model
+from lgcn_fast.checkpoints import WEIGHTS, save_model
 from lgcn_fast.datasets import is_validation, read_300w
 from lgcn_fast.evaluation import evaluate, landmark_errors, summary
 from lgcn_fast.fitting import NativeFitter
@@ -25,8 +26,9 @@ from lgcn_fast.images import (
     turned,
     upright_boxes,
 )
+from lgcn_fast.loading import engine_for, shape_for
 from lgcn_fast.operators import gaussian_sum_banded
-from lgcn_fast.prediction import WEIGHTS, network_input
+from lgcn_fast.prediction import network_input
 from lgcn_fast.shipped import default_model, models
 from lgcn_fast_kernels import INSTRUCTIONS
 
@@ -342,6 +344,22 @@ def test_what_is_no_model_is_named(gray):
         predict(gray, model=models()[0])
 
 
+def test_threads_that_call_first_build_one_engine(tmp_path, monkeypatch):
+    path, built, start = tmp_path / "a.safetensors", [], Barrier(8)
+    save_model(path, LGCN(LGCNConfig.nano(filters=4)), {})
+    build = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda engine, *given: (built.append(engine), build(engine, *given))[1])
+
+    def first_call(_) -> Engine:
+        start.wait(timeout=60)
+        return engine_for(path, "cpu", "fp32")
+
+    with ThreadPoolExecutor(8) as threads:
+        engines = list(threads.map(first_call, range(8)))
+    assert [engine is built[0] for engine in engines] == [True] * 8
+    assert len(built) == 1
+
+
 def test_kinds_of_images_may_mix(gray):
     points = predict([gray, gray.astype(np.float32), torch.from_numpy(gray) / 255]).points
     np.testing.assert_allclose(points[1:], points[:1].repeat(2, axis=0), atol=0.02)
@@ -425,15 +443,15 @@ def test_engines_find_the_points_of_the_eager_model(data, precision, pixels, poi
 
 def test_engines_are_kept_until_the_weights_change():
     network = LGCN(LGCNConfig.nano(filters=8)).eval()
-    before = prediction.engine_for(network, "cpu", "fp32")
-    assert prediction.engine_for(network, "cpu", "fp32") is before
+    before = engine_for(network, "cpu", "fp32")
+    assert engine_for(network, "cpu", "fp32") is before
     with torch.no_grad():
         network.main.bias += 1
-    assert prediction.engine_for(network, "cpu", "fp32") is not before
-    shipped = prediction.engine_for(None, "cpu", "fp32")
+    assert engine_for(network, "cpu", "fp32") is not before
+    shipped = engine_for(None, "cpu", "fp32")
     name = default_model("cpu")
-    assert prediction.engine_for(name, "cpu", "fp32") is shipped
-    assert prediction.engine_for(WEIGHTS / f"{name}.safetensors", "cpu", "fp32") is shipped
+    assert engine_for(name, "cpu", "fp32") is shipped
+    assert engine_for(WEIGHTS / f"{name}.safetensors", "cpu", "fp32") is shipped
     assert shipped.precision == "fp32"
 
 
@@ -441,11 +459,11 @@ def test_files_that_change_are_read_again(tmp_path, gray, random):
     path = tmp_path / "best.safetensors"
     for filters in (8, 9):  # as training writes a better one
         save_model(path, LGCN(LGCNConfig.nano(filters=filters)), {})
-        assert prediction.engine_for(path, "cpu", "fp32").config.filters == filters
-    assert prediction.engine_for(path, "cpu", "fp32") is prediction.engine_for(path, "cpu", "fp32")
+        assert engine_for(path, "cpu", "fp32").config.filters == filters
+    assert engine_for(path, "cpu", "fp32") is engine_for(path, "cpu", "fp32")
     for modes in (4, 5):
         ShapeModel.fit(random.normal(size=(20, 68, 2)), modes=modes).save(tmp_path / "shape.safetensors")
-        assert len(prediction.shape_for(tmp_path / "shape.safetensors", 68).modes) == modes
+        assert len(shape_for(tmp_path / "shape.safetensors", 68).modes) == modes
 
 
 def test_networks_in_any_state_of_torch(gray):

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from lgcn_fast import ShapeModel
+from lgcn_fast.checkpoints import WEIGHTS
 from lgcn_fast.landmarks import SCHEMES
-from lgcn_fast.prediction import WEIGHTS
 from lgcn_fast.shape import similarity_basis
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lgcn_fast import LGCN, Engine, LGCNConfig, load_model, models, predict
 from lgcn_fast.checkpoints import WEIGHTS, model_names, save_model, weights_path
-from lgcn_fast.prediction import engine_for, finder_for
+from lgcn_fast.loading import engine_for, finder_for
 from lgcn_fast.shipped import MEASURED, best_model, lightest_model
 
 

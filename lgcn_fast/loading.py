@@ -1,0 +1,108 @@
+"""Engines and shape models of names, files and networks: each is built once, and kept."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from weakref import WeakKeyDictionary
+
+from .checkpoints import WEIGHTS, weights_path
+from .engine import Engine, engine_device
+from .model import LGCN
+from .shape import ShapeModel
+from .shipped import default_model, lightest_model
+
+
+def default_shape(num_landmarks: int) -> Path:
+    """Where the package has its shape model of so many landmarks, if it has one."""
+    return WEIGHTS / f"shape-{num_landmarks}.safetensors"
+
+
+def shape_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> ShapeModel:
+    if isinstance(shape, ShapeModel):
+        return shape
+    return _packaged_shape(num_landmarks) if shape is None else _loaded_shape(Path(shape), _version(Path(shape)))
+
+
+@lru_cache(maxsize=8)
+def _loaded_shape(path: Path, version: tuple[int, int] | None) -> ShapeModel:
+    return ShapeModel.load(path)
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written anew; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+@lru_cache(maxsize=8)
+def _packaged_shape(num_landmarks: int) -> ShapeModel:
+    path = default_shape(num_landmarks)
+    if not path.exists():
+        expected = f"the shape model of the {num_landmarks} landmarks (from `lgcn-fast fit-shape`) or fit=False"
+        raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")
+    return ShapeModel.load(path)
+
+
+def engine_for(
+    model: Engine | LGCN | Path | str | None, device: str, precision: str, num_threads: int = 0, name: str = "model"
+) -> Engine:
+    """The engine of a model, built once. `name` is what the argument is called in errors."""
+    if isinstance(model, Engine):
+        return model
+    found = engine_device(device)
+    if isinstance(model, LGCN):
+        return _built(model, str(found), precision, num_threads)
+    path = weights_path(default_model(found.type) if model is None else model, name)
+    return _loaded(path, _version(path), str(found), precision, num_threads)
+
+
+def finder_for(finder: Engine | LGCN | Path | str | None, engine: Engine) -> Engine:
+    """What looks for faces whose landmarks an engine reads, where and as that one runs: `finder`; else the model in the
+    package with these landmarks that takes the least work; where there is none, the engine itself.
+
+    Raises:
+        ValueError: a finder for other landmarks.
+    """
+    count = engine.config.num_landmarks
+    asked_for = lightest_model(count) if finder is None else finder
+    device, precision, num_threads = engine.options
+    if precision == "fp8":  # for large networks: small ones lose accuracy and gain nothing
+        precision = "auto"
+    found = engine if asked_for is None else engine_for(asked_for, device, precision, num_threads, "finder")
+    if found.config.num_landmarks != count:
+        raise ValueError(f"finder: expected a model of {count} landmarks, got one of {found.config.num_landmarks}")
+    return found
+
+
+@lru_cache(maxsize=8)
+def _kept(path: Path, version: tuple[int, int] | None, *options: str | int) -> Engine:
+    return Engine(path, *options)
+
+
+_loads: dict[tuple, Lock] = {}
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_loads.clear)  # whoever held them is not there
+
+
+def _loaded(path: Path, version: tuple[int, int] | None, *options: str | int) -> Engine:
+    """The engine of a file, built by the first of the threads that ask for it, while the others wait."""
+    with _loads.setdefault((path, options), Lock()):
+        return _kept(path, version, *options)
+
+
+_engines: WeakKeyDictionary[LGCN, tuple[list, Engine]] = WeakKeyDictionary()
+
+
+def _built(model: LGCN, device: str, precision: str, num_threads: int) -> Engine:
+    """The engine of a network, built again when its weights have changed."""
+    options = device, precision, num_threads
+    tensors = model.state_dict().values()
+    state = [options, *((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)]
+    known = _engines.get(model)
+    if known is None or known[0] != state:
+        known = _engines[model] = state, Engine(model, *options)
+    return known[1]
