@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from lgcn_fast import predict, prediction
 from lgcn_fast.images import read_image
 from lgcn_fast.prediction import _upright_device_crops, network_input
 
@@ -103,6 +104,19 @@ def test_upright_crops(crop, demo_picture, channels):
         difference = (found[index] - expected).abs()
         assert difference.mean() < 1.5, index
         assert (difference > 10).float().mean() < 0.01, index
+
+
+@pytest.mark.parametrize("ensemble", [1, 2])
+def test_second_looks_at_frames_that_stay(crop, demo_picture, monkeypatch, ensemble):
+    """On a device the points are those of the host, but for what rounding makes of them."""
+    image, boxes = read_image(demo_picture, color=True), [[82, 70, 124, 124], [90, 60, 130, 130]]
+    expected = predict(image, boxes, "lgcn-nano", device="cpu", ensemble=ensemble, passes=2)
+    monkeypatch.setattr(prediction, "_stays_on", lambda engine, batch: True)
+    frames = torch.from_numpy(image).to(DEVICE)
+    found = predict(frames, boxes, "lgcn-nano", device=DEVICE, ensemble=ensemble, passes=2, to_host=False)
+    assert found.points.device.type == DEVICE
+    np.testing.assert_allclose(found.points.cpu().numpy(), expected.points, atol=0.7)
+    np.testing.assert_allclose(found.scores.cpu().numpy(), expected.scores, atol=0.05)
 
 
 def test_colors_become_the_same_gray(crop, random):
