@@ -49,6 +49,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_finder_option(parser)
     text = "all of the frame is searched for new faces once in so many frames (default: 30)"
     parser.add_argument("--detect-every", type=int, default=30, metavar="FRAMES", help=text)
+    text = "find new faces however they are turned; each search takes longer"
+    parser.add_argument("--any-angle", action="store_true", help=text)
     text = "smallest face box to look for; default: 15 %% of the frame's shorter side, at least 40"
     parser.add_argument("--min-face", type=float, metavar="PIXELS", help=text)
     parser.add_argument("--smoothing", type=float, default=1.0, help="strength of the filter, 0: off (default: 1)")
@@ -86,6 +88,7 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
         smoothing=options.smoothing,
         finder=options.finder,
         shape=options.shape,
+        any_angle=options.any_angle,
     )
     latencies, start, code = array("d"), time.perf_counter(), 0
     try:

@@ -138,6 +138,7 @@ class Tracker:
         shape: ShapeModel | Path | str | None = None,
         device: str = "auto",
         precision: str = "auto",
+        any_angle: bool = False,
     ) -> None:
         """Build the engine.
 
@@ -153,6 +154,8 @@ class Tracker:
             smoothing: strength of the one-euro filter, see `OneEuroFilter`; None or 0: off.
             finder: finds new faces, see `detect`.
             shape, device, precision: see `predict`.
+            any_angle: find new faces however they are turned, see `detect`. (Those that were found may turn in any
+                case.)
 
         Raises:
             ValueError: as `predict`; a number out of range.
@@ -171,7 +174,7 @@ class Tracker:
         self._shape = shape_for(shape, self.engine.config.num_landmarks)
         self._detect_every, self._min_face = detect_every, min_face
         self._min_confidence, self._lost_below = min_confidence, lost_below
-        self._smoothing = smoothing
+        self._smoothing, self._any_angle = smoothing, any_angle
         self._identities = itertools.count()
         self.reset()
 
@@ -265,10 +268,9 @@ class Tracker:
                 if quarter is None:
                     small = [track.box for track in self._lost if track.box[2] < large]
                     windows += [(_neighbourhood(image, box), LEAST_SHRINKING * box[2]) for box in small]
-        models = self.engine, self._finder, self._shape
+        how = self._min_confidence, self.engine, self._finder, self._shape, self._any_angle
         for window, smallest in windows:
-            known = [track.box for track in self._tracks]
-            self._take(_detect_in(image, window, known, smallest, self._min_confidence, *models))
+            self._take(_detect_in(image, window, [track.box for track in self._tracks], smallest, *how))
 
     def _take(self, found: Faces) -> None:
         """Detected faces that are not tracked yet: those that were lost, and new ones."""
@@ -327,12 +329,13 @@ def _detect_in(
     engine: Engine,
     finder: Engine,
     shape: ShapeModel,
+    any_angle: bool,
 ) -> Faces:
     """`detect` in a window (4,) of an image, without faces that are known, by their boxes, or cross the window's border
     inside the image."""
     x, y, width, height = (int(value) for value in window)
     part, known = image[y : y + height, x : x + width], [box - (x, y, 0, 0) for box in known]
-    faces = detect(part, min_face, min_confidence, engine, finder, shape, known=known)
+    faces = detect(part, min_face, min_confidence, engine, finder, shape, known=known, any_angle=any_angle)
     low, high = faces.boxes[:, :2], faces.boxes[:, :2] + faces.boxes[:, 2:]
     inner_low, inner_high = np.array([x, y]) > 0, np.array([x + width, y + height]) < image.shape[1::-1]
     inside = (((low >= 0) | ~inner_low) & ((high <= (width, height)) | ~inner_high)).all(axis=1)

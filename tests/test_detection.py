@@ -303,6 +303,11 @@ def test_commands(face, points, tmp_path, capsys):
     assert [len(face["points"]) for face in found["faces"]] == [68, 68]
     assert read_image(out / found["picture"], color=True).shape == (300, 600, 3)
     assert read_image(out / "two_heatmap.png", color=True).shape == (300, 600, 3)
+    write_image(tmp_path / "lying.png", np.rot90(face))
+    for options, count in (([], 0), (["--any-angle"], 1)):
+        assert main(["detect", str(tmp_path / "lying.png"), "--out", str(out), *options]) == 0
+        (found,) = json.loads((out / "faces.json").read_text()).values()
+        assert len(found["faces"]) == count
     assert main(["evaluate", "--multiface", str(tmp_path), "--finder", "lgcn-nano", "--out", str(out)]) == 0
     assert json.loads((out / "multiface.json").read_text())["recall"] == 100
     (tmp_path / "faces.json").write_text(json.dumps([{"image": "two.png", "faces": []}]))

@@ -177,6 +177,16 @@ def test_face_that_is_lost_is_searched_at_once_and_keeps_its_identity(engine, fa
     assert not again.tracked.any()
 
 
+def test_faces_that_lie_are_found_where_asked_for(engine, face):
+    lying = np.ascontiguousarray(np.rot90(face))
+    assert [len(faces) for faces in track(Tracker(engine), [lying] * 3)] == [0, 0, 0]
+    found = track(Tracker(engine, any_angle=True), [blank(face), *[lying] * 8])
+    assert [len(faces) for faces in found[-2:]] == [1, 1]
+    x, y = lgcn_fast.detect(face, model=engine).points[0].T
+    expected = np.stack([y, face.shape[1] - 1 - x], axis=1)
+    assert np.linalg.norm(found[-1].points[0] - expected, axis=1).mean() < 0.01 * 124
+
+
 def test_after_a_while_it_is_another_face(engine, face):
     tracker = Tracker(engine)
     tracker.update(face, 0)

@@ -171,6 +171,14 @@ def test_bad_sources(tmp_path, name, content, message, capfd):
     assert message in capfd.readouterr().err
 
 
+def test_video_of_somebody_who_lies(tmp_path, pictures):
+    path, lines = tmp_path / "lying.avi", tmp_path / "lines.jsonl"
+    write(path, [np.ascontiguousarray(np.rot90(picture)) for picture in pictures])
+    for options, found in (([], 0), (["--any-angle"], 12)):
+        assert main(["video", str(path), "--json", str(lines), "--model", "lgcn-nano", *options]) == 0
+        assert sum(bool(json.loads(line)["faces"]) for line in lines.read_text().splitlines()) == found
+
+
 def test_output_needs_a_known_suffix(tmp_path, clip, capsys):
     assert main(["video", str(clip), "--out", str(tmp_path / "out.gif")]) == 2
     assert "out.gif: expected a file name that ends in .mp4" in capsys.readouterr().err
