@@ -1,4 +1,4 @@
-"""Faces cut out of frames in Triton, for CUDA tensors (or, with TRITON_INTERPRET=1, any).
+"""Faces cut out of frames, and lit, in Triton, for CUDA tensors (or, with TRITON_INTERPRET=1, any).
 
 The same bytes as OpenCV computes on the host: one pixel that differs by one level can tip the choice between two peaks
 of a heatmap, and a landmark moves by pixels.
@@ -18,6 +18,8 @@ ELEMENTS = 512
 """Of a program's tile, target pixels times the rows that each of them sees. Not compared with others."""
 NUM_WARPS = 4
 """4 elements of a tile per thread. Not compared with others."""
+LIT_BLOCK = 4096
+"""Pixels of a face that its program lights at once. Not compared with others."""
 LARGEST_SIDE = 16384
 """Of a box and of a crop, pixels: keeps 32-bit arithmetic from overflowing."""
 
@@ -153,8 +155,8 @@ def crop(
 ) -> Tensor:
     """Cut squares of whole pixels out of frames and resize them; beyond the frame the border's pixels repeat.
 
-    The pixels of `lgcn_fast.prediction.network_input`, whose resizing OpenCV does (cv2.INTER_AREA to shrink,
-    cv2.INTER_LINEAR to enlarge). The host does not wait for the device.
+    The pixels of `lgcn_fast.images.crop`, whose resizing OpenCV does (cv2.INTER_AREA to shrink, cv2.INTER_LINEAR to
+    enlarge). The host does not wait for the device.
 
     Args:
         images: (F, H, W) or, in RGB order, (F, H, W, 3), uint8 with any strides, on a GPU.
@@ -224,3 +226,54 @@ def _launch(images: Tensor, boxes: np.ndarray, frames: np.ndarray, size: int, gr
         images, places, out, height, width, *images.stride(), size, blocks,
         TO_GRAY=to_gray, TAPS=taps, BLOCK_P=block_p, num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+@triton.jit
+def _lit_kernel(
+    faces_ptr, out_ptr, least_contrast, largest_gain, darkest, brightest, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
+    start = tl.program_id(0).to(tl.int64) * COUNT
+    offsets = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, COUNT, BLOCK):
+        total += tl.load(faces_ptr + start + first + offsets, mask=first + offsets < COUNT, other=0).to(tl.float32)
+    mean = tl.sum(total, axis=0) / COUNT
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, COUNT, BLOCK):
+        inside = first + offsets < COUNT
+        value = tl.load(faces_ptr + start + first + offsets, mask=inside, other=0).to(tl.float32)
+        squares += tl.where(inside, (value - mean) * (value - mean), 0.0)
+    deviation = tl.sqrt(tl.sum(squares, axis=0) / COUNT)
+    gain = tl.minimum(tl.maximum(least_contrast / tl.maximum(deviation, 1e-6), 1.0), largest_gain)
+    level = tl.minimum(tl.maximum(mean, darkest), brightest)
+    for first in range(0, COUNT, BLOCK):
+        inside = first + offsets < COUNT
+        value = tl.load(faces_ptr + start + first + offsets, mask=inside, other=0).to(tl.float32)
+        value = tl.minimum(tl.maximum((value - mean) * gain + level, 0.0), 255.0)
+        tl.store(out_ptr + start + first + offsets, (value + 0.5).to(tl.uint8), mask=inside)
+
+
+def lit(faces: Tensor, least_contrast: float, largest_gain: float, darkest: float, brightest: float) -> Tensor:
+    """Faces in light that networks know, as `lgcn_fast.images.lit` makes it of each, to a gray level.
+
+    Args:
+        faces: (B, C, S, S) uint8, contiguous, on a GPU.
+        least_contrast: standard deviation of the gray levels that a pale face gets, by...
+        largest_gain: ...at most so many times what it had.
+        darkest, brightest: range of the mean.
+
+    Returns:
+        (B, C, S, S) uint8.
+
+    Raises:
+        ValueError: another dtype or layout.
+    """
+    if faces.ndim != 4 or faces.dtype != torch.uint8 or not faces.is_contiguous():
+        raise ValueError(f"faces: expected contiguous (B, C, S, S) uint8, got {described(faces)}")
+    out = torch.empty_like(faces)
+    if faces.numel():
+        _lit_kernel[(len(faces),)](
+            faces, out, least_contrast, largest_gain, darkest, brightest, COUNT=faces[0].numel(), BLOCK=LIT_BLOCK,
+            num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out

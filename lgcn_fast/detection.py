@@ -19,7 +19,7 @@ import lgcn_fast_kernels
 
 from .engine import Engine
 from .fitting import Fit
-from .images import BOX_ENLARGEMENT, face_box, from_crop, turned, upright_boxes
+from .images import BOX_ENLARGEMENT, face_box, from_crop, lit, turned, upright_boxes
 from .inputs import checked_boxes, one_image
 from .landmarks import SCHEMES
 from .loading import engine_for, finder_for, shape_for
@@ -239,7 +239,7 @@ def _levels(photo: np.ndarray, engine: Engine, min_face: float, step: float) -> 
         if scale < 1:
             sources.append(level)
         level = cv2.copyMakeBorder(level, BORDER, BORDER, BORDER, BORDER, cv2.BORDER_REPLICATE)
-        yield scale, as_network_input(level, engine.config.in_channels).numpy()
+        yield scale, as_network_input(lit(level), engine.config.in_channels).numpy()
         scale /= step
 
 

@@ -21,6 +21,12 @@ BOX_ENLARGEMENT = 1.17
 OVERSAMPLING = 1.5
 """Pixels, a side, of what a turned crop is sampled from, over its own."""
 
+LEAST_CONTRAST, LARGEST_GAIN = 25.0, 12.0
+"""Standard deviation of gray levels that a pale face gets, and how much more than it had at most. Of the validation
+faces of 300-W and YouTube-Faces 2 and 8 % have less."""
+DARKEST, BRIGHTEST = 60.0, 170.0
+"""Range of a face's mean gray level."""
+
 
 def read_image(path: Path, color: bool = False) -> np.ndarray:
     """Read a picture file.
@@ -226,6 +232,27 @@ def upright_crop(image: np.ndarray, box: np.ndarray, angle: float, size: int, gr
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     source = crop(image, around, shrunk, gray)
     return cv2.warpAffine(source, inverse, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+
+
+def lit(image: np.ndarray) -> np.ndarray:
+    """A face in light that networks know: a pale one gets more contrast, a dark or glaring one a medium level, others
+    stay as they are.
+
+    How much is continuous in mean and deviation of the gray levels, so that nothing jumps in a video.
+
+    Args:
+        image: (H, W) or (H, W, 3) uint8 or float32 in 0..255.
+
+    Returns:
+        The same shape and dtype.
+    """
+    mean, deviation = (float(value[0, 0]) for value in cv2.meanStdDev(image.reshape(len(image), -1)))
+    gain = min(max(LEAST_CONTRAST / max(deviation, 1e-6), 1.0), LARGEST_GAIN)
+    level = min(max(mean, DARKEST), BRIGHTEST)
+    if gain == 1 and level == mean:
+        return image
+    changed = ((image.astype(np.float32) - mean) * gain + level).clip(0, 255)
+    return np.rint(changed).astype(np.uint8) if image.dtype == np.uint8 else changed
 
 
 def middle(boxes: np.ndarray) -> np.ndarray:

@@ -16,9 +16,14 @@ from . import ensembles
 from .engine import Engine
 from .fitting import Array
 from .images import (
+    BRIGHTEST,
+    DARKEST,
+    LARGEST_GAIN,
+    LEAST_CONTRAST,
     OVERSAMPLING,
     crop,
     from_crop,
+    lit,
     middle,
     square_box,
     turned,
@@ -229,41 +234,44 @@ def _crops(
         return torch.stack([network_input(images[face], box, size, channels, turn) for face, box, turn in of_each])
     in_order = faces[-1] - faces[0] == len(faces) - 1  # then they need not be copied
     frames = images[faces[0] : faces[-1] + 1] if in_order else images[torch.from_numpy(faces).to(images.device)]
-    if angles is None:
-        return _device_crops(frames, boxes, size, channels)
-    return _upright_device_crops(frames, boxes, angles, size, channels)
+    return _device_crops(frames, boxes, size, channels, angles)
 
 
 def _stays_on(engine: Engine, batch: Any) -> bool:
     return isinstance(batch, Tensor) and batch.is_cuda and batch.device == engine.device and batch.dtype == torch.uint8
 
 
-def _device_crops(frames: Tensor, boxes: np.ndarray, size: int, channels: int) -> Tensor:
-    """What `network_input` makes of each frame, on the GPU that the frames are on."""
-    from lgcn_fast_kernels.triton_crop import crop
+def _device_crops(
+    frames: Tensor, boxes: np.ndarray, size: int, channels: int, angles: np.ndarray | None = None
+) -> Tensor:
+    """What `network_input` makes of each frame, but for rounding, on the GPU that the frames are on."""
+    from lgcn_fast_kernels import triton_crop
 
+    gray = channels == 1
     with torch.cuda.device_of(frames):
-        return crop(frames, boxes, size, gray=channels == 1)
+        if angles is None:
+            crops = triton_crop.crop(frames, boxes, size, gray)
+        else:
+            around = np.stack([square_box(box, 2**0.5) for box in boxes])  # however they are turned
+            sources = triton_crop.crop(frames, around, round(OVERSAMPLING * 2**0.5 * size), gray)
+            crops = _upright(sources, around, boxes, angles, size)
+        return triton_crop.lit(crops, LEAST_CONTRAST, LARGEST_GAIN, DARKEST, BRIGHTEST)
 
 
-def _upright_device_crops(frames: Tensor, boxes: np.ndarray, angles: np.ndarray, size: int, channels: int) -> Tensor:
-    """What `network_input` makes of each frame where boxes are turned, but for rounding, on the frames' device."""
-    sides = boxes[:, 2]
-    # The squares around them however they are turned, and how to get from there to the crops, where each side of a
-    # picture goes from -1 to 1.
-    around = np.stack([square_box(box, 2**0.5) for box in boxes])
-    sources = _device_crops(frames, around, round(OVERSAMPLING * 2**0.5 * size), channels)
-    cos, sin = sides / around[:, 2] * (np.cos(angles), np.sin(angles))
+def _upright(sources: Tensor, around: np.ndarray, boxes: np.ndarray, angles: np.ndarray, size: int) -> Tensor:
+    """`upright_crop` of boxes that are turned by angles (b,), from pictures (b, C, s, s) of the squares around them."""
+    # In torch each side of a picture goes from -1 to 1.
+    cos, sin = boxes[:, 2] / around[:, 2] * (np.cos(angles), np.sin(angles))
     x, y = ((middle(boxes) - around[:, :2] + 0.5) / around[:, 2:] * 2 - 1).T
     matrices = torch.from_numpy(np.stack([cos, -sin, x, sin, cos, y], axis=1).reshape(-1, 2, 3)).float()
     shape = (*sources.shape[:2], size, size)
-    grid = affine_grid(matrices.to(frames.device, non_blocking=True), shape, align_corners=False)
+    grid = affine_grid(matrices.to(sources.device, non_blocking=True), shape, align_corners=False)
     crops = grid_sample(sources.float(), grid, padding_mode="border", align_corners=False)
     return crops.round().to(torch.uint8)
 
 
 def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int, angle: float | None = None) -> Tensor:
-    """Cut the face out, resize it and convert it to the network's colours.
+    """Cut the face out, resize it, light it and convert it to the network's colours.
 
     Args:
         image: (H, W) or (H, W, 3) uint8 or float32 in 0..255.
@@ -275,7 +283,7 @@ def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int, 
     """
     gray = channels == 1
     face = crop(image, box, size, gray) if angle is None else upright_crop(image, box, angle, size, gray)
-    return as_network_input(face, channels)
+    return as_network_input(lit(face), channels)
 
 
 def as_network_input(face: np.ndarray, channels: int) -> Tensor:

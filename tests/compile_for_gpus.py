@@ -102,6 +102,13 @@ def crop(to_gray: bool, taps: int) -> str:
     return ptx(triton_crop._crop_kernel, constants, pointers, num_warps=triton_crop.NUM_WARPS, enable_fp_fusion=False)
 
 
+def lit(count: int) -> str:
+    constants = {"COUNT": count, "BLOCK": triton_crop.LIT_BLOCK}
+    floats = dict.fromkeys(("least_contrast", "largest_gain", "darkest", "brightest"), "fp32")
+    pointers = {"faces_ptr": "*u8", "out_ptr": "*u8"} | floats
+    return ptx(triton_crop._lit_kernel, constants, pointers, num_warps=triton_crop.NUM_WARPS)
+
+
 if __name__ == "__main__":
     for filters in TILES:
         for tile in range(len(TILES[filters])):
@@ -147,3 +154,5 @@ if __name__ == "__main__":
     for to_gray in (False, True):
         for taps in (1, 4, 32):
             crop(to_gray, taps)
+    for count in (96 * 96, 3 * 48 * 48 + 1):
+        lit(count)

@@ -68,6 +68,13 @@ def test_turned_faces_are_read_upright(face, points, angle):
     assert distance(faces.points[0], points @ matrix[:, :2].T + matrix[:, 2]) < 0.008
 
 
+@pytest.mark.parametrize(("gain", "offset"), [(0.1, 0), (0.2, 200)])
+def test_faces_in_the_dark_and_in_haze(face, points, gain, offset):
+    faces = detect(np.rint(face * np.float64(gain) + offset).astype(np.uint8))
+    assert len(faces) == 1
+    assert distance(faces.points[0], points) < 0.01
+
+
 @pytest.mark.parametrize("angle", [60, 90, 135, 180, 240, 270])
 def test_faces_at_any_angle(face, points, angle):
     """In a photo that is no square: 500 x 340, the face somewhere right."""

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from lgcn_fast.images import (
+    BRIGHTEST,
+    DARKEST,
+    LEAST_CONTRAST,
     crop,
     face_box,
     from_crop,
+    lit,
     read_image,
     silent_opencv,
     square_box,
@@ -198,6 +202,30 @@ def test_upright_boxes_of_turned_faces(random, angle):
     found, angles = upright_boxes(upright)
     np.testing.assert_array_equal(angles, 0)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("shape", [(96, 96), (96, 96, 3)])
+def test_pale_and_dark_faces_are_lit(random, dtype, shape):
+    usual = random.normal(120, 40, shape).clip(0, 255).astype(dtype)
+    assert lit(usual) is usual
+    for gain, offset, level in ((0.25, 100, 130), (0.1, 0, DARKEST), (0.4, 150, BRIGHTEST), (1, -100, DARKEST)):
+        image = (usual.astype(np.float32) * gain + offset).clip(0, 255).astype(dtype)
+        found = lit(image)
+        assert (found.dtype, found.shape) == (image.dtype, image.shape)
+        assert abs(found.mean() - level) < 3
+        deviation = max(LEAST_CONTRAST, image.std())
+        assert found.std() == pytest.approx(deviation, rel=0.1)
+        assert found.min() >= 0
+        assert found.max() <= 255
+
+
+def test_light_is_continuous(random):
+    """From frame to frame of a face that gets darker no level jumps; an even one stays even."""
+    face = random.normal(0, 1, (64, 64)).astype(np.float32)
+    frames = np.stack([lit((60 + 30 * face) * light) for light in np.geomspace(1, 0.02, 400)])
+    assert np.abs(np.diff(frames, axis=0)).max() < 5
+    assert len(np.unique(lit(np.full((8, 8), 7, np.uint8)))) == 1
 
 
 def test_turned_means_clockwise_as_one_sees_it():

@@ -317,6 +317,15 @@ def test_a_pass_that_ends_beside_the_image_is_not_followed(image, monkeypatch, b
     np.testing.assert_allclose(found, predict(image, [FACE], "lgcn-nano").points, atol=0.7)  # (another way to resize)
 
 
+@pytest.mark.parametrize(("gain", "offset"), [(0.25, 0), (0.1, 0), (0.3, 178), (0.2, 30)])
+def test_dark_and_pale_pictures(image, gain, offset):
+    """0.64 to 0.74 pixels beside the points of the picture as it is; without more light 0.89 to 1.64."""
+    expected = predict(image, [FACE], "lgcn-nano")
+    found = predict(np.rint(image * np.float64(gain) + offset).astype(np.uint8), [FACE], "lgcn-nano")
+    assert np.linalg.norm(found.points - expected.points, axis=-1).mean() < 0.82
+    assert found.scores.mean() > 0.985 * expected.scores.mean()
+
+
 def test_too_few_passes_are_named(gray):
     with pytest.raises(ValueError, match="passes: expected 1 or more, got 0"):
         predict(gray, passes=0)

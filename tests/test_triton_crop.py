@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lgcn_fast import predict, prediction
-from lgcn_fast.images import read_image
-from lgcn_fast.prediction import _upright_device_crops, network_input
+from lgcn_fast.images import BRIGHTEST, DARKEST, LARGEST_GAIN, LEAST_CONTRAST, lit, read_image
+from lgcn_fast.images import crop as images_crop
+from lgcn_fast.prediction import _device_crops, as_network_input, network_input
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton (pip install '.[gpu]')")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +49,8 @@ def check(crop, images: np.ndarray | torch.Tensor, boxes, size: int, gray: bool,
     out = torch.full((len(boxes), 1 if gray else 3, size, size), POISON, dtype=torch.uint8, device=DEVICE)
     assert crop(images, boxes, size, gray, frames, out) is out
     for index, (box, frame) in enumerate(zip(boxes, range(len(boxes)) if frames is None else frames, strict=True)):
-        expected = network_input(images[frame].cpu().contiguous().numpy(), box, size, 1 if gray else 3)
+        face = images_crop(images[frame].cpu().contiguous().numpy(), box, size, gray)
+        expected = as_network_input(face, 1 if gray else 3)
         np.testing.assert_array_equal(out[index].cpu().numpy(), expected.numpy(), f"box {box}")
 
 
@@ -98,12 +100,30 @@ def test_upright_crops(crop, demo_picture, channels):
     boxes = np.array([[82.3, 70.1, 124.7, 124.7], [120, 100, 50.5, 50.5], [-100, -80, 333, 333], [200, 190, 90, 90]])
     angles = np.array([0.3, -1.2, 2.7, -0.6])
     frames = torch.from_numpy(image).to(DEVICE).expand(len(boxes), *image.shape)
-    found = _upright_device_crops(frames, boxes, angles, 96, channels).cpu().float()
+    found = _device_crops(frames, boxes, 96, channels, angles).cpu().float()
     for index, (box, angle) in enumerate(zip(boxes, angles, strict=True)):
         expected = network_input(image, box, 96, channels, angle).float()
         difference = (found[index] - expected).abs()
         assert difference.mean() < 1.5, index
         assert (difference > 10).float().mean() < 0.01, index
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 96), (3, 96), (1, 64), (1, 17), (2, 1)])
+def test_lit(module, random, channels, size):
+    """Those of the host to a level, every pixel written: ordinary faces, pale, dark, glaring and empty ones."""
+    spread = random.integers(0, 256, (6, channels, size, size)).astype(np.float32)
+    faces = np.stack([spread[0], 100 + spread[1] / 20, spread[2] / 10, 200 + spread[3] / 8, 0 * spread[4], spread[5]])
+    faces = faces.astype(np.uint8)
+    found = module.lit(torch.from_numpy(faces).to(DEVICE), LEAST_CONTRAST, LARGEST_GAIN, DARKEST, BRIGHTEST)
+    expected = np.stack([lit(face.transpose(1, 2, 0)).transpose(2, 0, 1) for face in faces])
+    np.testing.assert_allclose(found.cpu().numpy().astype(int), expected.astype(int), atol=1)
+    if size > 1:
+        np.testing.assert_array_equal(found[0].cpu().numpy(), faces[0])
+
+
+def test_what_is_not_to_be_lit_is_named(module):
+    with pytest.raises(ValueError, match=r"faces: expected contiguous \(B, C, S, S\) uint8, got .* torch.float32 on"):
+        module.lit(IMAGES.to(DEVICE).float(), 1.0, 1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("ensemble", [1, 2])
