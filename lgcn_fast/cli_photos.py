@@ -72,9 +72,8 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-confidence", type=float, default=0.5, metavar="SHARE", help="faces below it are dropped (default: 0.5)"
     )
-    parser.add_argument(
-        "--any-angle", action="store_true", help="find faces however they are turned, in four times the finder's time"
-    )
+    text = "find faces however they are turned (--heatmap shows upright ones); takes two to four times as long"
+    parser.add_argument("--any-angle", action="store_true", help=text)
 
 
 def _detector(options: argparse.Namespace) -> Callable[[np.ndarray], Faces]:

@@ -110,7 +110,8 @@ def detect(
         known: boxes (K, 4), as in `Faces`, of faces that are known already: the finder sees them, the model does not
             look at them.
         any_angle: find faces however they are turned in the photo: of people who lie down, or in a photo that does.
-            Otherwise they must stand upright, to about 40 degrees. The finder takes four times as long.
+            Otherwise they must stand upright, to about 40 degrees. The finder takes four times as long, the model
+            about twice: it judges what was found more than once.
 
     Returns:
         `Faces`, none where there is none; without the known ones.
@@ -134,17 +135,19 @@ def detect(
         found = fitted_faces(photo, boxes, np.full(len(boxes), quarters * np.pi / 2), seeker, shape)
         faces.append(found[distinct(found.boxes, found.confidence, FIRST_ROUND * min_confidence, known)])
     faces = _joined(faces)
+    boxes, angles = upright_boxes(faces.points, shape.mean)
     for share in ROUNDS:
-        boxes, angles = upright_boxes(faces.points, shape.mean)
+        if not len(faces):
+            break
         near = meet(boxes, photo)
-        boxes = boxes[near]
-        faces = fitted_faces(photo, boxes, angles[near], engine, shape)
+        before = boxes[near]
+        faces = fitted_faces(photo, before, angles[near], engine, shape)
         kept = distinct(faces.boxes, faces.confidence, share * min_confidence, known)
-        faces, boxes = faces[kept], boxes[kept]
-        again, _ = upright_boxes(faces.points, shape.mean)
-        still = np.abs(again - boxes).max(axis=1) <= SETTLED * boxes[:, 2]
+        faces, before = faces[kept], before[kept]
+        boxes, angles = upright_boxes(faces.points, shape.mean)
+        still = np.abs(boxes - before).max(axis=1) <= SETTLED * before[:, 2]
         settled.append(faces[still])
-        faces = faces[~still]
+        faces, boxes, angles = faces[~still], boxes[~still], angles[~still]
     faces = _joined([*settled, faces])
     return faces[distinct(faces.boxes, faces.confidence, min_confidence)]
 

@@ -10,10 +10,10 @@ import torch
 
 from .detection import Faces
 from .engine import Engine
-from .images import face_box, square_box, touches
+from .images import face_box, from_crop, square_box, touches, turned, upright_boxes
 from .inputs import one_image
 from .landmarks import SCHEMES
-from .loading import engine_for
+from .loading import default_shape, engine_for, shape_for
 from .model import LGCN
 from .prediction import Landmarks, network_input
 from .tracking import TrackedFaces
@@ -136,20 +136,21 @@ def _score_color(score: float) -> tuple[int, int, int]:
 
 
 def _with_heatmaps(picture: np.ndarray, points: np.ndarray, engine: Engine) -> np.ndarray:
-    """The largest of each face's heatmaps in each pixel, as colours over its box."""
+    """The largest of each face's heatmaps in each pixel, as colours over its upright box."""
     heat = np.zeros(picture.shape[:2], np.float32)
-    config = engine.config
+    config, count = engine.config, points.shape[1]
+    mean = shape_for(None, count).mean if default_shape(count).exists() else None
     for face in points[np.isfinite(points).all(axis=2).any(axis=1)]:
-        box = square_box(face_box(face))
-        if not touches(box, picture):
+        visible = np.isfinite(face).all(axis=1)
+        boxes, angles = upright_boxes(face[None, visible], None if mean is None else mean[visible])
+        if not touches(boxes[0], picture):
             continue
-        crop = network_input(picture, box, config.input_size, config.in_channels)
+        crop = network_input(picture, boxes[0], config.input_size, config.in_channels, angles[0])
         seen = engine.heatmaps(torch.as_tensor(crop)[None])[0].amax(dim=0).clamp(0, 1).cpu().numpy()
-        x, y, side, _ = box.tolist()
-        seen = cv2.resize(seen, (side, side), interpolation=cv2.INTER_LINEAR)
-        left, top = max(-x, 0), max(-y, 0)
-        target = heat[y + top : y + side, x + left : x + side]
-        np.maximum(target, seen[top : top + target.shape[0], left : left + target.shape[1]], out=target)
+        corners = np.array([[0, 0], [1, 0], [0, 1]], np.float32)
+        there = turned(from_crop(corners[None], boxes, config.input_size / config.stride), boxes, angles)[0]
+        matrix = cv2.getAffineTransform(corners, there.astype(np.float32))
+        np.maximum(heat, cv2.warpAffine(seen, matrix, picture.shape[1::-1]), out=heat)
     colors = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     opacity = HEAT * np.minimum(2 * heat, 1)[..., None]
     return np.ascontiguousarray(np.rint(picture * (1 - opacity) + colors * opacity).astype(np.uint8))

@@ -26,10 +26,10 @@ def views(images: list[np.ndarray], boxes: np.ndarray, count: int, num_landmarks
 
     Args:
         images: B times (H, W) or (H, W, 3).
-        boxes: (B, 4) whole pixels, square.
+        boxes: (B, 4) square.
 
     Returns:
-        boxes (count * B, 4) int64, of which box i is of image i mod B; mirrored (count * B,) bool: flip its crop.
+        boxes (count * B, 4), of which box i is of image i mod B; mirrored (count * B,) bool: flip its crop.
 
     Raises:
         ValueError: a count below 1.

@@ -196,10 +196,7 @@ def _numbers(values: np.ndarray | list[float]) -> str:
 def _shape_model(shape: ShapeModel | Path | str | None, num_landmarks: int) -> ShapeModel | None:
     if shape is None and not default_shape(num_landmarks).is_file():
         return None
-    shape = shape_for(shape, num_landmarks)
-    if shape.num_landmarks != num_landmarks:
-        raise ValueError(f"shape: expected a shape model of {num_landmarks} landmarks, got {shape.num_landmarks}")
-    return shape
+    return shape_for(shape, num_landmarks)
 
 
 def traced(model: LGCN) -> torch.export.ExportedProgram:

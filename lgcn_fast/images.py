@@ -188,7 +188,7 @@ def upright_boxes(points: np.ndarray, mean: np.ndarray | None = None) -> tuple[n
         mean: (N, 2), an upright face of any size and place, as of a shape model. Without it no box is turned.
 
     Returns:
-        boxes (B, 4) float64: x, y, side, side of each square before it is turned about its middle; angles (B,) by which
+        boxes (B, 4): x, y, side, side of each square before it is turned about its middle; angles (B,) by which
         it is, radians, clockwise as one sees it.
     """
     angles = np.zeros(len(points)) if mean is None else np.angle([_factor(mean, face) for face in points])

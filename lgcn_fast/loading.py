@@ -19,9 +19,18 @@ def default_shape(num_landmarks: int) -> Path:
 
 
 def shape_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> ShapeModel:
-    if isinstance(shape, ShapeModel):
-        return shape
-    return _packaged_shape(num_landmarks) if shape is None else _loaded_shape(Path(shape), _version(Path(shape)))
+    """A shape model, of a file loaded once; default: the package's.
+
+    Raises:
+        ValueError: one of another number of landmarks, or none in the package.
+    """
+    if shape is None:
+        return _packaged_shape(num_landmarks)
+    found = shape if isinstance(shape, ShapeModel) else _loaded_shape(Path(shape), _version(Path(shape)))
+    if found.num_landmarks != num_landmarks:
+        expected, got = num_landmarks, found.num_landmarks
+        raise ValueError(f"shape: expected a shape model of {expected} landmarks, got one of {got}")
+    return found
 
 
 @lru_cache(maxsize=8)
@@ -83,14 +92,14 @@ def _kept(path: Path, version: tuple[int, int] | None, *options: str | int) -> E
     return Engine(path, *options)
 
 
-_loads: dict[tuple, Lock] = {}
+_loads: dict[object, Lock] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_loads.clear)  # whoever held them is not there
 
 
 def _loaded(path: Path, version: tuple[int, int] | None, *options: str | int) -> Engine:
     """The engine of a file, built by the first of the threads that ask for it, while the others wait."""
-    with _loads.setdefault((path, options), Lock()):
+    with _loads.setdefault((str(path), options), Lock()):
         return _kept(path, version, *options)
 
 
@@ -100,9 +109,10 @@ _engines: WeakKeyDictionary[LGCN, tuple[list, Engine]] = WeakKeyDictionary()
 def _built(model: LGCN, device: str, precision: str, num_threads: int) -> Engine:
     """The engine of a network, built again when its weights have changed."""
     options = device, precision, num_threads
-    tensors = model.state_dict().values()
-    state = [options, *((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)]
-    known = _engines.get(model)
-    if known is None or known[0] != state:
-        known = _engines[model] = state, Engine(model, *options)
-    return known[1]
+    with _loads.setdefault(LGCN, Lock()):
+        tensors = model.state_dict().values()
+        state = [options, *((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)]
+        known = _engines.get(model)
+        if known is None or known[0] != state:
+            known = _engines[model] = state, Engine(model, *options)
+        return known[1]

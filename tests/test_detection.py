@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import lgcn_fast_kernels
-from lgcn_fast import Engine, LGCNConfig, detect, detection, load_model, peaks, predict
+from lgcn_fast import Engine, LGCNConfig, ShapeModel, detect, detection, load_model, peaks, predict
 from lgcn_fast.cli import main
-from lgcn_fast.detection import combined_heatmap
+from lgcn_fast.detection import combined_heatmap, fitted_faces
 from lgcn_fast.images import face_box, read_image, write_image
-from lgcn_fast.loading import engine_for
+from lgcn_fast.loading import engine_for, shape_for
 from lgcn_fast.model import LGCN
 from lgcn_fast.multiface import LabelledPhoto, read_photos, score_photo, score_photos, summary
 
@@ -73,6 +73,23 @@ def test_faces_in_the_dark_and_in_haze(face, points, gain, offset):
     faces = detect(np.rint(face * np.float64(gain) + offset).astype(np.uint8))
     assert len(faces) == 1
     assert distance(faces.points[0], points) < 0.01
+
+
+def test_more_faces_than_go_through_the_network_at_once(face, points):
+    boxes = np.repeat(face_box(points)[None], 70, axis=0) + np.linspace(-6, 6, 70)[:, None] * (1, 1, 0, 0)
+    angles = np.linspace(-0.3, 0.3, 70)
+    engine, shape = engine_for("lgcn-finder", "cpu", "auto"), shape_for(None, 68)
+    faces = fitted_faces(face, boxes, angles, engine, shape)
+    assert len(faces) == 70
+    for index in (0, 64, 69):
+        alone = fitted_faces(face, boxes[index : index + 1], angles[index : index + 1], engine, shape)
+        np.testing.assert_allclose(faces.points[index], alone.points[0], atol=1e-3)
+
+
+def test_a_shape_model_of_other_landmarks_is_named(face):
+    shape = ShapeModel(np.zeros((15, 2)), np.zeros((1, 30)), np.ones(1))
+    with pytest.raises(ValueError, match="shape: expected a shape model of 68 landmarks, got one of 15"):
+        detect(face, shape=shape)
 
 
 @pytest.mark.parametrize("angle", [60, 90, 135, 180, 240, 270])

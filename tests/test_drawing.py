@@ -31,7 +31,8 @@ def test_every_style_draws_something_and_leaves_the_image(picture, faces, style)
     changed = (drawn != picture).any(axis=-1)
     assert 0 < changed.mean() < 0.5
     x, y, side, _ = faces.boxes[0].astype(int)
-    changed[max(y - 20, 0) : y + side + 3, x - 3 : x + side + 20] = False  # (with captions and indices)
+    # (With captions and indices; the heatmaps' box leans with the face.)
+    changed[max(y - 20, 0) : y + side + 8, x - 8 : x + side + 20] = False
     assert not changed.any()
 
 
@@ -103,3 +104,18 @@ def test_contact_sheet():
     sheet = contact_sheet(tiles, [""] * 3, 2)
     assert sheet.shape == (40, 60, 3)
     assert [sheet[5, 5, 0], sheet[5, 35, 0], sheet[25, 5, 0], sheet[25, 35, 0]] == [0, 50, 100, 0]
+
+
+@pytest.mark.parametrize("angle", [0, 90, 180])
+def test_heatmaps_are_those_of_the_upright_face(demo_picture, angle):
+    """Drawn where they are seen: over most landmarks the picture turns yellow, beside the face it stays as it is."""
+    face = np.rot90(read_image(demo_picture, color=True), angle // 90)
+    faces = lgcn_fast.detect(face, model="lgcn-nano", any_angle=True)
+    drawn = draw(face, faces, "heatmaps", "lgcn-nano").astype(int)
+    x, y = np.rint(faces.points[0, 17:]).astype(int).T
+    warmer = (drawn - face)[y, x] @ (1, 0, -1) > 20  # more red than blue was added
+    assert warmer.mean() > 0.9
+    left, top, side = np.rint(faces.boxes[0, :3]).astype(int)
+    outside = np.ones(face.shape[:2], bool)
+    outside[max(top - 20, 0) : top + side + 20, max(left - 20, 0) : left + side + 20] = False
+    np.testing.assert_array_equal(drawn[outside], face[outside])

@@ -109,7 +109,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch, random):
     model, path = randomised(CONFIGS["nano"]), tmp_path / "model.onnx"
     with pytest.raises(ValueError, match="format: expected one of onnx, pt2, got 'tflite'"):
         export.export(model, path, "tflite")
-    with pytest.raises(ValueError, match="shape: expected a shape model of 3 landmarks, got 5"):
+    with pytest.raises(ValueError, match="shape: expected a shape model of 3 landmarks, got one of 5"):
         export.export(model, path, "pt2", shape=ShapeModel.fit(random.normal(size=(9, 5, 2))))
     with pytest.raises(ValueError, match="model: expected one of lgcn-"):
         export.export("no-such-model", path, "pt2")
