@@ -71,8 +71,9 @@ def test_compiles():
 @pytest.mark.slow
 @pytest.mark.parametrize("color", [True, False])
 @pytest.mark.parametrize("fit", [True, False])
-def test_points_are_those_of_predict(fit, color, program, network, demo_picture, tmp_path):
-    image = read_image(demo_picture, color=color)
+@pytest.mark.parametrize("light", [1, 0.2])
+def test_points_are_those_of_predict(light, fit, color, program, network, demo_picture, tmp_path):
+    image = np.rint(read_image(demo_picture, color=color) * np.float64(light)).astype(np.uint8)
     picture = tmp_path / f"demo.{'ppm' if color else 'pgm'}"
     cv2.imwrite(str(picture), cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if color else image)
     beyond_the_border = (-10, -20, 200, 211)
