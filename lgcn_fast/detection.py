@@ -19,7 +19,17 @@ import lgcn_fast_kernels
 
 from .engine import Engine
 from .fitting import Fit
-from .images import BOX_ENLARGEMENT, face_box, from_crop, lit, turned, upright_boxes
+from .images import (
+    BOX_ENLARGEMENT,
+    BRIGHTEST,
+    DARKEST,
+    LARGEST_GAIN,
+    LEAST_CONTRAST,
+    face_box,
+    from_crop,
+    turned,
+    upright_boxes,
+)
 from .inputs import checked_boxes, one_image
 from .landmarks import SCHEMES
 from .loading import engine_for, finder_for, shape_for
@@ -242,8 +252,22 @@ def _levels(photo: np.ndarray, engine: Engine, min_face: float, step: float) -> 
         if scale < 1:
             sources.append(level)
         level = cv2.copyMakeBorder(level, BORDER, BORDER, BORDER, BORDER, cv2.BORDER_REPLICATE)
-        yield scale, as_network_input(lit(level), engine.config.in_channels).numpy()
+        yield scale, as_network_input(_lit(level, 2 * nominal), engine.config.in_channels).numpy()
         scale /= step
+
+
+def _lit(level: np.ndarray, side: int) -> np.ndarray:
+    """`lit` of each pixel by what lies in a square around it, so many pixels a side: a lamp, a dark room or white paper
+    elsewhere in the photo is no reason to change a face."""
+    gray = level if level.ndim == 2 else cv2.cvtColor(level, cv2.COLOR_RGB2GRAY)
+    mean = cv2.boxFilter(gray, cv2.CV_32F, (side, side), borderType=cv2.BORDER_REFLECT)
+    squares = cv2.sqrBoxFilter(gray, cv2.CV_32F, (side, side), borderType=cv2.BORDER_REFLECT)
+    gain = np.clip(LEAST_CONTRAST / np.sqrt(np.maximum(squares - mean * mean, 1e-6)), 1, LARGEST_GAIN)
+    offset = np.clip(mean, DARKEST, BRIGHTEST) - gain * mean
+    if level.ndim == 3:
+        gain, offset = gain[..., None], offset[..., None]
+    changed = (level * gain + offset).clip(0, 255)
+    return np.rint(changed).astype(np.uint8) if level.dtype == np.uint8 else changed
 
 
 def _tiles(level: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

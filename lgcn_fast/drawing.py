@@ -147,10 +147,17 @@ def _with_heatmaps(picture: np.ndarray, points: np.ndarray, engine: Engine) -> n
             continue
         crop = network_input(picture, boxes[0], config.input_size, config.in_channels, angles[0])
         seen = engine.heatmaps(torch.as_tensor(crop)[None])[0].amax(dim=0).clamp(0, 1).cpu().numpy()
-        corners = np.array([[0, 0], [1, 0], [0, 1]], np.float32)
-        there = turned(from_crop(corners[None], boxes, config.input_size / config.stride), boxes, angles)[0]
-        matrix = cv2.getAffineTransform(corners, there.astype(np.float32))
-        np.maximum(heat, cv2.warpAffine(seen, matrix, picture.shape[1::-1]), out=heat)
+        three = np.array([[0, 0], [1, 0], [0, 1]], np.float32)
+        there = turned(from_crop(three[None], boxes, config.input_size / config.stride), boxes, angles)[0]
+        matrix = cv2.getAffineTransform(three, there.astype(np.float32))
+        height, width = seen.shape  # (in a large picture it covers a small part)
+        corners = matrix @ np.array([[-1, -1, 1], [-1, height, 1], [width, -1, 1], [width, height, 1]]).T
+        left, top = np.clip(np.floor(corners.min(axis=1)), 0, picture.shape[1::-1]).astype(int)
+        right, bottom = np.clip(np.ceil(corners.max(axis=1)) + 1, 0, picture.shape[1::-1]).astype(int)
+        matrix[:, 2] -= left, top
+        part = heat[top:bottom, left:right]
+        if part.size:
+            np.maximum(part, cv2.warpAffine(seen, matrix, part.shape[::-1]), out=part)
     colors = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     opacity = HEAT * np.minimum(2 * heat, 1)[..., None]
     return np.ascontiguousarray(np.rint(picture * (1 - opacity) + colors * opacity).astype(np.uint8))

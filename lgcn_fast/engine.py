@@ -164,7 +164,7 @@ class Engine:
         """Fit a shape model to the heatmaps of images (section 3.3), see `fitting.fit`.
 
         Args:
-            images: as for `heatmaps`.
+            images: as for `heatmaps`; `predict` lights them before, see `images.lit`.
             shape: with as many landmarks as the network.
             to_host: as for `maxima`.
 

@@ -60,8 +60,10 @@ def channels_last(batch: Array, name: str) -> Array:
     """(B, H, W) or (B, H, W, 3) of any accepted shape, a view."""
     if 0 in batch.shape:
         raise ValueError(f"{name}: expected at least one image with at least one pixel, got shape {tuple(batch.shape)}")
-    if batch.ndim == 2 or (batch.ndim == 3 and batch.shape[2] in (1, 3)):
-        batch = batch[None]
+    if batch.ndim == 3 and batch.shape[2] in (1, 3):
+        return batch[None, ..., 0] if batch.shape[2] == 1 else batch[None]
+    if batch.ndim == 2:
+        return batch[None]
     if 3 <= batch.ndim <= 4 and batch.shape[-1] == 4:
         raise ValueError(f"{name}: expected gray or RGB, got {tuple(batch.shape)}, as of RGBA (take image[..., :3])")
     if batch.ndim == 3:

@@ -109,9 +109,9 @@ _engines: WeakKeyDictionary[LGCN, tuple[list, Engine]] = WeakKeyDictionary()
 def _built(model: LGCN, device: str, precision: str, num_threads: int) -> Engine:
     """The engine of a network, built again when its weights have changed."""
     options = device, precision, num_threads
-    with _loads.setdefault(LGCN, Lock()):
-        tensors = model.state_dict().values()
-        state = [options, *((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)]
+    tensors = model.state_dict().values()
+    state = [options, *((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)]
+    with _loads.setdefault(id(model), Lock()):
         known = _engines.get(model)
         if known is None or known[0] != state:
             known = _engines[model] = state, Engine(model, *options)

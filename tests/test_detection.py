@@ -92,6 +92,35 @@ def test_a_shape_model_of_other_landmarks_is_named(face):
         detect(face, shape=shape)
 
 
+@pytest.mark.parametrize("kind", ["in a dark room", "on white paper", "in the dark, beside a lamp"])
+def test_light_elsewhere_in_the_photo_does_not_count(face, points, kind):
+    """A gain for all of the photo makes the first two white or black, and is none in the third."""
+    photo = np.full((900, 900, 3), {"in a dark room": 4, "on white paper": 255}.get(kind, 10), np.uint8)
+    x, y, side, _ = FACE
+    part = face[y : y + side, x : x + side] * np.float64(0.1 if "lamp" in kind else 0.8)
+    photo[500 : 500 + side, 300 : 300 + side] = np.rint(part)
+    if "lamp" in kind:
+        photo[:200, :200] = 255
+    faces = detect(photo)
+    assert len(faces) == 1
+    assert distance(faces.points[0], points + np.array([300 - x, 500 - y])) < 0.015
+
+
+@pytest.mark.parametrize("color", [True, False])
+def test_light_of_a_level_is_that_of_a_face_around_each_pixel(random, color):
+    level = random.normal(20, 3, (60, 70, 3) if color else (60, 70)).clip(0, 255).astype(np.float32)
+    padded = np.pad(level, ((20, 20), (20, 20)) + ((0, 0),) * color, mode="symmetric")
+    gray = cv2.cvtColor(padded, cv2.COLOR_RGB2GRAY) if color else padded
+    found = detection._lit(level, 21)
+    for row, column in ((0, 0), (30, 40), (59, 69)):
+        around = gray[row + 10 : row + 31, column + 10 : column + 31]
+        gain = np.clip(25 / around.std(), 1, 12)
+        expected = (level[row, column] - around.mean()) * gain + np.clip(around.mean(), 60, 170)
+        np.testing.assert_allclose(found[row, column], expected.clip(0, 255), rtol=1e-3, atol=0.1)
+    usual = random.normal(120, 50, level.shape).clip(0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(detection._lit(usual, 41), usual)
+
+
 @pytest.mark.parametrize("angle", [60, 90, 135, 180, 240, 270])
 def test_faces_at_any_angle(face, points, angle):
     """In a photo that is no square: 500 x 340, the face somewhere right."""

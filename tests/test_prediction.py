@@ -26,6 +26,7 @@ from lgcn_fast.images import (
     turned,
     upright_boxes,
 )
+from lgcn_fast.inputs import as_images
 from lgcn_fast.loading import engine_for, shape_for
 from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import network_input
@@ -396,6 +397,10 @@ def test_threads_that_call_first_build_one_engine(tmp_path, monkeypatch, kind):
         engines = list(threads.map(first_call, range(8)))
     assert [engine is built[0] for engine in engines] == [True] * 8
     assert len(built) == 1
+
+
+def test_an_image_may_have_one_row():
+    assert [image.shape for image in as_images(np.zeros((1, 50, 3), np.uint8))] == [(1, 50, 3)]
 
 
 def test_kinds_of_images_may_mix(gray):
