@@ -92,18 +92,19 @@ def test_a_shape_model_of_other_landmarks_is_named(face):
         detect(face, shape=shape)
 
 
-@pytest.mark.parametrize("kind", ["in a dark room", "on white paper", "in the dark, beside a lamp"])
-def test_light_elsewhere_in_the_photo_does_not_count(face, points, kind):
-    """A gain for all of the photo makes the first two white or black, and is none in the third."""
-    photo = np.full((900, 900, 3), {"in a dark room": 4, "on white paper": 255}.get(kind, 10), np.uint8)
-    x, y, side, _ = FACE
-    part = face[y : y + side, x : x + side] * np.float64(0.1 if "lamp" in kind else 0.8)
-    photo[500 : 500 + side, 300 : 300 + side] = np.rint(part)
-    if "lamp" in kind:
-        photo[:200, :200] = 255
+@pytest.mark.parametrize(
+    ("dark", "light", "lamp"), [(0, 0.8, 0), (255, 0.6, 0), (10, 0.1, 300)], ids=["dark room", "white paper", "lamp"]
+)
+def test_light_elsewhere_in_the_photo_does_not_count(face, points, dark, light, lamp):
+    """With one gain for all of the photo none of these faces is found."""
+    photo = np.full((1000, 1000, 3), dark, np.uint8)
+    photo[:lamp, :lamp] = 255
+    part = cv2.resize(face[50:214, 62:226], (80, 80), interpolation=cv2.INTER_AREA)
+    photo[500:580, 300:380] = np.rint(part * light)
     faces = detect(photo)
     assert len(faces) == 1
-    assert distance(faces.points[0], points + np.array([300 - x, 500 - y])) < 0.015
+    expected = (points - (62, 50) + 0.5) * (80 / 164) - 0.5 + (300, 500)
+    assert distance(faces.points[0], expected) < 0.025
 
 
 @pytest.mark.parametrize("color", [True, False])
