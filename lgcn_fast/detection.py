@@ -67,6 +67,8 @@ WHOLE = 2**20
 TILE, TILE_BORDER = 640, 48
 """Largest side of what a tile is to answer for, and what it sees around it. (Without AMX 640 takes 0.6 to 0.8 of the
 time of 256, which overlap more, and less than 512 or 720, measured with lgcn-nano.)"""
+LIGHT_STEP = 4
+"""Pixels of a level between places where its light is measured."""
 TILES = 8
 """Tiles that go through the network at once, each with up to 100 MB."""
 
@@ -138,9 +140,9 @@ def detect(
     engine = engine_for(model, device, precision)
     seeker, shape = finder_for(finder, engine), shape_for(shape, engine.config.num_landmarks)
     known = checked_boxes("known", [] if known is None else known)
-    faces, settled = [], []
+    seen, faces, settled = _as_seen(photo, seeker), [], []
     for quarters in range(4 if any_angle else 1):
-        boxes = _turned_back(find_hypotheses(np.rot90(photo, quarters), seeker, shape, min_face, step), photo, quarters)
+        boxes = _turned_back(find_hypotheses(np.rot90(seen, quarters), seeker, shape, min_face, step), photo, quarters)
         boxes = boxes[meet(boxes, photo)]
         found = fitted_faces(photo, boxes, np.full(len(boxes), quarters * np.pi / 2), seeker, shape)
         faces.append(found[distinct(found.boxes, found.confidence, FIRST_ROUND * min_confidence, known)])
@@ -172,7 +174,7 @@ def find_hypotheses(
     """Where the heatmaps of several landmarks agree that a face may be.
 
     Args:
-        photo: (H, W) or (H, W, 3), uint8 or float32 in 0..255.
+        photo: (H, W), or (H, W, 3) for a network that sees colours, uint8 or float32 in 0..255.
 
     Returns:
         boxes (M, 4) float64: x, y, side, side in pixels of the photo, those with most votes first.
@@ -220,7 +222,7 @@ def combined_heatmap(
     photo = one_image(image, "image")
     engine = finder_for(finder, engine_for(model, "cpu", "auto"))
     combined = np.zeros(photo.shape[:2], np.float32)
-    for scale, level in _levels(photo, engine, min_face, 2.0):
+    for scale, level in _levels(_as_seen(photo, engine), engine, min_face, 2.0):
         heat = np.zeros(level.shape[1:], np.float32)
         for tiles, places, cores in _tiles(level):
             heatmaps = engine.heatmaps(torch.from_numpy(tiles)).amax(1).cpu().numpy()
@@ -234,10 +236,14 @@ def combined_heatmap(
     return combined.clip(0, 1)
 
 
+def _as_seen(photo: np.ndarray, engine: Engine) -> np.ndarray:
+    """A photo in the colours that a network sees: (H, W) or (H, W, 3)."""
+    gray = engine.config.in_channels == 1 and photo.ndim == 3
+    return cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY) if gray else photo
+
+
 def _levels(photo: np.ndarray, engine: Engine, min_face: float, step: float) -> Iterator[tuple[float, np.ndarray]]:
     """The photo as (C, H, W) in falling sizes, with a border; the scale of each."""
-    if engine.config.in_channels == 1 and photo.ndim == 3:
-        photo = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
     nominal = engine.config.input_size
     height, width = photo.shape[:2]
     scale = min(SMALLEST * nominal / min_face, LARGEST_ENLARGEMENT)
@@ -258,16 +264,23 @@ def _levels(photo: np.ndarray, engine: Engine, min_face: float, step: float) -> 
 
 def _lit(level: np.ndarray, side: int) -> np.ndarray:
     """`lit` of each pixel by what lies in a square around it, so many pixels a side: a lamp, a dark room or white paper
-    elsewhere in the photo is no reason to change a face."""
-    gray = level if level.ndim == 2 else cv2.cvtColor(level, cv2.COLOR_RGB2GRAY)
-    mean = cv2.boxFilter(gray, cv2.CV_32F, (side, side), borderType=cv2.BORDER_REFLECT)
-    squares = cv2.sqrBoxFilter(gray, cv2.CV_32F, (side, side), borderType=cv2.BORDER_REFLECT)
+    elsewhere in the photo is no reason to change a face. In between `LIGHT_STEP` pixels light is interpolated."""
+    gray = (level if level.ndim == 2 else cv2.cvtColor(level, cv2.COLOR_RGB2GRAY)).astype(np.float32)
+    coarse = [length // LIGHT_STEP for length in gray.shape[::-1]]
+    around = (side // LIGHT_STEP | 1,) * 2
+    mean, squares = (
+        cv2.blur(cv2.resize(values, coarse, interpolation=cv2.INTER_AREA), around, borderType=cv2.BORDER_REFLECT)
+        for values in (gray, gray * gray)
+    )
     gain = np.clip(LEAST_CONTRAST / np.sqrt(np.maximum(squares - mean * mean, 1e-6)), 1, LARGEST_GAIN)
     offset = np.clip(mean, DARKEST, BRIGHTEST) - gain * mean
+    if not offset.any():
+        return level
+    gain, offset = (cv2.resize(values, gray.shape[::-1]) for values in (gain, offset))
     if level.ndim == 3:
-        gain, offset = gain[..., None], offset[..., None]
-    changed = (level * gain + offset).clip(0, 255)
-    return np.rint(changed).astype(np.uint8) if level.dtype == np.uint8 else changed
+        gain, offset = cv2.merge([gain] * 3), cv2.merge([offset] * 3)
+    depth = cv2.CV_8U if level.dtype == np.uint8 else cv2.CV_32F
+    return cv2.add(cv2.multiply(level, gain, dtype=cv2.CV_32F), offset, dtype=depth).clip(0, 255)
 
 
 def _tiles(level: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -107,19 +107,37 @@ def test_light_elsewhere_in_the_photo_does_not_count(face, points, dark, light, 
     assert distance(faces.points[0], expected) < 0.025
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize("color", [True, False])
-def test_light_of_a_level_is_that_of_a_face_around_each_pixel(random, color):
-    level = random.normal(20, 3, (60, 70, 3) if color else (60, 70)).clip(0, 255).astype(np.float32)
-    padded = np.pad(level, ((20, 20), (20, 20)) + ((0, 0),) * color, mode="symmetric")
-    gray = cv2.cvtColor(padded, cv2.COLOR_RGB2GRAY) if color else padded
+def test_light_of_a_level_is_that_of_a_face_around_each_pixel(random, color, dtype):
+    """Against float64: mean and deviation of 5 x 5 squares of 4 x 4 pixels, interpolated between the squares."""
+    level = random.normal(20, 3, (60, 72, 3) if color else (60, 72)).clip(0, 255).astype(dtype)
+    level[:, 40:] *= 4
+    gray = (cv2.cvtColor(level, cv2.COLOR_RGB2GRAY) if color else level).astype(float)
+    means = []
+    for values in (gray, gray**2):
+        squares = values.reshape(15, 4, 18, 4).mean((1, 3))
+        near = np.lib.stride_tricks.sliding_window_view(np.pad(squares, 2, mode="symmetric"), (5, 5))
+        means.append(near.mean((2, 3)))
+    gain = np.clip(25 / np.sqrt(means[1] - means[0] ** 2), 1, 12)
+    light = [gain, np.clip(means[0], 60, 170) - gain * means[0]]
+    for axis, count in enumerate((60, 72)):
+        places = np.arange(count), np.arange(1.5, count, 4)
+        light = [np.apply_along_axis(lambda line, p=places: np.interp(*p, line), axis, part) for part in light]
+    gain, offset = (part[..., None] if color else part for part in light)
     found = detection._lit(level, 21)
-    for row, column in ((0, 0), (30, 40), (59, 69)):
-        around = gray[row + 10 : row + 31, column + 10 : column + 31]
-        gain = np.clip(25 / around.std(), 1, 12)
-        expected = (level[row, column] - around.mean()) * gain + np.clip(around.mean(), 60, 170)
-        np.testing.assert_allclose(found[row, column], expected.clip(0, 255), rtol=1e-3, atol=0.1)
-    usual = random.normal(120, 50, level.shape).clip(0, 255).astype(np.uint8)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, (level * gain + offset).clip(0, 255), atol=0.51 if dtype == np.uint8 else 0.1)
+
+
+@pytest.mark.parametrize("size", [(33, 71), (60, 70)])
+@pytest.mark.parametrize("color", [True, False])
+def test_light_of_levels_of_any_size(random, size, color):
+    usual = random.normal(120, 50, size).clip(0, 255).astype(np.uint8)
+    usual = np.dstack([usual] * 3) if color else usual
     np.testing.assert_array_equal(detection._lit(usual, 41), usual)
+    dark = detection._lit((usual * 0.2).astype(np.float32), 96)
+    np.testing.assert_allclose((dark.mean(), dark.std()), (60, 25), atol=3)
 
 
 @pytest.mark.parametrize("angle", [60, 90, 135, 180, 240, 270])
