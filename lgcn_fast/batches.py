@@ -31,9 +31,7 @@ class AugmentedCrops(Dataset):
         self.label_shifts = label_shifts or {}
         scheme = SCHEMES.get(cache.num_landmarks)
         self.mirror_order = scheme.mirror if scheme else None
-        shapes = training_shapes(cache)
-        complete = np.isfinite(shapes).all((1, 2)).sum() > 1
-        self.shape = ShapeModel.fit(shapes) if augmentation.warp and complete else None
+        self.shape = _shape_model(cache) if augmentation.warp else None
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Image (C, size, size) uint8 and points (1, N, 2) float32."""
@@ -47,6 +45,12 @@ class AugmentedCrops(Dataset):
         )  # fmt: skip
         channels_first = image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
         return torch.from_numpy(channels_first), torch.from_numpy(points[None])
+
+
+def _shape_model(cache: CropCache) -> ShapeModel | None:
+    """Of the faces of a training; None where too few have all labels."""
+    shapes = training_shapes(cache)
+    return ShapeModel.fit(shapes) if np.isfinite(shapes).all((1, 2)).sum() > 1 else None
 
 
 class EpochBatches:

@@ -62,13 +62,13 @@ RESIDUAL, PLAUSIBLE = 0.12, 4.0
 """Scales of what lowers a confidence: the fit's residual, and the root mean square of its coefficients."""
 OVERLAP = 0.4
 """Of two faces whose boxes have more than this in common (over their union), the less confident one goes."""
+LIGHT_STEP = 4
+"""Pixels of a level between places where its light is measured."""
 WHOLE = 2**20
 """Pixels of a level that goes through the network as a whole; larger ones go in tiles, so that memory is bounded."""
 TILE, TILE_BORDER = 640, 48
 """Largest side of what a tile is to answer for, and what it sees around it. (Without AMX 640 takes 0.6 to 0.8 of the
 time of 256, which overlap more, and less than 512 or 720, measured with lgcn-nano.)"""
-LIGHT_STEP = 4
-"""Pixels of a level between places where its light is measured."""
 TILES = 8
 """Tiles that go through the network at once, each with up to 100 MB."""
 
