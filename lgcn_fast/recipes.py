@@ -73,7 +73,7 @@ _FAST = Recipe(
     "fast",
     batch_size=8,
     epochs=100,
-    augmentation=Augmentation(shift=0.05, warp=0.5, contrast=0.3, blur=1.0, noise=10.0, occlusion=0.4),
+    augmentation=Augmentation(shift=0.05, contrast=0.3, blur=1.0, noise=10.0, occlusion=0.4),
     ema_decay=0.998,
     clip_norm=20.0,
     muon_rate=4e-3,
@@ -92,7 +92,7 @@ _SCENE = replace(
     _FAST,
     name="scene",
     batch_size=16,
-    augmentation=replace(_FAST.augmentation, scale=0.4, shift=0.1, warp=0.0, blur=0.6),
+    augmentation=replace(_FAST.augmentation, scale=0.4, shift=0.1, blur=0.6),
     muon_rate=6e-3,
 )
 
