@@ -243,7 +243,7 @@ def _as_seen(photo: np.ndarray, engine: Engine) -> np.ndarray:
 
 
 def _levels(photo: np.ndarray, engine: Engine, min_face: float, step: float) -> Iterator[tuple[float, np.ndarray]]:
-    """The photo as (C, H, W) in falling sizes, with a border; the scale of each."""
+    """A photo as the network sees it (`_as_seen`), (C, H, W) in falling sizes with a border; the scale of each."""
     nominal = engine.config.input_size
     height, width = photo.shape[:2]
     scale = min(SMALLEST * nominal / min_face, LARGEST_ENLARGEMENT)
@@ -269,12 +269,8 @@ def _lit(level: np.ndarray, side: int) -> np.ndarray:
     height, width = (length // LIGHT_STEP for length in gray.shape)
     whole = gray[: height * LIGHT_STEP, : width * LIGHT_STEP]  # (of other sizes INTER_AREA takes twice as long)
     around = (side // LIGHT_STEP | 1,) * 2
-    mean, squares = (
-        cv2.blur(
-            cv2.resize(values, (width, height), interpolation=cv2.INTER_AREA), around, borderType=cv2.BORDER_REFLECT
-        )
-        for values in (whole, whole * whole)
-    )
+    places = (cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA) for part in (whole, whole * whole))
+    mean, squares = (cv2.blur(part, around, borderType=cv2.BORDER_REFLECT) for part in places)
     gain = np.clip(LEAST_CONTRAST / np.sqrt(np.maximum(squares - mean * mean, 1e-6)), 1, LARGEST_GAIN)
     offset = np.clip(mean, DARKEST, BRIGHTEST) - gain * mean
     if not offset.any():
@@ -282,8 +278,10 @@ def _lit(level: np.ndarray, side: int) -> np.ndarray:
     gain, offset = (cv2.resize(values, gray.shape[::-1]) for values in (gain, offset))
     if level.ndim == 3:
         gain, offset = cv2.merge([gain] * 3), cv2.merge([offset] * 3)
-    depth = cv2.CV_8U if level.dtype == np.uint8 else cv2.CV_32F
-    return cv2.add(cv2.multiply(level, gain, dtype=cv2.CV_32F), offset, dtype=depth).clip(0, 255)
+    changed = cv2.multiply(level, gain, dtype=cv2.CV_32F)
+    if level.dtype == np.uint8:
+        return cv2.add(changed, offset, dtype=cv2.CV_8U)  # rounded, and within 0..255
+    return (changed + offset).clip(0, 255)
 
 
 def _tiles(level: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
