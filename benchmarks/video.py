@@ -59,7 +59,7 @@ def quantiles(latencies: list[float]) -> dict[str, float]:
 
 
 def clip(name: str, visible: list[range], engine: Engine, sheets: Path) -> dict:
-    """A file decoded, tracked, drawn and encoded, as `lgcn-fast video IN --out OUT` does."""
+    """A file decoded, tracked, drawn and encoded."""
     tracker, found, latencies, tiles = Tracker(engine), [], [], []
     with tempfile.TemporaryDirectory() as folder, VideoReader(FOLDER / f"{name}.mp4") as reader:
         start, cpu = time.perf_counter(), time.process_time()

@@ -25,7 +25,8 @@ struct Taps {
 
     // taps: (count, size), size odd.
     Taps(const double* taps, std::int64_t count, std::int64_t size) : radius(size / 2) {
-        const double least = *std::max_element(taps, taps + count * size) / (1 << 25);
+        double least = 0;
+        for (std::int64_t i = 0; i < count * size; ++i) least = std::max(least, std::abs(taps[i]) / (1 << 25));
         for (std::int64_t s = 0; s < count; ++s) {
             const double* tap = taps + s * size + radius;
             std::int64_t furthest = radius;

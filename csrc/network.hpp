@@ -8,6 +8,7 @@
 #include <mutex>
 #include <optional>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "convolution.hpp"
@@ -169,8 +170,7 @@ private:
 
     std::unique_ptr<Workspace> borrow(std::int64_t height, std::int64_t width, std::int64_t threads, bool buffer) {
         std::unique_ptr<Workspace> found;
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
+        if (const auto lock = lock_idle()) {
             // The latest: the likeliest to be in the cache.
             const auto same = std::find_if(idle_.rbegin(), idle_.rend(), [&](const auto& w) {
                 return w->image_height == height && w->image_width == width;
@@ -186,10 +186,21 @@ private:
         return found;
     }
 
+    // Without the lock if it is not to be had: in a forked process nobody opens it whose thread was not taken along.
+    std::unique_lock<std::mutex> lock_idle() {
+        std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        for (int turns = 0; !lock && turns < 1000; ++turns) {
+            std::this_thread::yield();
+            lock.try_lock();
+        }
+        return lock;
+    }
+
     // One of `together` that a call had.
     void give_back(std::unique_ptr<Workspace> workspace, std::size_t together) {
         std::vector<std::unique_ptr<Workspace>> old;  // freed when others may borrow again
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto lock = lock_idle();
+        if (!lock) return;
         idle_.push_back(std::move(workspace));
         std::size_t bytes = 0;
         for (const auto& idle : idle_) bytes += idle->bytes();

@@ -82,8 +82,8 @@ void run_threads(std::int64_t threads, const Work& work) {
         throw;
     } catch (const std::system_error& failure) {
         leave();
-        throw std::runtime_error("num_threads: expected as many threads as may be started, got " +
-                                 std::to_string(threads) + " (" + failure.what() + ")");
+        throw std::invalid_argument("num_threads: expected as many threads as may be started, got " +
+                                    std::to_string(threads) + " (" + failure.what() + ")");
     }
     signal.store(kGo, std::memory_order_release);
     call(0);

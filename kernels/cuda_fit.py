@@ -72,7 +72,7 @@ class CudaFitter:
             peaks: (B, N, 6) float32, contiguous, on the device: of every heatmap x, y and value of its largest pixel,
                 and the sums of w^2, w^2 x and w^2 y over the pixels with a value w above the threshold.
             stride: side of a heatmap's pixel in pixels of the image.
-            out: what is returned, to write to: then nothing is allocated, as a CUDA graph needs it.
+            out: what is returned, to write to.
 
         Returns:
             points (B, N, 2), shapes (B, N, 2), coefficients (B, K), certainties (B, N), residuals (B,), float32.
@@ -122,5 +122,5 @@ def _cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise ImportError("the fit on a GPU needs CuPy: pip install 'lgcn_fast[gpu]'") from error
+        raise ImportError("the fit on a GPU needs CuPy: pip install cupy-cuda12x (or cupy-cuda13x)") from error
     return cupy

@@ -92,7 +92,7 @@ def heatmap_reduction(heatmaps: Tensor, radius: int, threshold: float = 0.01, ou
         heatmaps: (B, N, H, W) float32, float16 or bfloat16, contiguous, at least one pixel, on a GPU.
         radius: half side of the window that places the point, pixels; 0: the point is the largest pixel.
         threshold: of the moments.
-        out: (B, N, 6) float32, contiguous, to write to: then nothing is allocated, as a CUDA graph needs it.
+        out: (B, N, 6) float32, contiguous, to write to.
 
     Returns:
         (B, N, 6) float32: x and y in pixels, the largest pixel's value, the sums of w^2, w^2 x, w^2 y.

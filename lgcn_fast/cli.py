@@ -51,6 +51,8 @@ PICTURE_SIZE = 600
 """Smaller pictures are enlarged to about this many pixels before landmarks are drawn."""
 FINISHING = ("predict", "detect", "video", "webcam")
 """Commands that have files to finish whenever they end; training has what it needs after each epoch."""
+OF_BOXES, OF_PHOTOS = ("ensemble", "normalisation"), ("finder", "min_face", "min_confidence", "any_angle")
+"""What `evaluate` knows for faces in their boxes only, and with `--multiface` only."""
 BENCHMARKS = ("kernel_convolution", "network", "peaks", "fit", "end_to_end", "detection")
 
 
@@ -228,9 +230,14 @@ def _add_evaluate(commands) -> None:
         default="inter-ocular",
         help="what errors are shares of: the distance of the outer eye corners (default), or the face's size",
     )
+    parser.set_defaults(parser=parser)
 
 
 def _run_evaluate(options: argparse.Namespace) -> int:
+    for name in OF_BOXES if options.multiface else OF_PHOTOS:
+        if getattr(options, name) != options.parser.get_default(name):
+            option, how = name.replace("_", "-"), "without" if options.multiface else "with"
+            raise ValueError(f"--{option}: expected {how} --multiface, where it has a meaning")
     if options.multiface:
         return run_multiface(options)
     faces = [face for path in options.faces for face in read_faces(path)]

@@ -87,6 +87,8 @@ def _run_detect(options: argparse.Namespace) -> int:
     numbers = options.out / "faces.json"
     _check_no_labels(numbers)
     found: dict[str, dict] = {}
+    names = ("min_face", "model", "finder", "device", "precision")
+    heatmap_of = partial(combined_heatmap, **{name: getattr(options, name) for name in names})
     taken = names_in(options.out, options.files)
     taken |= {name.replace("_heatmap.png", "_faces.png") for name in taken}  # a heatmap is named like its drawing
     try:
@@ -95,8 +97,7 @@ def _run_detect(options: argparse.Namespace) -> int:
             write_image(options.out / picture, draw(photo, faces.points))
             found[str(path)] = {"picture": picture, "faces": as_json(faces)}
             if options.heatmap:
-                heatmap = combined_heatmap(photo, options.min_face, options.model, options.finder)
-                colors = cv2.applyColorMap((heatmap * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
+                colors = cv2.applyColorMap((heatmap_of(photo) * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
                 write_image(options.out / picture.replace("_faces.png", "_heatmap.png"), colors[..., ::-1])
     finally:  # also where it is interrupted, or the disk gets full
         if found:
@@ -173,9 +174,9 @@ def run_multiface(options: argparse.Namespace) -> int:
     scores = score_photos(photos, _detector(options), options.min_face)
     values = summary(scores)
     options.out.mkdir(parents=True, exist_ok=True)
-    pictures: set[str] = set()
+    taken = names_in(options.out, [photo.path for photo in photos])
     for score in scores:
-        picture = free_name(score.photo.path.stem, "faces", pictures)
+        picture = free_name(score.photo.path.stem, "faces", taken)
         write_image(options.out / picture, draw_score(score))
     write_whole(options.out / "multiface.json", json.dumps(values, indent=1).encode())
     print(f"{values['found']} of {values['faces']} labelled faces of at least {options.min_face:g} pixels found in "

@@ -59,7 +59,8 @@ def read_faces(path: Path) -> list[Face]:
 
 
 def read_300w(folder: Path) -> list[Face]:
-    """Read a folder in the manner of 300-W: `NAME.pts` beside `NAME.jpg` or `.png`, at any depth.
+    """Read a folder in the manner of 300-W: `NAME.pts` beside `NAME.jpg` (or another of
+    `IMAGE_SUFFIXES`), at any depth.
 
     Raises:
         ValueError: no `.pts` file, one without a picture, or a malformed one.
@@ -74,7 +75,9 @@ def read_300w(folder: Path) -> list[Face]:
         pictures = [path.with_suffix(suffix) for suffix in suffixes if path.with_suffix(suffix).is_file()]
         if not pictures:
             raise ValueError(f"{path}: expected a picture of the same name beside it, got none")
-        faces.append(Face(pictures[0], read_pts(path), group_of(path.stem), str(path.relative_to(folder))))
+        points = read_pts(path)
+        if enough_labels(points):
+            faces.append(Face(pictures[0], points, group_of(path.stem), str(path.relative_to(folder))))
     return faces
 
 
@@ -104,7 +107,7 @@ def read_pts(path: Path) -> np.ndarray:
         points.append((x, y))
     if not points or announced not in (None, len(points)):
         raise ValueError(f"{path}: expected {announced or 'some'} points, got {len(points)}")
-    return np.array(points, np.float32) - 1
+    return _labels(points, str(path)) - 1
 
 
 def read_csv(path: Path, images: Path) -> list[Face]:
@@ -231,9 +234,15 @@ def _cells_to_points(cells: list[str], expected: int, where: str) -> np.ndarray:
     if len(cells) != expected:
         raise ValueError(f"{where}: expected {expected} coordinates, got {len(cells)}")
     try:
-        points = np.array([float(cell) if cell else np.nan for cell in cells], np.float32).reshape(-1, 2)
+        points = [float(cell) if cell else np.nan for cell in cells]
     except ValueError as error:
         raise ValueError(f"{where}: expected numbers, got {error}") from None
+    return _labels(points, where)
+
+
+def _labels(numbers: list, where: str) -> np.ndarray:
+    """Points (N, 2) float32 of the numbers in a file; both coordinates of one without a label are NaN."""
+    points = np.array(numbers, np.float32).reshape(-1, 2)
     if np.isinf(points).any():
         raise ValueError(f"{where}: expected finite numbers, got infinity")
     points[np.isnan(points).any(axis=1)] = np.nan

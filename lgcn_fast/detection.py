@@ -27,6 +27,7 @@ from .images import (
     LEAST_CONTRAST,
     face_box,
     from_crop,
+    meet,
     turned,
     upright_boxes,
 )
@@ -129,12 +130,14 @@ def detect(
         `Faces`, none where there is none; without the known ones.
 
     Raises:
-        ValueError: as `predict`; more than one image, a `min_face` that is not positive, a step out of range, models
-            for different landmarks, `known` that are no boxes.
+        ValueError: as `predict`; more than one image, a `min_face` that is not positive, a `min_confidence` or step
+            out of range, models for different landmarks, `known` that are no boxes.
     """
     photo = one_image(image, "image")
     if not min_face > 0:
         raise ValueError(f"min_face: expected a positive number of pixels, got {min_face}")
+    if not 0 <= min_confidence <= 1:
+        raise ValueError(f"min_confidence: expected a share in [0, 1], got {min_confidence}")
     if not 1.05 <= step <= 2.2:
         raise ValueError(f"step: expected a factor from 1.05 to 2.2, got {step}")
     engine = engine_for(model, device, precision)
@@ -210,17 +213,19 @@ def combined_heatmap(
     min_face: float = 40,
     model: Engine | LGCN | Path | str | None = None,
     finder: Engine | LGCN | Path | str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
 ) -> np.ndarray:
     """The largest value of all landmarks' heatmaps in all levels, scaled back to the photo (Figure 6).
 
     Args:
-        image, min_face, model, finder: as for `detect`; the heatmaps are the finder's.
+        image, min_face, model, finder, device, precision: as for `detect`; the heatmaps are the finder's.
 
     Returns:
         (H, W) float32 in 0..1.
     """
     photo = one_image(image, "image")
-    engine = finder_for(finder, engine_for(model, "cpu", "auto"))
+    engine = finder_for(finder, engine_for(model, device, precision))
     combined = np.zeros(photo.shape[:2], np.float32)
     for scale, level in _levels(_as_seen(photo, engine), engine, min_face, 2.0):
         heat = np.zeros(level.shape[1:], np.float32)
@@ -334,13 +339,6 @@ def _apart(found: np.ndarray) -> np.ndarray:
     return found[kept]
 
 
-def meet(boxes: np.ndarray, photo: np.ndarray) -> np.ndarray:
-    """Which boxes have their middle in the photo, and are not larger than twice the photo."""
-    height, width = photo.shape[:2]
-    middle = boxes[:, :2] + boxes[:, 2:] / 2
-    return ((middle >= 0) & (middle < (width, height))).all(1) & (boxes[:, 2] <= 2 * max(height, width))
-
-
 def fitted_faces(photo: np.ndarray, boxes: np.ndarray, angles: np.ndarray, engine: Engine, shape: ShapeModel) -> Faces:
     """The faces in boxes (M, 4) that are turned by angles (M,), see `upright_boxes`, none left out."""
     size, channels = engine.config.input_size, engine.config.in_channels
@@ -361,7 +359,8 @@ def fitted_faces(photo: np.ndarray, boxes: np.ndarray, angles: np.ndarray, engin
 def confidence_of(fitted: Fit) -> np.ndarray:
     """(F,) in 0..1."""
     certainty = fitted.certainties[:, _inner(fitted.certainties.shape[1])].mean(axis=1)
-    unlikely = (fitted.coefficients**2).mean(axis=1)
+    coefficients = fitted.coefficients  # (F, K); a shape model may have no modes
+    unlikely = (coefficients**2).sum(axis=1) / max(coefficients.shape[1], 1)
     return certainty.clip(0, 1) * np.exp(-((fitted.residuals / RESIDUAL) ** 2) - unlikely / PLAUSIBLE**2)
 
 

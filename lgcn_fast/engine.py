@@ -207,8 +207,9 @@ def known_precisions(device: torch.device) -> tuple[str, ...]:
     """Those that a processor or GPU has instructions for."""
     if device.type == "cpu":
         return tuple(INSTRUCTIONS)
-    has_fp8 = torch.cuda.get_device_capability(device) >= LEAST_FP8_CAPABILITY
-    return ("fp32", "bf16", "fp8") if has_fp8 else ("fp32", "bf16")
+    least = {"fp32": (0, 0), "bf16": LEAST_CAPABILITY, "fp8": LEAST_FP8_CAPABILITY}
+    capability = torch.cuda.get_device_capability(device)
+    return tuple(precision for precision in least if capability >= least[precision])
 
 
 def _checked_precision(precision: str, device: torch.device) -> str:

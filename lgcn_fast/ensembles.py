@@ -6,7 +6,7 @@ that of the bare heatmap maxima by 2.3, 3.5, 4.1 and 4.2 %. Means weighted by ce
 
 import numpy as np
 
-from .images import square_box
+from .images import square_box, touches
 from .landmarks import SCHEMES
 
 SHIFT = 0.02
@@ -87,6 +87,4 @@ def _moved(box: np.ndarray, image: np.ndarray, view: int) -> np.ndarray:
     x, y, side, _ = box
     dx, dy = SHIFT * side * np.cos(GOLDEN_ANGLE * view), SHIFT * side * np.sin(GOLDEN_ANGLE * view)
     square = square_box((x + dx, y + dy, side, side), 1 + SCALE * (2 * (PLASTIC_RATIO * view % 1) - 1))
-    (left, top), (height, width) = square[:2], image.shape[:2]
-    meets = left < width and top < height and left + square[2] > 0 and top + square[3] > 0
-    return square if meets else box
+    return square if touches(square, image) else box

@@ -144,7 +144,7 @@ class CudaFitter:
             peaks: (B, N, 6) float32, likewise: of every heatmap x, y and value of the first largest pixel, and the
                 moments of `peaks.window_moments` over all pixels above `THRESHOLD`.
             stride: side of a heatmap's pixel in pixels of the image, see `LGCNConfig.stride`.
-            out: float32 tensors to write to; then nothing is allocated, as CUDA graphs need it.
+            out: float32 tensors to write to.
 
         Returns:
             `Fit` with float32 torch tensors on the device: `out` where it is given.

@@ -45,8 +45,6 @@ def read_image(path: Path, color: bool = False) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path}: expected a picture file, got {'a directory' if path.is_dir() else 'nothing there'}")
     data = np.frombuffer(path.read_bytes(), np.uint8)
-    if _is_truncated_jpeg(data):
-        raise ValueError(f"{path}: expected a complete JPEG file, got one that ends in the middle")
     with silent_opencv():
         try:
             image = cv2.imdecode(data, cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE) if data.size else None
@@ -98,11 +96,6 @@ def silent_opencv() -> Iterator[None]:
                 logging.setLogLevel(_level)
 
 
-def _is_truncated_jpeg(data: np.ndarray) -> bool:
-    """OpenCV fills the missing part of a cut JPEG with gray and says nothing."""
-    return data[:3].tobytes() == b"\xff\xd8\xff" and b"\xff\xd9" not in data[3:].tobytes()
-
-
 def face_box(points: np.ndarray, mean: np.ndarray | None = None) -> np.ndarray:
     """The tight square around landmarks, enlarged by 17 % (paper, section 4).
 
@@ -140,6 +133,16 @@ def touches(box: np.ndarray, image: np.ndarray) -> bool:
     """Whether a box (4,) x, y, width, height and an image (H, W) or (H, W, 3) have pixels in common."""
     x, y, width, height = box
     return bool(x < image.shape[1] and y < image.shape[0] and x + width > 0 and y + height > 0)
+
+
+def meet(boxes: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Which boxes (M, 4) have their middle in an image (H, W) or (H, W, 3), and are at most twice as large: (M,) bool.
+
+    Around others there is nothing to see, or too much to pad.
+    """
+    height, width = image.shape[:2]
+    inside = (middle(boxes) >= -0.5) & (middle(boxes) < (width - 0.5, height - 0.5))
+    return inside.all(axis=1) & (boxes[:, 2] <= 2 * max(height, width))
 
 
 def check_touches(box: np.ndarray, image: np.ndarray, name: str) -> None:

@@ -43,14 +43,20 @@ def read_photos(folder: Path) -> list[LabelledPhoto]:
     """Read `faces.json` of a folder: a list of `{"image": name, "faces": [[[x, y] * N], ...]}`.
 
     Raises:
-        ValueError: no such file, or another content.
+        ValueError: no such file, another content, or a landmark without a label.
     """
     path = Path(folder) / "faces.json"
     try:
         entries = json.loads(path.read_text())
-        return [LabelledPhoto(path.with_name(e["image"]), np.array(e["faces"], np.float64)) for e in entries]
+        photos = [LabelledPhoto(path.with_name(e["image"]), np.array(e["faces"], np.float64)) for e in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: expected a list of {{"image": ..., "faces": ...}}, got {error}') from error
+    for photo in photos:
+        if not np.isfinite(photo.points).all():
+            raise ValueError(
+                f"{path}: expected all landmarks of each face in {photo.path.name}, got some without label"
+            )
+    return photos
 
 
 def score_photo(photo: LabelledPhoto, found: Faces, min_face: float) -> PhotoScore:

@@ -24,13 +24,14 @@ from .images import (
     crop,
     from_crop,
     lit,
+    meet,
     middle,
     square_box,
     turned,
     upright_boxes,
     upright_crop,
 )
-from .inputs import MAX_SIDE, as_images, box_numbers, channels_last, from_dlpack, square_boxes
+from .inputs import as_images, box_numbers, channels_last, from_dlpack, square_boxes
 from .loading import engine_for, shape_for
 from .model import LGCN
 from .shape import ShapeModel
@@ -201,8 +202,7 @@ def _looked_at_again(
     look at."""
     found, turns = upright_boxes(points, None if shape is None else shape.mean)
     for index, (box, image) in enumerate(zip(found, images, strict=True)):
-        x, y = middle(box)
-        if not (0 <= x < image.shape[1] and 0 <= y < image.shape[0] and box[2] <= MAX_SIDE / 2):
+        if not meet(box[None], image)[0]:
             found[index], turns[index] = boxes[index], 0.0 if angles is None else angles[index]
     return found, turns
 
@@ -232,9 +232,7 @@ def _crops(
         turns = (None for _ in faces) if angles is None else angles
         of_each = zip(faces, boxes, turns, strict=True)
         return torch.stack([network_input(images[face], box, size, channels, turn) for face, box, turn in of_each])
-    in_order = faces[-1] - faces[0] == len(faces) - 1  # then they need not be copied
-    frames = images[faces[0] : faces[-1] + 1] if in_order else images[torch.from_numpy(faces).to(images.device)]
-    return _device_crops(frames, boxes, size, channels, angles)
+    return _device_crops(images, faces, boxes, size, channels, angles)
 
 
 def _stays_on(engine: Engine, batch: Any) -> bool:
@@ -242,18 +240,24 @@ def _stays_on(engine: Engine, batch: Any) -> bool:
 
 
 def _device_crops(
-    frames: Tensor, boxes: np.ndarray, size: int, channels: int, angles: np.ndarray | None = None
+    frames: Tensor,
+    faces: np.ndarray,
+    boxes: np.ndarray,
+    size: int,
+    channels: int,
+    angles: np.ndarray | None = None,
 ) -> Tensor:
-    """What `network_input` makes of each frame, but for rounding, on the GPU that the frames are on."""
+    """What `network_input` makes of some boxes, each in the frame that `faces` (b,) names, but for rounding, on the GPU
+    that the frames are on."""
     from lgcn_fast_kernels import triton_crop
 
     gray = channels == 1
     with torch.cuda.device_of(frames):
         if angles is None:
-            crops = triton_crop.crop(frames, boxes, size, gray)
+            crops = triton_crop.crop(frames, boxes, size, gray, faces)
         else:
             around = np.stack([square_box(box, 2**0.5) for box in boxes])  # however they are turned
-            sources = triton_crop.crop(frames, around, round(OVERSAMPLING * 2**0.5 * size), gray)
+            sources = triton_crop.crop(frames, around, round(OVERSAMPLING * 2**0.5 * size), gray, faces)
             crops = _upright(sources, around, boxes, angles, size)
         return triton_crop.lit(crops, LEAST_CONTRAST, LARGEST_GAIN, DARKEST, BRIGHTEST)
 

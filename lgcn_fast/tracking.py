@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .detection import Faces, detect, distinct, fitted_faces, meet, overlap
+from .detection import Faces, detect, distinct, fitted_faces, overlap
 from .engine import Engine
-from .images import face_box, square_box, upright_boxes
+from .images import face_box, meet, square_box, upright_boxes
 from .inputs import one_image
 from .loading import engine_for, finder_for, shape_for
 from .model import LGCN

@@ -77,8 +77,8 @@ class Trainer:
         self.amp = fast_in_bf16 if options.amp is None else options.amp
         torch.manual_seed(options.seed)
         self.model = LGCN(options.config)
-        knows_landmarks = False
-        if options.init:
+        knows_landmarks, goes_on = False, (self.folder / "checkpoint.safetensors").exists()
+        if options.init and not goes_on:
             start, knows_landmarks = load_start(options.init, options.config)
             self.model.load_state_dict(start.state_dict())
         self.model.kernel_convolution.operator = operator = fastest_operator(self.device)
@@ -109,7 +109,7 @@ class Trainer:
         self.epoch, self.best, self.log = 0, float("inf"), []
         # By set, as the model that the run starts from sees them, or the teacher; random weights see nothing.
         self.label_shifts: dict[str, float] = {}
-        if (self.folder / "checkpoint.safetensors").exists():
+        if goes_on:
             self._restore()
         elif trained := self.model if knows_landmarks else self.teacher:
             self.label_shifts = measured_shifts(cache, trained)
@@ -138,6 +138,8 @@ class Trainer:
         if time_budget is not None and not time_budget > 0:
             raise ValueError(f"time_budget: expected minutes above 0, got {time_budget:g}")
         with _alone_in(self.folder):
+            if (self.folder / "checkpoint.safetensors").exists():
+                self._restore()  # another run may have ended while this one waited
             return self._run(time_budget)
 
     def _run(self, time_budget: float | None) -> bool:

@@ -1,5 +1,6 @@
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lgcn_fast import LGCN, LGCNConfig
-from lgcn_fast.checkpoints import load_card, load_model, save_model
+from lgcn_fast.checkpoints import load_card, load_model, save_model, write_whole
 
 CONFIG = LGCNConfig(filters=4, num_landmarks=3, side_channels=2, local_kernels=(3,), global_layers=1)
 
@@ -42,6 +43,14 @@ def test_a_full_disk_leaves_what_was_there(weights, monkeypatch):
         save_model(path, model, {})
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_files_that_several_threads_write_are_whole(tmp_path):
+    path, contents = tmp_path / "numbers.json", [bytes([i]) * 100_000 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda content: write_whole(path, content), contents * 10))
+    assert path.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_round_trip(weights):

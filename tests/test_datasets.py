@@ -48,6 +48,7 @@ def test_pts_with_and_without_header(tmp_path, text):
         ("n_points: many\n1 2\n", "line 1: expected a number of points, got 'n_points: many'"),
         ("1 x\n", "line 1: expected two numbers"),
         ("1 2 3\n", "line 1: expected two numbers"),
+        ("1 2\n3 inf\n", "a.pts: expected finite numbers, got infinity"),
     ],
 )
 def test_malformed_pts_names_file_and_line(tmp_path, text, message):
@@ -61,6 +62,15 @@ def picture(path, size=(20, 30)):
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), np.full(size, 100, np.uint8))
     return path
+
+
+def test_points_without_labels_in_pts_files(tmp_path):
+    """Those with half a label have none; faces with fewer than two labels are left out."""
+    for name, text in (("a", "nan 2\n3 4\n5 6\n"), ("b", "nan nan\n3 4\nnan nan\n")):
+        picture(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.pts").write_text(text)
+    (face,) = read_300w(tmp_path)
+    np.testing.assert_array_equal(face.points, [[np.nan, np.nan], [2, 3], [4, 5]])
 
 
 def test_300w_folder_at_any_depth(tmp_path):

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -269,6 +270,8 @@ def test_bad_input_is_named(face):
         detect(np.stack([face, face]))
     with pytest.raises(ValueError, match="min_face: expected a positive number of pixels, got 0"):
         detect(face, min_face=0)
+    with pytest.raises(ValueError, match=r"min_confidence: expected a share in \[0, 1\], got nan"):
+        detect(face, min_confidence=np.nan)
     with pytest.raises(ValueError, match=r"step: expected a factor from 1.05 to 2.2, got 3"):
         detect(face, step=3)
     with pytest.raises(ValueError, match="image: expected uint8 or floating point, got int64"):
@@ -279,6 +282,14 @@ def test_bad_input_is_named(face):
             function(face, finder=other)
     with pytest.raises(ValueError, match=r"finder: expected one of .*, or a safetensors file, got 'none'"):
         detect(face, finder="none")
+
+
+def test_shape_models_without_modes_judge_by_certainty_and_residual(face):
+    shape = shape_for(None, 68)
+    rigid = replace(shape, modes=shape.modes[:0], variances=shape.variances[:0])
+    (confidence,) = detect(face, min_confidence=0.4, shape=rigid).confidence
+    assert 0.4 < confidence < 1
+    assert len(detect(face, min_confidence=1, shape=rigid)) == 0
 
 
 def test_heatmap_is_high_on_the_face_and_has_the_photos_size(face, points):
@@ -380,6 +391,11 @@ def test_commands(face, points, tmp_path, capsys):
         assert main(["detect", str(tmp_path / "lying.png"), "--out", str(out), *options]) == 0
         (found,) = json.loads((out / "faces.json").read_text()).values()
         assert len(found["faces"]) == count
+    write_image(tmp_path / "two_faces.png", face)  # named like the other's drawing
+    entries = [{"image": "two.png", "faces": labels}, {"image": "two_faces.png", "faces": labels[:1]}]
+    (tmp_path / "faces.json").write_text(json.dumps(entries))
+    assert main(["evaluate", "--multiface", str(tmp_path), "--finder", "lgcn-nano", "--out", str(tmp_path)]) == 0
+    np.testing.assert_array_equal(read_image(tmp_path / "two_faces.png", color=True), face)
     assert main(["evaluate", "--multiface", str(tmp_path), "--finder", "lgcn-nano", "--out", str(out)]) == 0
     assert json.loads((out / "multiface.json").read_text())["recall"] == 100
     (tmp_path / "faces.json").write_text(json.dumps([{"image": "two.png", "faces": []}]))
@@ -389,6 +405,15 @@ def test_commands(face, points, tmp_path, capsys):
     assert main(["detect", str(tmp_path / "two.png"), "--out", str(tmp_path)]) == 2  # where it writes a faces.json, too
     assert "--out: expected a folder without labels" in capsys.readouterr().err
     assert (tmp_path / "faces.json").read_bytes() == before
+    for option, value in (("--ensemble", "2"), ("--normalisation", "face-size")):
+        assert main(["evaluate", "--multiface", str(tmp_path), option, value, "--out", str(out)]) == 2
+        assert f"{option}: expected without --multiface" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path), "--any-angle", "--out", str(out)]) == 2
+    assert "--any-angle: expected with --multiface" in capsys.readouterr().err
+    labels[0][7] = [None, 3.0]
+    (tmp_path / "faces.json").write_text(json.dumps([{"image": "two.png", "faces": labels}]))
+    assert main(["evaluate", "--multiface", str(tmp_path), "--out", str(out)]) == 2
+    assert "faces.json: expected all landmarks of each face in two.png" in capsys.readouterr().err
     (tmp_path / "faces.json").write_text("{}[")
     assert main(["evaluate", "--multiface", str(tmp_path), "--out", str(out)]) == 2
     assert "faces.json: expected a list" in capsys.readouterr().err

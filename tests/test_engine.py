@@ -9,6 +9,7 @@ from networks import CONFIGS, eager, eager_output, randomised
 
 from lgcn_fast import Engine, ShapeModel, load_model
 from lgcn_fast.checkpoints import save_model
+from lgcn_fast.engine import known_precisions
 from lgcn_fast.fitting import NativeFitter
 from lgcn_fast.folding import fold
 from lgcn_fast.images import read_image
@@ -217,6 +218,20 @@ def alone(code: str) -> str:
     return result.stdout
 
 
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((7, 5), ("fp32",)),
+        ((8, 6), ("fp32", "bf16")),
+        ((8, 9), ("fp32", "bf16", "fp8")),
+        ((9, 0), ("fp32", "bf16", "fp8")),
+    ],
+)
+def test_precisions_of_a_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert known_precisions(torch.device("cuda", 0)) == expected
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limits")
 def test_threads_that_cannot_start_are_an_error():
     printed = alone("""
@@ -230,7 +245,7 @@ for limit in (1, 2, 3):
     resource.setrlimit(resource.RLIMIT_NPROC, (limit, 3))
     try:
         engine.heatmaps(images)
-    except RuntimeError as error:
+    except ValueError as error:
         print(error)
 """)
     expected = "num_threads: expected as many threads as may be started, got 4 (Resource temporarily unavailable)"

@@ -54,7 +54,7 @@ def damaged(tmp_path, demo_picture, kind):
 
 @pytest.mark.parametrize("kind", ["text", "empty", "truncated", "cut in the header", "directory", "missing"])
 def test_unreadable_files_are_named(tmp_path, demo_picture, kind, capfd):
-    with pytest.raises(ValueError, match=r"a\.jpg: expected a (complete JPEG|picture) file, got"):
+    with pytest.raises(ValueError, match=r"a\.jpg: expected a picture file, got"):
         read_image(damaged(tmp_path, demo_picture, kind))
     assert capfd.readouterr().err == ""  # OpenCV's own complaint would only puzzle
 

@@ -172,7 +172,7 @@ def test_label_shifts_are_those_of_the_start_when_a_run_goes_on(cache, tmp_path)
     first.run()
     assert all(first.label_shifts.values())
     while not (part := Trainer(cache, tmp_path / "parts", options)).run(time_budget=1e-6):
-        pass
+        (tmp_path / "start.safetensors").unlink(missing_ok=True)  # what the run needs is in the checkpoint
     assert part.epoch == 3
     assert part.label_shifts == first.label_shifts
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -218,6 +218,17 @@ def test_two_runs_do_not_mix_in_one_folder(cache, tmp_path, monkeypatch):
     assert first.run()
     assert refused
     assert second.epoch == 0
+    with pytest.raises(ValueError, match=r"expected a run with .*; use another folder"):
+        second.run()
+
+
+def test_a_run_goes_on_from_where_another_has_ended_in_the_meantime(cache, tmp_path):
+    first, second = (Trainer(cache, tmp_path, OPTIONS) for _ in range(2))
+    assert first.run()
+    before = log_of(tmp_path)
+    assert second.run()
+    assert second.epoch == first.epoch
+    assert log_of(tmp_path) == before
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("nan")])

@@ -99,8 +99,8 @@ def test_upright_crops(crop, demo_picture, channels):
     image = read_image(demo_picture, color=True)
     boxes = np.array([[82.3, 70.1, 124.7, 124.7], [120, 100, 50.5, 50.5], [-100, -80, 333, 333], [200, 190, 90, 90]])
     angles = np.array([0.3, -1.2, 2.7, -0.6])
-    frames = torch.from_numpy(image).to(DEVICE).expand(len(boxes), *image.shape)
-    found = _device_crops(frames, boxes, 96, channels, angles).cpu().float()
+    frames = torch.from_numpy(np.stack([0 * image, image])).to(DEVICE)
+    found = _device_crops(frames, np.ones(len(boxes), int), boxes, 96, channels, angles).cpu().float()
     for index, (box, angle) in enumerate(zip(boxes, angles, strict=True)):
         expected = network_input(image, box, 96, channels, angle).float()
         difference = (found[index] - expected).abs()
