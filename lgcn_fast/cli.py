@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _finished_when_terminated() if options.command in FINISHING else nullcontext():
             return options.run(options)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"lgcn-fast {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -82,15 +82,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextmanager
 def _finished_when_terminated() -> Iterator[None]:
-    """What SIGTERM ends (`timeout`, `docker stop`, batch queues) finishes its files, as after Ctrl-C."""
+    """What SIGTERM ends (`timeout`, `docker stop`, batch queues), or a terminal that is closed, finishes its files, as
+    after Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # (`nohup` ignores SIGHUP.)
+    before = {end: signal.getsignal(end) for end in ends if signal.getsignal(end) != signal.SIG_IGN}
+    for end in before:
+        signal.signal(end, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for end, handler in before.items():
+            signal.signal(end, handler)
 
 
 def _add_predict(commands) -> None:
@@ -141,7 +147,7 @@ def _run_predict(options: argparse.Namespace) -> int:
         if found:
             numbers = options.out / f"landmarks.{options.format}"
             text = _as_csv(found) if options.format == "csv" else json.dumps(found, indent=1)
-            write_whole(numbers, text.encode())
+            write_whole(numbers, text.encode(errors="surrogateescape"))  # (file names need not be UTF-8)
             count = f"{len(found)} of {len(options.files)} files"
             scores = [np.mean(face["scores"]) for face in found.values()]
             print(f"{numbers}: landmarks of {count}, mean score {np.mean(scores):.2f}")

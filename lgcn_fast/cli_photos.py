@@ -178,7 +178,8 @@ def run_multiface(options: argparse.Namespace) -> int:
     for score in scores:
         picture = free_name(score.photo.path.stem, "faces", taken)
         write_image(options.out / picture, draw_score(score))
-    write_whole(options.out / "multiface.json", json.dumps(values, indent=1).encode())
+    known = {name: None if np.isnan(value) else value for name, value in values.items()}
+    write_whole(options.out / "multiface.json", json.dumps(known, indent=1).encode())
     print(f"{values['found']} of {values['faces']} labelled faces of at least {options.min_face:g} pixels found in "
           f"{values['photos']} photos ({values['recall']:.1f} %), error {values['mean error']:.2f} % mean, "
           f"{values['median error']:.2f} % median; {values['unlabelled']} detections without a label (magenta: look at "

@@ -36,6 +36,9 @@ def add_prepare(commands) -> None:
 
 
 def _run_prepare(options: argparse.Namespace) -> int:
+    paths = {path.resolve(): path for path in [*options.faces, *options.background]}
+    if len(paths) < len(options.faces) + len(options.background):
+        raise ValueError(f"faces: expected each set once, got some twice beside {', '.join(map(str, paths.values()))}")
     sets = {str(path): read_faces(path) for path in options.faces}
     sets |= {str(path): read_background(path) for path in options.background}
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,12 +135,15 @@ def add_fit_shape(commands) -> None:
 
 
 def _run_fit_shape(options: argparse.Namespace) -> int:
+    picture = options.out.with_suffix(".png")
+    if options.out == picture:
+        raise ValueError(f"--out: expected the .safetensors file, beside which the picture goes, got {options.out}")
     shapes = training_shapes(read_cache(options.cache), options.sets)
     shapes = np.concatenate([shapes, *(read_shapes(path, shapes.shape[1]) for path in options.shapes)])
     model = ShapeModel.fit(shapes, options.modes)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     model.save(options.out)
-    model.draw(options.out.with_suffix(".png"))
+    model.draw(picture)
     print(f"{options.out}: {len(model.modes)} modes of {(~np.isnan(shapes).any((1, 2))).sum()} shapes")
     return 0
 

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import TextIO
 
 import cv2
 import numpy as np
@@ -91,13 +92,16 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
         any_angle=options.any_angle,
     )
     latencies, start, code = array("d"), time.perf_counter(), 0
+    # Behind numbers that go into a pipe nothing else may stand.
+    text = sys.stderr if options.json and _is_standard_output(options.json) else sys.stdout
     try:
         with ExitStack() as outputs:
             writer = outputs.enter_context(VideoWriter(options.out, reader.fps)) if options.out else None
             lines = outputs.enter_context(LinesWriter(options.json)) if options.json else None
             if options.show:
                 outputs.callback(cv2.destroyAllWindows)
-            bar = outputs.enter_context(tqdm(frames, total=reader.frame_count, unit=" frames", disable=None))
+            no_bar = True if sys.stderr is None else None  # None: not on a terminal
+            bar = outputs.enter_context(tqdm(frames, total=reader.frame_count, unit=" frames", disable=no_bar))
             try:
                 for frame in bar:
                     faces = tracker.update(*frame)
@@ -114,13 +118,20 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
             except KeyboardInterrupt:
                 code = 130
     finally:
-        _summarise(latencies, time.perf_counter() - start)
+        _summarise(latencies, time.perf_counter() - start, text)
     if writer and writer.written:
         scaled = f", {writer.scaled} of another size scaled into the first one's" if writer.scaled else ""
-        print(f"{options.out}: {writer.written} frames, {writer.codec}{scaled}")
+        print(f"{options.out}: {writer.written} frames, {writer.codec}{scaled}", file=text)
     if lines:
-        print(f"{options.json}: {len(latencies)} lines")
+        print(f"{options.json}: {len(latencies)} lines", file=text)
     return code
+
+
+def _is_standard_output(path: Path) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:  # no such file, or standard output is closed
+        return False
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -129,6 +140,8 @@ def _check_options(options: argparse.Namespace) -> None:
         path = getattr(options, name)
         if path and source and path.exists() and Path(source).exists() and path.samefile(source):
             raise ValueError(f"--{name}: expected another file than the input, got {path}")
+    if str(options.json) == "-":
+        raise ValueError("--json: expected a file (standard output is /dev/stdout), got -")
     if options.out and options.json and options.out.absolute() == options.json.absolute():
         raise ValueError(f"--json: expected another file than --out, got {options.json}")
     # Qt would end the process.
@@ -162,9 +175,9 @@ def _shown(picture: np.ndarray, latency: float) -> bool:
         raise ValueError(f"--show: expected an OpenCV with windows (opencv-python, not -headless): {error}") from None
 
 
-def _summarise(latencies: array, seconds: float) -> None:
+def _summarise(latencies: array, seconds: float, text: TextIO | None) -> None:
     if not latencies:
         return
     median, late, worst = np.quantile(latencies, (0.5, 0.99, 1))
     speed = f"{len(latencies)} frames in {seconds:.1f} s: {len(latencies) / seconds:.0f} frames/s"
-    print(f"{speed}; latency: median {median:.1f} ms, 99 % {late:.1f} ms, worst {worst:.1f} ms")
+    print(f"{speed}; latency: median {median:.1f} ms, 99 % {late:.1f} ms, worst {worst:.1f} ms", file=text)

@@ -67,8 +67,14 @@ def labelled_box(face: Face, image: np.ndarray, mean: np.ndarray | None) -> np.n
     """`face_box` of a labelled face.
 
     Raises:
-        ValueError: one that does not meet the picture, or is far larger; names the face.
+        ValueError: one that does not meet the picture, is far larger, or has no extent; names the face.
     """
+    points = face.points[~np.isnan(face.points).any(axis=1)]
+    if np.ptp(points, axis=0).max() == 0:
+        got = f"all of them at {points[0, 0]:g}, {points[0, 1]:g}"
+        raise ValueError(
+            f"{face.name}: expected labels at different places (a cell without a label is empty), got {got}"
+        )
     box = face_box(face.points, mean)
     check_touches(box, image, f"{face.name}, its labels")
     if box[2] > LARGEST_FACE * max(image.shape[:2]):
@@ -138,11 +144,13 @@ def write_cache(path: Path, sets: dict[str, list[Face]], color: bool = False, pr
         ValueError: sets with different numbers of landmarks, no labelled face, an unreadable picture, or labels that
             are not in it.
     """
-    counts = {len(face.points) for faces in sets.values() for face in faces} - {0}
-    if len(counts) != 1:
-        raise ValueError(f"sets: expected one number of landmarks in all labelled faces, got {sorted(counts)}")
-    (num_landmarks,) = counts
     faces = [(name, face) for name, members in sets.items() for face in members]
+    counts = {len(face.points): f"{len(face.points)} in {name} ({face.name})" for name, face in faces}
+    counts.pop(0, None)
+    if len(counts) != 1:
+        got = ", ".join(counts.values()) or f"no labelled face in {', '.join(sets)}"
+        raise ValueError(f"sets: expected one number of landmarks in all labelled faces, got {got}")
+    (num_landmarks,) = counts
     labelled = np.stack([face.points for _, face in faces if len(face.points)])
     mean = mean_shape(labelled, np.stack([face_box(its_points) for its_points in labelled]))
     blobs, points, boxes, groups, names = [], [], [], [], []

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -15,7 +16,7 @@ from .landmarks import KAGGLE_NAMES
 
 ENCODING = "utf-8-sig"
 """UTF-8, with the mark in front that spreadsheets write or without it."""
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff", ".gif", ".jp2")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def read_faces(path: Path) -> list[Face]:
     if path.suffix.lower() != ".csv":
         raise ValueError(f"{path}: expected a folder with .pts files or a .csv file, got a file {path.suffix!r}")
     _, header = next(_rows(path), (1, []))
-    return read_kaggle(path) if "Image" in header else read_csv(path, path.with_suffix(""))
+    kaggle = "Image" in header and not {f"{name}_x" for name in KAGGLE_NAMES}.isdisjoint(header)
+    return read_kaggle(path) if kaggle else read_csv(path, path.with_suffix(""))
 
 
 def read_300w(folder: Path) -> list[Face]:
@@ -74,7 +76,8 @@ def read_300w(folder: Path) -> list[Face]:
         suffixes = [case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper(), suffix.title())]
         pictures = [path.with_suffix(suffix) for suffix in suffixes if path.with_suffix(suffix).is_file()]
         if not pictures:
-            raise ValueError(f"{path}: expected a picture of the same name beside it, got none")
+            suffixes = ", ".join(IMAGE_SUFFIXES)
+            raise ValueError(f"{path}: expected a picture of the same name beside it ({suffixes}), got none")
         points = read_pts(path)
         if enough_labels(points):
             faces.append(Face(pictures[0], points, group_of(path.stem), str(path.relative_to(folder))))
@@ -125,9 +128,11 @@ def read_csv(path: Path, images: Path) -> list[Face]:
     path, images = Path(path), Path(images)
     rows = _rows(path)
     _, header = next(rows, (1, []))
-    expected = ["image", *(f"{axis}{i}" for i in range((len(header) - 1) // 2) for axis in "xy")]
-    if len(header) < 3 or header != expected:
-        raise ValueError(f"{path}: expected the columns image, x0, y0, x1, y1, ..., got {', '.join(header[:6])} ...")
+    expected = ["image", *(f"{axis}{i}" for i in range(max((len(header) - 1) // 2, 1)) for axis in "xy")]
+    for column, (name, known) in enumerate(zip_longest(header, expected, fillvalue="nothing"), start=1):
+        if name.strip() != known:
+            where = f"{path}: expected the columns image, x0, y0, x1, y1, ..., as column {column}"
+            raise ValueError(f"{where} {known}, got {name or 'an empty one'}")
     faces = []
     for number, row in rows:
         where = f"{path}, line {number}"
@@ -242,7 +247,8 @@ def _cells_to_points(cells: list[str], expected: int, where: str) -> np.ndarray:
 
 def _labels(numbers: list, where: str) -> np.ndarray:
     """Points (N, 2) float32 of the numbers in a file; both coordinates of one without a label are NaN."""
-    points = np.array(numbers, np.float32).reshape(-1, 2)
+    with np.errstate(over="ignore"):
+        points = np.array(numbers, np.float32).reshape(-1, 2)
     if np.isinf(points).any():
         raise ValueError(f"{where}: expected finite numbers, got infinity")
     points[np.isnan(points).any(axis=1)] = np.nan

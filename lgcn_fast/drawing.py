@@ -6,7 +6,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
 
 from .detection import Faces
 from .engine import Engine
@@ -146,7 +145,7 @@ def _with_heatmaps(picture: np.ndarray, points: np.ndarray, engine: Engine) -> n
         if not touches(boxes[0], picture):
             continue
         crop = network_input(picture, boxes[0], config.input_size, config.in_channels, angles[0])
-        seen = engine.heatmaps(torch.as_tensor(crop)[None])[0].amax(dim=0).clamp(0, 1).cpu().numpy()
+        seen = engine.heatmaps(crop[None])[0].amax(dim=0).clamp(0, 1).cpu().numpy()
         three = np.array([[0, 0], [1, 0], [0, 1]], np.float32)
         there = turned(from_crop(three[None], boxes, config.input_size / config.stride), boxes, angles)[0]
         matrix = cv2.getAffineTransform(three, there.astype(np.float32))

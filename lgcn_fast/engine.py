@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import Protocol
 
@@ -77,8 +78,8 @@ class Engine:
         self.config = model.config
         self.device = engine_device(device)
         self.precision = _checked_precision(precision, self.device)
-        if num_threads < 0:
-            raise ValueError(f"num_threads: expected 0 or more, got {num_threads}")
+        if not (isinstance(num_threads, Integral) and 0 <= num_threads < 2**31):
+            raise ValueError(f"num_threads: expected a whole number, 0 or more, got {num_threads}")
         self.options = str(self.device), precision, num_threads
         """Device, precision and threads that were asked for: an engine with the same runs where and as this one."""
         network = fold(model)

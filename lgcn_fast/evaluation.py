@@ -43,10 +43,12 @@ class Evaluation:
         return landmark_errors(self.predicted, self.labelled, self.normalisation, outline)
 
     def point_sets(self) -> dict[str, bool]:
-        """What errors are taken over, "68 points" and "51 points", and whether the outline is in it."""
+        """What errors are taken over, "68 points" and "51 points", and whether the outline is in it; without the second
+        where there is no outline, or nothing else has labels."""
         count = self.labelled.shape[1]
         inner = count - len(SCHEMES[count].outline)
-        return {f"{count} points": True} | ({f"{inner} points": False} if inner < count else {})
+        has_inner = inner < count and not np.isnan(self.errors(outline=False)).all()
+        return {f"{count} points": True} | ({f"{inner} points": False} if has_inner else {})
 
     def summaries(self) -> dict[str, dict[str, float]]:
         """`summary` of the errors over each set of points."""
@@ -76,7 +78,7 @@ def landmark_errors(
         outline: count the points of the face outline ("68"), or not ("51").
 
     Returns:
-        (B,) float64, shares; NaN where the labels that normalise are missing.
+        (B,) float64, shares; NaN where the labels that normalise are missing, or at one place.
 
     Raises:
         ValueError: shapes that differ, an unknown normalisation, or landmarks of an unknown scheme.
@@ -99,7 +101,7 @@ def landmark_errors(
         distance = np.delete(distance, scheme.outline, axis=1)
     counted = ~np.isnan(distance)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(counted, distance, 0).sum(axis=1) / counted.sum(axis=1) / size
+        return np.where(counted, distance, 0).sum(axis=1) / counted.sum(axis=1) / np.where(size > 0, size, np.nan)
 
 
 def summary(errors: np.ndarray) -> dict[str, float]:

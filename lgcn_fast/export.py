@@ -167,6 +167,8 @@ def export(
                 run = torch.export.load(file).module()
         error = _checked(run, model, path)
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
     return error

@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-import matplotlib.figure
-import matplotlib.image
 import numpy as np
-from matplotlib.lines import Line2D
 
 from .drawing import contact_sheet, draw
 from .evaluation import FAILURE, Evaluation
-from .images import crop, face_box, square_box, to_crop
+from .images import crop, face_box, square_box, to_crop, write_image
 
 STYLES = {"fit": "-", "heatmap maxima": "--", "mean shape": ":"}
 """Lines of the methods: dashed without the fit, as in Figure 4."""
@@ -32,6 +29,8 @@ def draw_curves(
         published: medians by method for the sets of points, percent; they are marked at half of the faces.
         source: what the published medians are, for the legend.
     """
+    import matplotlib.figure  # here: it takes half a second, and needs a folder to write to
+
     first = next(iter(next(iter(models.values())).values()))
     sets = first.point_sets()
     figure = matplotlib.figure.Figure(figsize=(1 + 4.2 * len(sets), 4.6), layout="constrained")
@@ -64,8 +63,10 @@ def _color(method: str, index: int) -> str:
     return "0.4" if method == "mean shape" else f"C{index}"
 
 
-def _legend(models: dict[str, dict[str, Evaluation]], published: dict, source: str) -> list[Line2D]:
+def _legend(models: dict[str, dict[str, Evaluation]], published: dict, source: str) -> list:
     """A line for each model, then one for each way of reading its heatmaps, then the published points."""
+    from matplotlib.lines import Line2D
+
     named = {name: f"C{index}" for index, name in enumerate(models) if name}
     lines = [Line2D([], [], color=color, label=name) for name, color in named.items()]
     methods = dict.fromkeys(method for evaluations in models.values() for method in evaluations)
@@ -89,7 +90,7 @@ def draw_sheet(evaluation: Evaluation, path: Path, count: int = 40, worst: int =
     tiles = [_tile(evaluation, index) for index in order[picked]]
     captions = [f"{100 * errors[index]:.2f} %" for index in order[picked]]
     sheet = contact_sheet(tiles, captions, SHEET_COLUMNS)
-    matplotlib.image.imsave(path, sheet)
+    write_image(path, sheet)
 
 
 def _tile(evaluation: Evaluation, index: int) -> np.ndarray:

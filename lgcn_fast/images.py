@@ -43,7 +43,7 @@ def read_image(path: Path, color: bool = False) -> np.ndarray:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: expected a picture file, got {'a directory' if path.is_dir() else 'nothing there'}")
+        raise ValueError(f"{path}: expected a picture file, got {what_else_is(path)}")
     data = np.frombuffer(path.read_bytes(), np.uint8)
     with silent_opencv():
         try:
@@ -55,6 +55,11 @@ def read_image(path: Path, color: bool = False) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if color else image
 
 
+def what_else_is(path: Path) -> str:
+    """What is where a file was expected, for error messages."""
+    return "a directory" if path.is_dir() else "a pipe or device" if path.exists() else "nothing there"
+
+
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write a picture, (H, W, 3) uint8 RGB, in the format of the file's name.
 
@@ -63,8 +68,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
         ValueError: a name that is not one of a picture, or an array that is none.
     """
     path = Path(path)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
+    check_picture(image)
     if not cv2.haveImageWriter(f"picture{path.suffix}"):
         got = path.suffix or "none"
         raise ValueError(f"{path}: expected the suffix of a picture, such as .png or .jpg, got {got}")
@@ -73,6 +77,14 @@ def write_image(path: Path, image: np.ndarray) -> None:
     if not encoded:
         raise ValueError(f"{path}: expected a picture that fits the format, got {image.shape}")
     path.write_bytes(data)
+
+
+def check_picture(image: np.ndarray) -> None:
+    """Raise ValueError for anything but an array (H, W, 3) uint8."""
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"image: expected an array (H, W, 3) uint8, got {type(image).__name__}")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
 
 
 _silence, _silent_calls, _level = Lock(), 0, 0

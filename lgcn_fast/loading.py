@@ -51,7 +51,8 @@ def _version(path: Path) -> tuple[int, int] | None:
 def _packaged_shape(num_landmarks: int) -> ShapeModel:
     path = default_shape(num_landmarks)
     if not path.exists():
-        expected = f"the shape model of the {num_landmarks} landmarks (from `lgcn-fast fit-shape`) or fit=False"
+        source = "`shape` or --shape, from `lgcn-fast fit-shape`"
+        expected = f"the shape model of the {num_landmarks} landmarks ({source}), or fit=False of `predict`"
         raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")
     return ShapeModel.load(path)
 

@@ -160,7 +160,7 @@ class Tracker:
         Raises:
             ValueError: as `predict`; a number out of range.
         """
-        if detect_every < 1:
+        if not 1 <= detect_every < np.inf:
             raise ValueError(f"detect_every: expected 1 or more frames, got {detect_every}")
         if min_face is not None and not min_face > 0:
             raise ValueError(f"min_face: expected a positive number of pixels, got {min_face}")

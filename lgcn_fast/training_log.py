@@ -5,8 +5,6 @@ from io import StringIO
 from pathlib import Path
 from typing import BinaryIO
 
-import matplotlib.figure
-
 from .checkpoints import write_whole
 
 COLUMNS = ("epoch", "loss", "validation_error", "learning_rate", "samples_per_s", "minutes")
@@ -23,6 +21,8 @@ def write_log(path: Path, log: list[dict[str, float]]) -> None:
 
 def draw_log(path: Path | BinaryIO, log: list[dict[str, float]]) -> None:
     """Draw loss and validation error over the epochs."""
+    import matplotlib.figure  # here, as in `figures`: it takes half a second, and needs a folder to write to
+
     figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
     left = figure.subplots()
     right = left.twinx()

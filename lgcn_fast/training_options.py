@@ -47,6 +47,10 @@ def check_cache(cache: CropCache, options: TrainingOptions) -> None:
     if unknown or not all(0 <= share <= 1 for share in options.shares.values()):
         known = ", ".join(sorted(set(cache.sets.tolist())))
         raise ValueError(f"shares: expected numbers in 0..1 for sets among {known}, got {options.shares}")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"seed: expected 0 to 2**32 - 1, got {options.seed}")
+    if options.workers < 0:
+        raise ValueError(f"workers: expected 0 or more, got {options.workers}")
     if options.epochs is not None and options.epochs < 1:
         raise ValueError(f"epochs: expected at least 1, got {options.epochs}")
 

@@ -13,13 +13,14 @@ import threading
 import time as clock
 from collections import deque
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import cv2
 import numpy as np
 
-from .images import silent_opencv
+from .images import check_picture, silent_opencv, what_else_is
 
 DEFAULT_FPS = 30.0
 """Where a source does not say."""
@@ -67,12 +68,14 @@ class VideoReader:
         Raises:
             ValueError: nothing there, or no video.
         """
-        self._name = f"camera {source}" if isinstance(source, int) else str(source)
-        remote = isinstance(source, int) or "://" in str(source)
+        is_camera = isinstance(source, Integral)
+        if is_camera and not 0 <= source < 2**31:  # on others OpenCV crashes
+            raise ValueError(f"camera: expected a number from 0 to 2**31 - 1, got {source}")
+        self._name = f"camera {source}" if is_camera else str(source)
+        remote = is_camera or "://" in str(source)
         if not remote and not Path(source).is_file():
-            got = "a directory" if Path(source).is_dir() else "nothing there"
-            raise ValueError(f"{source}: expected a video file, got {got}")
-        address = source if isinstance(source, int) else str(source) if remote else _opencv_name(Path(source))
+            raise ValueError(f"{source}: expected a video file, got {what_else_is(Path(source))}")
+        address = int(source) if is_camera else str(source) if remote else _opencv_name(Path(source))
         with silent_opencv():
             self._capture = cv2.VideoCapture(address)
         if not self._capture.isOpened():
@@ -80,7 +83,7 @@ class VideoReader:
         fps = self._capture.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 0 < fps < 1000 else DEFAULT_FPS
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        self.frame_count = int(count) if count > 0 and not isinstance(source, int) else None
+        self.frame_count = int(count) if count > 0 and not is_camera else None
         self.live = remote and not self.frame_count
         self._path = None if remote else Path(source)
         self._lock, self._closed = threading.Lock(), False
@@ -166,7 +169,8 @@ def newest(frames: Iterable) -> Iterator:
     """The newest frame of a live source each time that one is asked for; those that came in between are dropped.
 
     A thread reads the source as fast as it delivers and keeps one frame. It ends with the iteration (leave it early
-    with `close`, which waits for the source's next frame). What the source raises is raised here, after its last frame.
+    with `close`, which waits for the source's next frame; Ctrl-C while a frame is awaited does not, as a source that
+    stalls may take half a minute). What the source raises is raised here, after its last frame.
 
     Args:
         frames: a live source, as `VideoReader`; it is read in another thread.
@@ -206,9 +210,13 @@ def newest(frames: Iterable) -> Iterator:
                     break
                 frame = slot.pop()
             yield frame
+    except KeyboardInterrupt:
+        stop.set()
+        raise
     finally:
-        finish()
-        atexit.unregister(finish)
+        if not stop.is_set():
+            finish()
+            atexit.unregister(finish)
     if errors:
         raise errors[0]
 
@@ -216,18 +224,21 @@ def newest(frames: Iterable) -> Iterator:
 class VideoWriter:
     """Writes frames into a video file, which is opened with the first and finished by `close`.
 
-    Frames of another size than the first are scaled into it, with black borders: `scaled` counts them.
+    Frames of another size than the first are scaled into it, with black borders: `scaled` counts them. Of an odd number
+    of rows or columns encoders leave out the last one.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
         """
         Args:
             path: its suffix says what kind of file, see `CODECS`.
-            fps: frames per second.
+            fps: frames per second, less than 1000.
 
         Raises:
-            ValueError: another suffix.
+            ValueError: another suffix, or no such number.
         """
+        if not 0 < fps < 1000:
+            raise ValueError(f"fps: expected frames per second, above 0 and below 1000, got {fps}")
         self.path, self.fps = Path(path), fps
         if self.path.suffix.lower() not in CODECS:
             raise ValueError(f"{path}: expected a file name that ends in {', '.join(CODECS)}")
@@ -253,10 +264,13 @@ class VideoWriter:
 
         Raises:
             OSError: the file cannot be opened, or the disk is (almost) full.
-            ValueError: it was closed.
+            ValueError: it was closed, another image, or a time that is not finite.
         """
         if self._closed:
             raise ValueError(f"{self.path}: expected an open writer, got one that was closed")
+        check_picture(image)
+        if time is not None and not np.isfinite(time):
+            raise ValueError(f"time: expected seconds, got {time}")
         if self._writer is None:
             self._open(image.shape[1], image.shape[0])
             self._start = self._last = time or 0.0

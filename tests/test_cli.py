@@ -2,6 +2,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_numbers_replace_others_only_when_they_are_whole(tmp_path, demo_picture,
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_numbers_of_files_whose_names_are_no_utf8(tmp_path, demo_picture):
+    strange = tmp_path / os.fsdecode(b"latin-\xfc.jpg")
+    shutil.copy(demo_picture, strange)
+    assert main(["predict", str(strange), "--format", "csv", "--out", str(tmp_path)]) == 0
+    assert b"latin-\xfc.jpg," in (tmp_path / "landmarks.csv").read_bytes()
+
+
+def test_the_command_line_starts_without_matplotlib():
+    """It takes half a second, and does not start where no folder can be written to."""
+    code = "import sys, lgcn_fast.cli; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_predicted_csv_can_be_trained_on(tmp_path, demo_picture):
     assert main(["predict", str(demo_picture), "--format", "csv", "--out", str(tmp_path)]) == 0
     (face,) = read_csv(tmp_path / "landmarks.csv", demo_picture.parent)
@@ -225,6 +239,10 @@ def test_from_labels_to_report(tmp_path, faces, capsys):
     assert main(["fit-shape", str(cache), "--sets", str(faces), *more, "--out", str(shape)]) == 0
     assert {path.name for path in shape.parent.iterdir()} == {"shape.safetensors", "shape.png"}
     assert main(["fit-shape", str(cache), "--sets", "nothing", "--out", str(shape)]) == 2
+    assert main(["fit-shape", str(cache), "--out", str(shape.with_suffix(".png"))]) == 2
+    assert "--out: expected the .safetensors file, beside which the picture goes" in capsys.readouterr().err
+    assert main(["prepare", str(faces), f"{faces}/../{faces.name}", "--out", str(cache)]) == 2
+    assert "faces: expected each set once" in capsys.readouterr().err
     assert (
         main(
             ["evaluate", str(faces), "--model", str(run / "best.safetensors"), "--shape", str(shape), "--out", str(out)]

@@ -58,8 +58,10 @@ def test_box_stays_around_the_points(random):
 
 
 def test_different_numbers_of_landmarks_are_refused(tmp_path, random):
-    with pytest.raises(ValueError, match=r"expected one number of landmarks .* got \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"expected one number of landmarks .* got 5 in a \(.*\), 4 in a \("):
         write_cache(tmp_path / "c.npz", {"a": [face(random), face(random, count=4)]})
+    with pytest.raises(ValueError, match="got no labelled face in a, b"):
+        write_cache(tmp_path / "c.npz", {"a": [], "b": []})
     assert not list(tmp_path.iterdir())
 
 
@@ -97,6 +99,12 @@ def test_mistyped_labels_are_named(tmp_path, random):
     message = "far: expected labels in its picture of 220 x 200 pixels, got a face of 4"
     with pytest.raises(ValueError, match=message):
         write_cache(tmp_path / "c.npz", {"a": [face(random), far]})
+
+
+def test_zeros_for_missing_labels_are_named(tmp_path, random):
+    zeros = replace(face(random, "zeros"), points=np.zeros((5, 2), np.float32))
+    with pytest.raises(ValueError, match=r"zeros: expected labels at different places .* got all of them at 0, 0"):
+        write_cache(tmp_path / "c.npz", {"a": [face(random), zeros]})
 
 
 def test_labels_beside_the_picture_are_named(tmp_path, random):

@@ -118,7 +118,11 @@ def test_csv_of_points_with_missing_labels(tmp_path):
     ("text", "message"),
     [
         ("", "expected the columns image"),
-        ("file,x0,y0\na.png,1,2\n", "expected the columns image"),
+        ("file,x0,y0\na.png,1,2\n", "expected the columns image, .* as column 1 image, got file"),
+        ("image\na.png\n", "as column 2 x0, got nothing"),
+        ("image,x0,y0,person\na.png,1,2,3\n", "as column 4 nothing, got person"),
+        ("image,x0,y0,\na.png,1,2,\n", "as column 4 nothing, got an empty one"),
+        ("image,x0,y0\na.png,1,1e39\n", "line 2: expected finite numbers"),
         ("image,x0,y0\nb.png,1,2\n", "line 2: expected a picture"),
         ("image,x0,y0\na.png,1\n", "line 2: expected 2 coordinates, got 1"),
         ("image,x0,y0\na.png,1,two\n", "line 2: expected numbers"),
@@ -131,6 +135,16 @@ def test_malformed_csv_names_the_line(tmp_path, text, message):
     (tmp_path / "f.csv").write_text(text, "latin-1")
     with pytest.raises(ValueError, match=message):
         read_csv(tmp_path / "f.csv", tmp_path)
+
+
+def test_csv_headers_may_have_blanks_and_are_not_taken_for_kaggles(tmp_path):
+    picture(tmp_path / "f" / "a.png")
+    (tmp_path / "f.csv").write_text("image, x0, y0, x1, y1\na.png, 1, 2, 3, 4\n")
+    (face,) = read_faces(tmp_path / "f.csv")
+    np.testing.assert_array_equal(face.points, [[1, 2], [3, 4]])
+    (tmp_path / "f.csv").write_text("Image,x0,y0\na.png,1,2\n")
+    with pytest.raises(ValueError, match="as column 1 image, got Image"):
+        read_faces(tmp_path / "f.csv")
 
 
 def kaggle(path, rows):

@@ -141,7 +141,8 @@ def test_says_what_runs():
         ({"precision": "int8"}, "precision: expected one of 'auto', 'fp32', 'bf16', 'fp8', got 'int8'"),
         ({"precision": "fp8"}, "precision: expected 'auto' or 'fp32'.*, got 'fp8', for which this processor has no"),
         ({"device": "tpu"}, "device"),
-        ({"num_threads": -1}, "num_threads: expected 0 or more, got -1"),
+        ({"num_threads": -1}, "num_threads: expected a whole number, 0 or more, got -1"),
+        ({"num_threads": 1.5}, "num_threads: expected a whole number, 0 or more, got 1.5"),
     ],
 )
 def test_bad_options_are_named(options, message):

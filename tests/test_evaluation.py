@@ -34,6 +34,16 @@ def test_points_without_label_do_not_count():
     errors = landmark_errors(predicted, labelled)
     assert errors[0] == pytest.approx(0.1)
     assert np.isnan(errors[1])  # no eye corner, no distance
+    labelled[1, 36] = labelled[1, 45]
+    assert np.isnan(landmark_errors(predicted, labelled)[1])
+
+
+def test_sets_of_points_without_labels_are_left_out(random):
+    labelled = random.uniform(0, 100, (2, 68, 2))
+    labelled[:, 17:] = np.nan
+    evaluation = Evaluation(faces_of(labelled), labelled + 5, labelled, "face-size")
+    assert list(evaluation.point_sets()) == ["68 points"]
+    assert list(evaluation.summaries()) == ["68 points"]
 
 
 def test_summary_by_hand():

@@ -113,7 +113,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch, random):
         export.export(model, path, "pt2", shape=ShapeModel.fit(random.normal(size=(9, 5, 2))))
     with pytest.raises(ValueError, match="model: expected one of lgcn-"):
         export.export("no-such-model", path, "pt2")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"model\.pt2'"):
         export.export(model, tmp_path / "no such folder" / "model.pt2", "pt2")
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(ValueError, match=r"got no onnxscript \(pip install onnx onnxscript onnxruntime\)"):

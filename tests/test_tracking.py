@@ -292,6 +292,7 @@ def test_time_must_not_go_back(engine, face):
     ("options", "message"),
     [
         ({"detect_every": 0}, "detect_every: expected 1 or more frames, got 0"),
+        ({"detect_every": np.nan}, "detect_every: expected 1 or more frames, got nan"),
         ({"min_face": 0}, "min_face: expected a positive number"),
         ({"smoothing": -1}, "smoothing: expected 0 or more, got -1"),
         ({"lost_below": 0.7}, "lost_below: expected 0 <= lost_below <= min_confidence <= 1"),

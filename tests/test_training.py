@@ -310,6 +310,8 @@ def test_cross_entropy_trains(cache, tmp_path):
         ({"shares": {"nothing": 0.5}}, "shares: expected numbers in 0..1 for sets among clean, noisy"),
         ({"shares": {"noisy": 1.5}}, "shares: expected"),
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"seed": -1}, r"seed: expected 0 to 2\*\*32 - 1, got -1"),
+        ({"workers": -1}, "workers: expected 0 or more, got -1"),
     ],
 )
 def test_options_that_do_not_fit_are_named(cache, tmp_path, changes, message):

@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from lgcn_fast import Tracker, cli_video, video
 from lgcn_fast.cli import main
@@ -252,12 +253,13 @@ def test_output_must_not_be_the_input(clip, capsys):
     assert "--json: expected another file than --out" in capsys.readouterr().err
 
 
-def test_sigterm_leaves_finished_files(tmp_path, clip):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_that_end_it_leave_finished_files(tmp_path, clip, name):
     out = tmp_path / "out.avi"
     program = (
         "import os, signal, sys; from lgcn_fast import cli, cli_video; update = cli_video.Tracker.update\n"
         "def killed(self, image, time):\n"
-        "    if time > 4.5 / 25: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"    if time > 4.5 / 25: os.kill(os.getpid(), signal.{name})\n"
         "    return update(self, image, time)\n"
         "cli_video.Tracker.update = killed; sys.exit(cli.main(sys.argv[1:]))"
     )
@@ -275,6 +277,25 @@ def test_numbers_may_go_into_a_pipe(tmp_path, clip):
         received = pool.submit(pipe.read_text)
         assert main(["video", str(clip), "--json", str(pipe)]) == 0
     assert [json.loads(line)["frame"] for line in received.result().splitlines()] == list(range(12))
+
+
+def test_numbers_on_standard_output_are_all_that_is_there(clip):
+    program = "import sys; from lgcn_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "video", str(clip), "--json", "/dev/stdout"]
+    run = subprocess.run(command, capture_output=True, check=True)
+    assert [json.loads(line)["frame"] for line in run.stdout.splitlines()] == list(range(12))
+    assert b"12 frames in" in run.stderr
+
+
+def test_video_without_standard_error(tmp_path, clip, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["video", str(clip), "--json", str(tmp_path / "lines.jsonl")]) == 0
+    assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_dash_is_no_file(clip, capsys):
+    assert main(["video", str(clip), "--json", "-"]) == 2
+    assert "--json: expected a file (standard output is /dev/stdout), got -" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a display")
@@ -377,6 +398,38 @@ def test_camera_that_is_not_there(capfd):
     assert "camera 97: expected a video, got nothing there" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("index", [-1, 2**31])
+def test_numbers_that_no_camera_has(index, capsys):
+    assert main(["webcam", "--index", str(index), "--no-show"]) == 2
+    assert f"camera: expected a number from 0 to 2**31 - 1, got {index}" in capsys.readouterr().err
+
+
+def test_pipes_are_no_files(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["video", str(tmp_path / "pipe")]) == 2
+    assert "expected a video file, got a pipe or device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fps", [0, -1, np.nan, np.inf])
+def test_frame_rates_that_are_none(tmp_path, fps):
+    with pytest.raises(ValueError, match="fps: expected frames per second"):
+        VideoWriter(tmp_path / "a.mp4", fps)
+
+
+def test_what_is_no_frame_is_named(tmp_path, pictures):
+    with VideoWriter(tmp_path / "a.mp4", 25) as writer:
+        for image, message in (
+            (pictures[0] / 255, r"image: expected \(H, W, 3\) uint8, got .* float64"),
+            (torch.from_numpy(pictures[0]), r"image: expected an array \(H, W, 3\) uint8, got Tensor"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                writer.write(image)
+        with pytest.raises(ValueError, match="time: expected seconds, got nan"):
+            writer.write(pictures[0], np.nan)
+        writer.write(pictures[0])
+    assert writer.written == 1
+
+
 def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("newest")]
 
@@ -413,6 +466,29 @@ def test_newest_hands_on_what_the_source_raises():
         taken.extend(taken.append(frame) for frame in newest(camera()))
     assert taken[:1] == [1]
     assert not readers()
+
+
+def test_ctrl_c_does_not_wait_for_a_source_that_stalls(monkeypatch):
+    stalls = threading.Event()
+
+    def camera():
+        yield 1
+        stalls.wait(60)
+
+    frames = newest(camera())
+    assert next(frames) == 1
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Condition, "wait_for", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        next(frames)
+    assert time.monotonic() - start < 30
+    stalls.set()
+    for thread in readers():
+        thread.join()
 
 
 def test_newest_stops_its_thread_when_left_early():
