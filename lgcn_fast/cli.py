@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from .cli_photos import (
     add_device_option,
     add_engine_options,
     add_model_options,
+    add_style_option,
     found_in,
     free_name,
     names_in,
@@ -44,9 +46,10 @@ from .shipped import MEASURED, default_model, models
 
 DEMO_BOX = (93, 79, 108, 108)
 """The face in demo.jpg (Eileen Collins, NASA, public domain)."""
-DOUBTFUL = 0.2
-"""Mean scores below it make one ask whether there is a face: of whole photos they are 0.04 to 0.3, of faces that were
-cut out loosely 0.5 (of 1 % less than 0.2)."""
+DOUBTFUL = 0.5
+"""Mean scores below it make one ask whether there is a face. Of 260 validation pictures, each taken for one face as it
+is and looked at in two passes of lgcn-nano-128, 71 of the 87 with errors above 10 % have less, and 2 of the others; of
+150 pictures without faces, 149."""
 PICTURE_SIZE = 600
 """Smaller pictures are enlarged to about this many pixels before landmarks are drawn."""
 FINISHING = ("predict", "detect", "video", "webcam")
@@ -112,12 +115,12 @@ def _add_predict(commands) -> None:
     parser.add_argument(
         "--passes",
         type=int,
-        default=1,
         metavar="N",
-        help="2: look again, in the box around the points, turned upright (default: 1)",
+        help="2: look again, in the box around the points, turned upright (default: 1, without --box 2)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and numbers")
     parser.add_argument("--format", choices=["json", "csv"], default="json", help="of the numbers")
+    add_style_option(parser)
     _add_prediction_options(parser)
     parser.add_argument("--fit", action=argparse.BooleanOptionalAction, default=True, help="the shape fit")
 
@@ -132,6 +135,8 @@ def _run_predict(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     found = {}
     boxes = [options.box] if options.box else None
+    if options.passes is None:
+        options.passes = 1 if boxes else 2
     taken = names_in(options.out, options.files)
 
     def find(image: np.ndarray) -> Landmarks:
@@ -141,7 +146,7 @@ def _run_predict(options: argparse.Namespace) -> int:
     try:
         for path, image, result in found_in("predict", options.files, find):
             picture = free_name(path.stem, "landmarks", taken)
-            _write_picture(options.out / picture, image, result.points)
+            _write_picture(options.out / picture, image, result, options.style, options.model)
             found[str(path)] = {"picture": picture, **rounded(result.points[0], result.scores[0])}
     finally:  # also where it is interrupted, or the disk gets full
         if found:
@@ -159,12 +164,12 @@ def _run_predict(options: argparse.Namespace) -> int:
     return 0 if len(found) == len(set(map(str, options.files))) else 2
 
 
-def _write_picture(path: Path, image: np.ndarray, points: np.ndarray) -> None:
+def _write_picture(path: Path, image: np.ndarray, landmarks: Landmarks, style: list[str], model: str | None) -> None:
     """Draw landmarks; small pictures are enlarged so that one can see something."""
     zoom = max(round(PICTURE_SIZE / max(image.shape[:2])), 1)
     if zoom > 1:
         image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
-    write_image(path, draw(image, (points + 0.5) * zoom - 0.5))
+    write_image(path, draw(image, replace(landmarks, points=(landmarks.points + 0.5) * zoom - 0.5), style, model))
 
 
 def _as_csv(found: dict[str, dict]) -> str:
@@ -189,7 +194,7 @@ def _run_demo(options: argparse.Namespace) -> int:
     image = read_image(Path(__file__).with_name("demo.jpg"), color=True)
     result = predict(image, [DEMO_BOX])
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    _write_picture(options.out, image, result.points)
+    _write_picture(options.out, image, result, ["lines", "points"], None)
     print(f"{options.out}: {result.points.shape[1]} landmarks, mean score {result.scores.mean():.2f}")
     return 0
 
@@ -205,6 +210,7 @@ def _run_models(options: argparse.Namespace) -> int:
         speeds = ", ".join(f"{speed:,.0f} on {device}" for device, speed in model.faces_per_second.items()) or "-"
         size = f"{model.size / 1e6:.1f} MB"
         print(f"{model.name:<14}{model.parameters:>12,}{size:>10}{''.join(f'{e:>15}' for e in errors)}   {speeds}")
+    print("Medians with the outline / without it. The most accurate first, by all test sets.")
     return 0
 
 

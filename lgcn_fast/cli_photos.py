@@ -14,7 +14,7 @@ import numpy as np
 from .checkpoints import write_whole
 from .cli_training import add_command
 from .detection import Faces, combined_heatmap, detect
-from .drawing import draw
+from .drawing import STYLES, draw
 from .engine import PRECISIONS
 from .images import read_image, write_image
 from .multiface import draw_score, read_photos, score_photos, summary
@@ -27,6 +27,7 @@ def add_detect(commands) -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and faces.json")
     parser.add_argument("--heatmap", action="store_true", help="draw the combined heatmap of each photo, too")
+    add_style_option(parser)
     add_model_options(parser)
     add_engine_options(parser)
     add_detection_options(parser)
@@ -38,6 +39,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model", help="name (see `lgcn-fast models`) or weights; default: lgcn-128, on a CPU lgcn-nano-128"
     )
     parser.add_argument("--shape", type=Path, help="shape model; default: the package's for the model's landmarks")
+
+
+def add_style_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--style", nargs="+", choices=STYLES, default=["lines", "points"], help="what to draw (default: lines points)"
+    )
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +101,7 @@ def _run_detect(options: argparse.Namespace) -> int:
     try:
         for path, photo, faces in found_in("detect", options.files, _detector(options)):
             picture = free_name(path.stem, "faces", taken)
-            write_image(options.out / picture, draw(photo, faces.points))
+            write_image(options.out / picture, draw(photo, faces, options.style, options.model))
             found[str(path)] = {"picture": picture, "faces": as_json(faces)}
             if options.heatmap:
                 colors = cv2.applyColorMap((heatmap_of(photo) * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)

@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .cli_photos import add_engine_options, add_finder_option, add_model_options, as_json
+from .cli_photos import add_engine_options, add_finder_option, add_model_options, add_style_option, as_json
 from .cli_training import add_command
-from .drawing import STYLES, draw, write_text
+from .drawing import draw, write_text
 from .loading import engine_for
 from .tracking import TrackedFaces, Tracker
 from .video import Frame, LinesWriter, VideoReader, VideoWriter, newest
@@ -43,9 +43,7 @@ def add_webcam(commands) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="write the pictures: .mp4, .mov, .webm, .mkv or .avi")
     parser.add_argument("--json", type=Path, help="write the numbers, a line of JSON for each frame")
-    parser.add_argument(
-        "--style", nargs="+", choices=STYLES, default=["lines", "points"], help="what to draw (default: lines points)"
-    )
+    add_style_option(parser)
     add_model_options(parser)
     add_finder_option(parser)
     text = "all of the frame is searched for new faces once in so many frames (default: 30)"
@@ -144,6 +142,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError("--json: expected a file (standard output is /dev/stdout), got -")
     if options.out and options.json and options.out.absolute() == options.json.absolute():
         raise ValueError(f"--json: expected another file than --out, got {options.json}")
+    if not (options.out or options.json or options.show):
+        print(f"lgcn-fast {options.command}: nothing is written (--out, --json) or shown (--show)", file=sys.stderr)
     # Qt would end the process.
     if options.show and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         raise ValueError(

@@ -67,6 +67,8 @@ LIGHT_STEP = 4
 """Pixels of a level between places where its light is measured."""
 WHOLE = 2**20
 """Pixels of a level that goes through the network as a whole; larger ones go in tiles, so that memory is bounded."""
+LONGEST = 2560
+"""Longest side of such a level: in bf16 the network's blur needs memory that grows with its square."""
 TILE, TILE_BORDER = 640, 48
 """Largest side of what a tile is to answer for, and what it sees around it. (Without AMX 640 takes 0.6 to 0.8 of the
 time of 256, which overlap more, and less than 512 or 720, measured with lgcn-nano.)"""
@@ -74,7 +76,7 @@ TILES = 8
 """Tiles that go through the network at once, each with up to 100 MB."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Faces(Landmarks):
     """The faces of a photo, the most confident first: `Landmarks`, and where each face is.
 
@@ -293,7 +295,7 @@ def _tiles(level: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarr
     """Parts of a level (C, H, W), all of one size: tiles (T, C, h, w); places (T, 2) of their first pixels, x and y;
     and what each is to answer for (T, 4): left, top, right, bottom, in pixels of the level."""
     height, width = level.shape[1:]
-    whole = height * width <= WHOLE
+    whole = height * width <= WHOLE and max(height, width) <= LONGEST
     rows, columns = ([(0, 0, side)] if whole else _cuts(side) for side in (height, width))
     h, w = (min(cuts[0][2] + 2 * TILE_BORDER, side) for cuts, side in ((rows, height), (columns, width)))
     cuts = [(row, column) for row in rows for column in columns]

@@ -4,7 +4,7 @@ import os
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -103,8 +103,13 @@ class Engine:
         return self._backend.num_threads
 
     def __repr__(self) -> str:
-        network = f"{self.config.filters} filters, {self.config.num_landmarks} landmarks"
-        return f"Engine({network}, backend={self.backend!r}, precision={self.precision!r})"
+        config, side = self.config, self.config.input_size // self.config.stride
+        network = f"{config.filters} filters, {config.num_landmarks} landmarks, heatmaps of {side} x {side}"
+        how = f"backend={self.backend!r}, precision={self.precision!r}, num_threads={self.num_threads}"
+        return f"Engine({network}; {how})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("Engine: it cannot be pickled or copied; build one in each process")
 
     def heatmaps(self, images: Tensor | np.ndarray) -> Tensor:
         """Heatmaps of a batch of images, as `LGCN.forward(images).output`; probabilities for cross-entropy networks.

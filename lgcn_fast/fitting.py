@@ -75,7 +75,7 @@ def fit(model: ShapeModel, heatmaps: Array, stride: int = 1) -> Fit:
 
     Returns:
         `Fit` with arrays of the heatmaps' namespace, in pixels of the heatmaps, finite for any heatmaps of values up to
-        1e15; without any evidence it is the mean face in the middle.
+        1e4; without any evidence it is the mean face in the middle.
 
     Raises:
         ValueError: another number of landmarks, dimensions or pixels.

@@ -28,7 +28,7 @@ DARKEST, BRIGHTEST = 60.0, 170.0
 """Range of a face's mean gray level."""
 
 
-def read_image(path: Path, color: bool = False) -> np.ndarray:
+def read_image(path: Path | str, color: bool = False) -> np.ndarray:
     """Read a picture file.
 
     Args:
@@ -57,10 +57,12 @@ def read_image(path: Path, color: bool = False) -> np.ndarray:
 
 def what_else_is(path: Path) -> str:
     """What is where a file was expected, for error messages."""
-    return "a directory" if path.is_dir() else "a pipe or device" if path.exists() else "nothing there"
+    if path.is_dir():
+        return f"a directory (its files are {path / '*'})"
+    return "a pipe or device" if path.exists() else "nothing there"
 
 
-def write_image(path: Path, image: np.ndarray) -> None:
+def write_image(path: Path | str, image: np.ndarray) -> None:
     """Write a picture, (H, W, 3) uint8 RGB, in the format of the file's name.
 
     Raises:

@@ -13,6 +13,8 @@ from .images import check_touches, square_box
 BYTES_FROM = 1.5
 """Pixels in floating point are those of 0..255 where the largest is above it: one of 0..1 may be a little above 1 after
 it was resized, and one of 0..255 below it would be black."""
+SMALLEST_BOX = 2.0
+"""Smallest side of a face box, pixels: where it is smaller, pixels were not meant."""
 MAX_SIDE = 16384
 """Largest side of a face box, pixels."""
 
@@ -37,7 +39,9 @@ def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
                 raise ValueError(f"{name}[{index}]: {_one_expected(len(parts), batch[index])}")
         return [image for (image,) in images]
     if not isinstance(batch, np.ndarray):
-        got = f"{type(batch).__name__} (of a file: lgcn_fast.images.read_image(path, color=True))"
+        is_pillow = hasattr(batch, "convert") and hasattr(batch, "mode")
+        how = 'np.asarray(image.convert("RGB"))' if is_pillow else "lgcn_fast.images.read_image(path, color=True)"
+        got = f"{type(batch).__name__} ({'of it' if is_pillow else 'of a file'}: {how})"
         raise ValueError(f"{name}: expected a NumPy array, torch tensor or list of them, got {got}")
     return list(_in_bytes_range(np.ascontiguousarray(channels_last(batch, name)), name))
 
@@ -81,7 +85,8 @@ def _in_bytes_range(batch: np.ndarray, name: str) -> np.ndarray:
     if batch.dtype == np.uint8:
         return batch
     if not np.issubdtype(batch.dtype, np.floating):
-        raise ValueError(f"{name}: expected uint8 or floating point, got {batch.dtype}")
+        hint = " (its upper eight bits are (image >> 8).astype(np.uint8))" if batch.dtype == np.uint16 else ""
+        raise ValueError(f"{name}: expected uint8 or floating point, got {batch.dtype}{hint}")
     batch = batch.astype(np.float32)
     if not np.isfinite(batch).all():
         raise ValueError(f"{name}: expected finite pixel values, got NaN or infinity")
@@ -98,9 +103,17 @@ def square_boxes(boxes: np.ndarray | None, images: list[np.ndarray]) -> np.ndarr
     else:
         boxes = boxes[None] if boxes.ndim == 1 else boxes
         if boxes.shape != (len(images), 4):
-            raise ValueError(f"boxes: expected x, y, width, height for {len(images)} images, got shape {boxes.shape}")
+            hint = " (of an image (3, H, W) take image[None])" if len(images) == 3 else ""
+            raise ValueError(
+                f"boxes: expected x, y, width, height for {len(images)} images, got shape {boxes.shape}{hint}"
+            )
         squares = []
         for index, (box, image) in enumerate(zip(checked_boxes("boxes", boxes), images, strict=True)):
+            if box[2:].max() < SMALLEST_BOX:
+                got = f"{box[2]:g} x {box[3]:g} (shares of the image? multiply them by its size)"
+                raise ValueError(
+                    f"boxes[{index}]: expected a box of at least {SMALLEST_BOX:g} pixels a side, got {got}"
+                )
             check_touches(box, image, f"boxes[{index}]")
             squares.append(square_box(box))
             check_touches(squares[-1], image, f"boxes[{index}], in whole pixels")

@@ -1,6 +1,6 @@
 """Landmarks of images: `predict`, the main entry point."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,15 @@ class Landmarks:
 
     def __len__(self) -> int:
         return len(self.points)
+
+    def __iter__(self) -> Iterator[Self]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        """How many faces, not all the numbers."""
+        count = len(self) if self.points.ndim > 2 else 1
+        points = f"{self.points.shape[-2]} points"
+        return f"{type(self).__name__}({count} face{'s' if count != 1 else ''} of {points})"
 
     def __getitem__(self, chosen: Any) -> Self:
         if self.points.ndim < 3:

@@ -48,7 +48,7 @@ NEIGHBOURHOOD = 2.5
 """Side of the square in which a face that was just lost is looked for, over that of its box."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TrackedFaces(Faces):
     """The faces of a frame, those first that have been there longest: `Faces`, and what is known of their past.
 
@@ -262,12 +262,11 @@ class Tracker:
         else:
             if lost:
                 self._order = itertools.cycle(WINDOWS)
-            large, windows = COARSE * smallest, []
-            for quarter in itertools.islice(self._order, due):
-                windows.append((_window(image, quarter, large), large if quarter is None else smallest))
-                if quarter is None:
-                    small = [track.box for track in self._lost if track.box[2] < large]
-                    windows += [(_neighbourhood(image, box), LEAST_SHRINKING * box[2]) for box in small]
+            large, quarters = COARSE * smallest, list(itertools.islice(self._order, due))
+            # Lost faces are looked for each time, where they were: bad frames at a steady rate would hide them else.
+            unseen = [track.box for track in self._lost if track.box[2] < large or None not in quarters]
+            windows = [(_neighbourhood(image, box), LEAST_SHRINKING * box[2]) for box in unseen]
+            windows += [(_window(image, q, large), large if q is None else smallest) for q in quarters]
         how = self._min_confidence, self.engine, self._finder, self._shape, self._any_angle
         for window, smallest in windows:
             self._take(_detect_in(image, window, [track.box for track in self._tracks], smallest, *how))

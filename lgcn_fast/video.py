@@ -228,7 +228,7 @@ class VideoWriter:
     of rows or columns encoders leave out the last one.
     """
 
-    def __init__(self, path: Path, fps: float) -> None:
+    def __init__(self, path: Path | str, fps: float) -> None:
         """
         Args:
             path: its suffix says what kind of file, see `CODECS`.
@@ -337,7 +337,7 @@ def _scaled_into(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 class LinesWriter:
     """Writes records as lines of JSON, each at once and whole or, where the disk is full, not at all."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("wb", buffering=0)

@@ -29,8 +29,16 @@ def test_demo(tmp_path, capsys):
 
 def test_predict_doubts_that_a_photo_is_one_face(tmp_path, demo_picture, capsys):
     predict_it = ["predict", str(demo_picture), "--out", str(tmp_path)]
-    assert main(["predict", *[str(demo_picture)] * 2, "--out", str(tmp_path)]) == 0
-    assert "mean score below 0.2 in 1 of 1 pictures: is the whole picture one face?" in capsys.readouterr().err
+    assert main(["predict", *[str(demo_picture)] * 2, "--passes", "1", "--out", str(tmp_path)]) == 0
+    assert "mean score below 0.5 in 1 of 1 pictures: is the whole picture one face?" in capsys.readouterr().err
+    near = tmp_path / "near.png"  # one face, but loosely cut out: the second pass is closer
+    cv2.imwrite(str(near), cv2.imread(str(demo_picture))[40:230, 60:250])
+    means = []
+    for passes in ([], ["--passes", "1"]):
+        assert main(["predict", str(near), *passes, "--style", "boxes", "confidence", "--out", str(tmp_path)]) == 0
+        means.append(np.mean(json.loads((tmp_path / "landmarks.json").read_text())[str(near)]["scores"]))
+    assert means[0] > means[1] + 0.05
+    capsys.readouterr()
     assert main([*predict_it, "--box", "93,79,108,108"]) == 0
     printed = capsys.readouterr()
     assert not printed.err
@@ -189,7 +197,7 @@ def test_bad_input_exits_with_2(tmp_path, demo_picture, arguments, message, caps
 
 def test_models_are_listed_with_what_is_known_of_them(package, capsys):
     assert main(["models"]) == 0
-    head, big, small = (line.split() for line in capsys.readouterr().out.splitlines())
+    head, big, small, _ = (line.split() for line in capsys.readouterr().out.splitlines())
     assert head[:2] == ["parameters", "size"]
     assert " ".join(big[:1] + big[4:]) == "lgcn-big 3.50 / 2.50 4.50 / 3.25 1,234 on cpu"
     assert small[:1] + small[4:] == ["lgcn-small", "-", "-", "-"]

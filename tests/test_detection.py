@@ -351,6 +351,18 @@ def test_votes_of_an_engine_are_those_of_its_heatmaps(random, threads):
     np.testing.assert_allclose(engine.votes(images, offsets, list(range(17, 68)), 2), expected, atol=1e-5)
 
 
+def test_long_levels_go_in_tiles(monkeypatch, random):
+    widths, votes = [], Engine.votes
+
+    def voted(engine, tiles, *rest):
+        widths.append(tiles.shape[-1])
+        return votes(engine, tiles, *rest)
+
+    monkeypatch.setattr(Engine, "votes", voted)
+    detect(random.integers(0, 256, (40, 6000), np.uint8))
+    assert max(widths) <= detection.LONGEST
+
+
 def test_wrong_ballots_are_named():
     heatmaps = np.zeros((1, 2, 4, 4), np.float32)
     with pytest.raises(ValueError, match=r"offsets: expected \(S, 2, 2\)"):

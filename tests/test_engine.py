@@ -1,6 +1,8 @@
+import pickle
 import subprocess
 import sys
 import threading
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -131,7 +133,13 @@ def test_the_model_is_not_changed():
 def test_says_what_runs():
     engine = Engine(randomised(CONFIGS["plain"]), precision="fp32")
     assert (engine.backend, engine.precision, engine.num_threads) == ("cpu", "fp32", torch.get_num_threads())
-    assert repr(engine) == "Engine(16 filters, 3 landmarks, backend='cpu', precision='fp32')"
+    assert repr(engine) == (
+        "Engine(16 filters, 3 landmarks, heatmaps of 96 x 96; backend='cpu', precision='fp32', "
+        f"num_threads={torch.get_num_threads()})"
+    )
+    for copied in (pickle.dumps, deepcopy):
+        with pytest.raises(TypeError, match="Engine: it cannot be pickled or copied; build one in each process"):
+            copied(engine)
     assert Engine(randomised(CONFIGS["plain"])).precision in ("fp32", "bf16")
 
 

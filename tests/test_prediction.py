@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image  # (which matplotlib needs)
 
 import lgcn_fast
 from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model, predict, prediction
@@ -156,6 +157,8 @@ NAN_IMAGE = np.full((9, 9), np.nan, np.float32)
         (np.zeros((9, 8, 4), np.uint8), r"batch: expected gray or RGB, got \(9, 8, 4\), as of RGBA"),
         (np.zeros(9, np.uint8), r"got \(9,\)"),
         (np.zeros((9, 9), np.int64), "expected uint8 or floating point, got int64"),
+        (np.zeros((9, 9), np.uint16), r"got uint16 \(its upper eight bits are \(image >> 8\)"),
+        (Image.new("RGB", (9, 9)), r"got Image \(of it: np.asarray\(image.convert"),
         (NAN_IMAGE, "expected finite pixel values"),
         (np.full((9, 9), -1.0), "expected pixel values in 0..1 or 0..255, got -1 to -1"),
         (np.full((9, 9), 300.0), "got 300 to 300"),
@@ -180,6 +183,7 @@ def test_bad_batches_are_named(batch, message):
             [[0, 0, np.nan, 10]],
             r"boxes\[0\]: expected x, y and a width and height above 0, got \[0.0, 0.0, nan, 10.0\]",
         ),
+        ([[0.3, 0.2, 0.4, 0.4]], r"boxes\[0\]: expected a box of at least 2 pixels a side, got 0.4 x 0.4 \(shares of"),
         ([[95.8, 50, 10, 10]], r"boxes\[0\], in whole pixels: expected a box that meets .*, got x=96"),
         ([[-10, 50, 10.2, 10.2]], r"boxes\[0\], in whole pixels"),
         ([[0, 0, np.inf, 10]], r"boxes\[0\]"),
@@ -233,6 +237,9 @@ def test_faces_one_by_one_and_some_of_them(image, to_host):
     faces = predict(image, boxes, "lgcn-finder", to_host=to_host)
     one_by_one = list(faces)
     assert [face.points.shape for face in one_by_one] == [(68, 2)] * 3
+    assert [repr(found) for found in (faces, faces[:0], faces[0])] == [
+        f"Landmarks({faces} of 68 points)" for faces in ("3 faces", "0 faces", "1 face")
+    ]
     assert all((face.scores == scores).all() for face, scores in zip(one_by_one, faces.scores, strict=True))
     with pytest.raises(TypeError, match="expected some, got the landmarks of one"):
         one_by_one[0][0]

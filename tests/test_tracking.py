@@ -177,6 +177,14 @@ def test_face_that_is_lost_is_searched_at_once_and_keeps_its_identity(engine, fa
     assert not again.tracked.any()
 
 
+def test_bad_frames_at_a_steady_rate_do_not_hide_a_face(engine, face):
+    """It is looked for where it was, whichever window is due; a large one, too."""
+    for period, least in ((6, 75), (3, 35)):
+        frames = [blank(face) if index % period == period - 1 else face for index in range(120)]
+        found = [len(faces) for faces in track(Tracker(engine, min_face=40), frames)]
+        assert sum(found) >= least
+
+
 def test_faces_that_lie_are_found_where_asked_for(engine, face):
     lying = np.ascontiguousarray(np.rot90(face))
     assert [len(faces) for faces in track(Tracker(engine), [lying] * 3)] == [0, 0, 0]
