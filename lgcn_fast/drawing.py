@@ -104,7 +104,7 @@ def _draw_lines(picture: np.ndarray, face: np.ndarray) -> None:
 
 
 def _draw_points(picture: np.ndarray, face: np.ndarray, colors: list[tuple[int, int, int]]) -> None:
-    radius = round(max(_extent(face) / 130, 0.8) * 2**_SUBPIXEL_BITS)
+    radius = round(max(_extent(face) / 130, 0.35) * 2**_SUBPIXEL_BITS)
     visible = np.isfinite(face).all(axis=1)
     for (x, y), color, shown in zip(_fixed(face).tolist(), colors, visible, strict=True):
         if shown:

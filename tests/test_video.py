@@ -293,6 +293,11 @@ def test_video_without_standard_error(tmp_path, clip, monkeypatch):
     assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == 12
 
 
+def test_video_that_leaves_nothing_says_so(clip, capsys):
+    assert main(["video", str(clip)]) == 0
+    assert "lgcn-fast video: nothing is written (--out, --json) or shown (--show)" in capsys.readouterr().err
+
+
 def test_a_dash_is_no_file(clip, capsys):
     assert main(["video", str(clip), "--json", "-"]) == 2
     assert "--json: expected a file (standard output is /dev/stdout), got -" in capsys.readouterr().err
