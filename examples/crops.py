@@ -1,8 +1,9 @@
 """A batch of face crops through `predict`, and their landmarks as CSV.
 
 Each picture is one face, cut out by whatever finds faces in your program: about 1.17 times the tight square around the
-landmarks. Crops may be of any sizes; all go through the network together. The CSV is what `lgcn-fast prepare` reads, so
-that landmarks which somebody corrected by hand can be trained on.
+landmarks, or more, as the second pass looks again where the first has found it. Crops may be of any sizes; all go
+through the network together. The CSV is what `lgcn-fast prepare` reads, so that landmarks which somebody corrected by
+hand can be trained on.
 
     python examples/crops.py faces/*.png --out landmarks.csv
 """
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     crops = [read_image(path) for path in options.files]  # (H, W) uint8: gray is all that the network sees
-    landmarks = lgcn_fast.predict(crops, model=options.model)
+    landmarks = lgcn_fast.predict(crops, model=options.model, passes=2)
 
     with options.out.open("w", newline="") as file:
         writer = csv.writer(file)
