@@ -70,7 +70,7 @@ def labelled_box(face: Face, image: np.ndarray, mean: np.ndarray | None) -> np.n
         ValueError: one that does not meet the picture, is far larger, or has no extent; names the face.
     """
     points = face.points[~np.isnan(face.points).any(axis=1)]
-    if np.ptp(points, axis=0).max() == 0:
+    if len(points) and np.ptp(points, axis=0).max() == 0:
         got = f"all of them at {points[0, 0]:g}, {points[0, 1]:g}"
         raise ValueError(
             f"{face.name}: expected labels at different places (a cell without a label is empty), got {got}"

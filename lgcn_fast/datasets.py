@@ -61,8 +61,9 @@ def read_faces(path: Path) -> list[Face]:
 
 
 def read_300w(folder: Path) -> list[Face]:
-    """Read a folder in the manner of 300-W: `NAME.pts` beside `NAME.jpg` (or another of
-    `IMAGE_SUFFIXES`), at any depth.
+    """Read a folder in the manner of 300-W: `NAME.pts` beside a picture `NAME`, at any depth.
+
+    Faces with fewer than two labels are left out.
 
     Raises:
         ValueError: no `.pts` file, one without a picture, or a malformed one.
