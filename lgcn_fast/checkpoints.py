@@ -3,6 +3,8 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -65,7 +67,17 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that appears complete or not at all: what stood there before is not lost.
+    """Write a file that appears complete or not at all, see `whole_file`."""
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that appears complete or not at all: what stood there before is not lost.
+
+    Yields:
+        a name beside it; what is there takes its place in the end, if all went well.
 
     Raises:
         OSError: it could not be written; names it.
@@ -73,7 +85,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     path = Path(path)
     partial = path.with_name(f"{path.name}.{get_native_id()}.part")  # no other thread's
     try:
-        partial.write_bytes(content)
+        yield partial
         os.replace(partial, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from io import StringIO
@@ -164,7 +164,13 @@ def _run_predict(options: argparse.Namespace) -> int:
     return 0 if len(found) == len(set(map(str, options.files))) else 2
 
 
-def _write_picture(path: Path, image: np.ndarray, landmarks: Landmarks, style: list[str], model: str | None) -> None:
+def _write_picture(
+    path: Path,
+    image: np.ndarray,
+    landmarks: Landmarks,
+    style: Sequence[str] = ("lines", "points"),
+    model: str | None = None,
+) -> None:
     """Draw landmarks; small pictures are enlarged so that one can see something."""
     zoom = max(round(PICTURE_SIZE / max(image.shape[:2])), 1)
     if zoom > 1:
@@ -194,7 +200,7 @@ def _run_demo(options: argparse.Namespace) -> int:
     image = read_image(Path(__file__).with_name("demo.jpg"), color=True)
     result = predict(image, [DEMO_BOX])
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    _write_picture(options.out, image, result, ["lines", "points"], None)
+    _write_picture(options.out, image, result)
     print(f"{options.out}: {result.points.shape[1]} landmarks, mean score {result.scores.mean():.2f}")
     return 0
 

@@ -7,7 +7,6 @@ the bytes, and nothing to convert; the network makes floating point of them in i
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoints import load_model
+from .checkpoints import load_model, whole_file
 from .config import LGCNConfig
 from .fitting import fitter_constants
 from .folding import ORIGIN, FoldedNetwork, Layer, fold
@@ -154,8 +153,7 @@ def export(
     facts = metadata(model.config, _shape_model(shape, model.config.num_landmarks))
     program = traced(model)
     path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as partial:
         if format == "onnx":
             write_onnx(program, partial, facts)
             run = _onnx_runtime(partial)
@@ -165,13 +163,7 @@ def export(
             partial.write_bytes(buffer.getbuffer())
             with partial.open("rb") as file:
                 run = torch.export.load(file).module()
-        error = _checked(run, model, path)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)
-    return error
+        return _checked(run, model, path)
 
 
 def metadata(config: LGCNConfig, shape: ShapeModel | None) -> dict[str, str]:

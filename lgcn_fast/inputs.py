@@ -39,9 +39,9 @@ def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
                 raise ValueError(f"{name}[{index}]: {_one_expected(len(parts), batch[index])}")
         return [image for (image,) in images]
     if not isinstance(batch, np.ndarray):
-        is_pillow = hasattr(batch, "convert") and hasattr(batch, "mode")
-        how = 'np.asarray(image.convert("RGB"))' if is_pillow else "lgcn_fast.images.read_image(path, color=True)"
-        got = f"{type(batch).__name__} ({'of it' if is_pillow else 'of a file'}: {how})"
+        of_file, of_pillow = "lgcn_fast.images.read_image(path, color=True)", 'np.asarray(image.convert("RGB"))'
+        hint = f"of it: {of_pillow}" if hasattr(batch, "convert") else f"of a file: {of_file}"
+        got = f"{type(batch).__name__} ({hint})"
         raise ValueError(f"{name}: expected a NumPy array, torch tensor or list of them, got {got}")
     return list(_in_bytes_range(np.ascontiguousarray(channels_last(batch, name)), name))
 
@@ -56,8 +56,12 @@ def one_image(image: Any, name: str) -> np.ndarray:
 
 def _one_expected(count: int, batch: Any) -> str:
     shape = f" in an array of {tuple(batch.shape)}" if hasattr(batch, "shape") else ""
-    hint = " (of an image (3, H, W) take image[None])" if count == 3 else ""
-    return f"expected one image (H, W) or (H, W, 3), got {count}{shape}{hint}"
+    return f"expected one image (H, W) or (H, W, 3), got {count}{shape}{_if_colours_first(count)}"
+
+
+def _if_colours_first(count: int) -> str:
+    """What helps whoever has one image and is told that it is three."""
+    return " (of an image (3, H, W) take image[None])" if count == 3 else ""
 
 
 def channels_last(batch: Array, name: str) -> Array:
@@ -103,10 +107,8 @@ def square_boxes(boxes: np.ndarray | None, images: list[np.ndarray]) -> np.ndarr
     else:
         boxes = boxes[None] if boxes.ndim == 1 else boxes
         if boxes.shape != (len(images), 4):
-            hint = " (of an image (3, H, W) take image[None])" if len(images) == 3 else ""
-            raise ValueError(
-                f"boxes: expected x, y, width, height for {len(images)} images, got shape {boxes.shape}{hint}"
-            )
+            expected = f"x, y, width, height for {len(images)} images"
+            raise ValueError(f"boxes: expected {expected}, got shape {boxes.shape}{_if_colours_first(len(images))}")
         squares = []
         for index, (box, image) in enumerate(zip(checked_boxes("boxes", boxes), images, strict=True)):
             if box[2:].max() < SMALLEST_BOX:

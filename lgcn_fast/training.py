@@ -72,12 +72,13 @@ class Trainer:
         check_cache(cache, options)
         self.cache, self.options, self.folder = cache, options, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._checkpoint = self.folder / "checkpoint.safetensors"
         self.device = checked_device(options.device)
         fast_in_bf16 = self.device.type == "cuda" or "bf16" in INSTRUCTIONS
         self.amp = fast_in_bf16 if options.amp is None else options.amp
         torch.manual_seed(options.seed)
         self.model = LGCN(options.config)
-        knows_landmarks, goes_on = False, (self.folder / "checkpoint.safetensors").exists()
+        knows_landmarks, goes_on = False, self._checkpoint.exists()
         if options.init and not goes_on:
             start, knows_landmarks = load_start(options.init, options.config)
             self.model.load_state_dict(start.state_dict())
@@ -138,7 +139,7 @@ class Trainer:
         if time_budget is not None and not time_budget > 0:
             raise ValueError(f"time_budget: expected minutes above 0, got {time_budget:g}")
         with _alone_in(self.folder):
-            if (self.folder / "checkpoint.safetensors").exists():
+            if self._checkpoint.exists():
                 self._restore()  # another run may have ended while this one waited
             return self._run(time_budget)
 
@@ -344,13 +345,13 @@ class Trainer:
             "cache": self.cache_digest,
         }
         metadata = {"run": self._identity(), "progress": json.dumps(progress)}
-        save_tensors(self.folder / "checkpoint.safetensors", self._state(), metadata)
+        save_tensors(self._checkpoint, self._state(), metadata)
         write_log(self.folder / "log.csv", self.log)
         if self.log:
             draw_log(self.folder / "curve.png", self.log)
 
     def _restore(self) -> None:
-        path = self.folder / "checkpoint.safetensors"
+        path = self._checkpoint
         state, metadata = load_tensors(path)
         if metadata.get("run") != self._identity():
             raise ValueError(

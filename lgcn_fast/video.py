@@ -24,6 +24,8 @@ from .images import check_picture, silent_opencv, what_else_is
 
 DEFAULT_FPS = 30.0
 """Where a source does not say."""
+MOST_FPS = 1000
+"""Frame rates from here on are none."""
 MISSING = 0.01
 """Share of its frames that a file may lack: some containers only say how long they are."""
 CODECS = {
@@ -81,7 +83,7 @@ class VideoReader:
         if not self._capture.isOpened():
             raise ValueError(f"{self._name}: expected a video, got {'nothing there' if remote else 'another file'}")
         fps = self._capture.get(cv2.CAP_PROP_FPS)
-        self.fps = fps if 0 < fps < 1000 else DEFAULT_FPS
+        self.fps = fps if 0 < fps < MOST_FPS else DEFAULT_FPS
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.frame_count = int(count) if count > 0 and not is_camera else None
         self.live = remote and not self.frame_count
@@ -237,8 +239,8 @@ class VideoWriter:
         Raises:
             ValueError: another suffix, or no such number.
         """
-        if not 0 < fps < 1000:
-            raise ValueError(f"fps: expected frames per second, above 0 and below 1000, got {fps}")
+        if not 0 < fps < MOST_FPS:
+            raise ValueError(f"fps: expected frames per second, above 0 and below {MOST_FPS}, got {fps}")
         self.path, self.fps = Path(path), fps
         if self.path.suffix.lower() not in CODECS:
             raise ValueError(f"{path}: expected a file name that ends in {', '.join(CODECS)}")
