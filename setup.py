@@ -1,5 +1,6 @@
 """Builds csrc/ with CMake as lgcn_fast_kernels._native; everything declarative is in pyproject.toml."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,4 +29,6 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", build], check=True)
 
 
+for stale in (ROOT / "build").glob("lib*"):  # setuptools would pack files that have been deleted since
+    shutil.rmtree(stale)
 setup(ext_modules=[Extension("lgcn_fast_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

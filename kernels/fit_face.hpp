@@ -181,7 +181,8 @@ Guess first_guess(const Group& group, const FitModel& model, const Evidence<Numb
         products[2] += from_x * from_x + from_y * from_y;
     }
     group.sum(products);
-    const double length = hypot(products[0], products[1]), nominal = side * options.nominal_size;
+    const double length = sqrt(products[0] * products[0] + products[1] * products[1]);
+    const double nominal = side * options.nominal_size;
     const double scale = length / (products[2] > 0 ? products[2] : 1);
     const double size = smaller(larger(scale, nominal / 4), nominal * 2);
     return length > 1e-9 ? Guess{products[0] / length, products[1] / length, size} : Guess{1, 0, size};

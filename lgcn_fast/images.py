@@ -3,6 +3,7 @@
 A box covers whole pixels: its left edge lies half a pixel left of pixel x, as with slices and `cv2.resize`.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import floor
@@ -39,6 +40,7 @@ def read_image(path: Path | str, color: bool = False) -> np.ndarray:
         (H, W) uint8, with `color` (H, W, 3) in RGB order.
 
     Raises:
+        MemoryError: it decodes to more than there is memory for.
         ValueError: not a readable, complete picture; names the file.
     """
     path = Path(path)
@@ -48,7 +50,9 @@ def read_image(path: Path | str, color: bool = False) -> np.ndarray:
     with silent_opencv():
         try:
             image = cv2.imdecode(data, cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE) if data.size else None
-        except cv2.error:
+        except cv2.error as error:
+            if error.code == cv2.Error.StsNoMem:
+                raise MemoryError(f"{path}: {error.err}") from None
             image = None
     if image is None:
         raise ValueError(f"{path}: expected a picture file, got {data.size} bytes that do not decode as one")
@@ -90,6 +94,19 @@ def check_picture(image: np.ndarray) -> None:
 
 
 _silence, _silent_calls, _level = Lock(), 0, 0
+
+
+def _forked() -> None:
+    """A forked process has none of the threads that were to end the silence."""
+    global _silent_calls
+    if _silent_calls:
+        _silent_calls = 0
+        cv2.utils.logging.setLogLevel(_level)
+    _silence.release()
+
+
+if hasattr(os, "register_at_fork"):  # while nobody is changing level or number
+    os.register_at_fork(before=_silence.acquire, after_in_parent=_silence.release, after_in_child=_forked)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import os
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from weakref import WeakKeyDictionary
 
 from .checkpoints import WEIGHTS, weights_path
@@ -93,14 +93,14 @@ def _kept(path: Path, version: tuple[int, int] | None, *options: str | int) -> E
     return Engine(path, *options)
 
 
-_loads: dict[object, Lock] = {}
+_loads: dict[object, RLock] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_loads.clear)  # whoever held them is not there
 
 
 def _loaded(path: Path, version: tuple[int, int] | None, *options: str | int) -> Engine:
     """The engine of a file, built by the first of the threads that ask for it, while the others wait."""
-    with _loads.setdefault((str(path), options), Lock()):
+    with _loads.setdefault((str(path), options), RLock()):
         return _kept(path, version, *options)
 
 
@@ -112,7 +112,7 @@ def _built(model: LGCN, device: str, precision: str, num_threads: int) -> Engine
     options = device, precision, num_threads
     tensors = model.state_dict().values()
     state = [options, *((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)]
-    with _loads.setdefault(id(model), Lock()):
+    with _loads.setdefault(id(model), RLock()):
         known = _engines.get(model)
         if known is None or known[0] != state:
             known = _engines[model] = state, Engine(model, *options)

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -234,3 +236,57 @@ def test_turned_means_clockwise_as_one_sees_it():
     tensor = turned(torch.from_numpy(right).float(), box, np.array([np.pi / 2]))
     assert tensor.dtype == torch.float32
     np.testing.assert_allclose(tensor.numpy(), [[[5, 8]]], atol=1e-5)
+
+
+SILENT = """
+import os, sys, threading, time
+import cv2
+from lgcn_fast.images import read_image
+
+level, ended = cv2.utils.logging.getLogLevel(), False
+
+def read():
+    while not ended:
+        read_image(sys.argv[1])
+
+threads = [threading.Thread(target=read) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for _ in range(300):
+    child = os.fork()
+    if not child:
+        read_image(sys.argv[1])
+        os._exit(cv2.utils.logging.getLogLevel() != level)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "silent"
+ended = True
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_forked_processes_neither_wait_nor_stay_silent(tmp_path):
+    write_image(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    subprocess.run([sys.executable, "-c", SILENT, tmp_path / "a.png"], check=True, timeout=120)
+
+
+LITTLE_MEMORY = """
+import resource, sys
+from lgcn_fast.images import read_image
+
+read_image(sys.argv[1])
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 100_000_000, -1))
+try:
+    read_image(sys.argv[2])
+except MemoryError as error:
+    assert "large.png" in str(error)
+else:
+    sys.exit("no error")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pictures_that_do_not_fit_into_memory_are_not_called_broken(tmp_path):
+    write_image(tmp_path / "small.png", np.zeros((8, 8, 3), np.uint8))
+    write_image(tmp_path / "large.png", np.zeros((8000, 8000, 3), np.uint8))
+    command = [sys.executable, "-c", LITTLE_MEMORY, tmp_path / "small.png", tmp_path / "large.png"]
+    subprocess.run(command, check=True)
