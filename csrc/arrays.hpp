@@ -17,10 +17,13 @@
 
 namespace py = pybind11;
 
-// c_style without forcecast: another dtype is the caller's mistake, not something to copy silently.
-using Heatmaps = py::array_t<float, py::array::c_style>;
-using Points = py::array_t<double, py::array::c_style>;
-using Offsets = py::array_t<std::int64_t, py::array::c_style>;
+// Without forcecast: another dtype is the caller's mistake, not something to copy silently. What lies at odd addresses,
+// as behind a header in a buffer, is copied.
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_>;
+using Heatmaps = Array<float>;
+using Points = Array<double>;
+using Offsets = Array<std::int64_t>;
 
 struct Batch {
     const float* data;
@@ -88,6 +91,10 @@ inline lgcn::Ballot checked_ballot(const Offsets& offsets, const std::vector<std
         throw py::value_error("offsets: expected (S, " + std::to_string(landmarks) + ", 2)");
     if (std::any_of(voters.begin(), voters.end(), [&](std::int64_t i) { return i < 0 || i >= landmarks; }))
         throw py::value_error("voters: expected landmarks from 0 to " + std::to_string(landmarks - 1));
+    constexpr std::int64_t largest = std::int64_t{1} << 31;  // so that nothing overflows
+    const std::int64_t* data = offsets.data();
+    if (std::any_of(data, data + offsets.size(), [&](std::int64_t v) { return v < -largest || v > largest; }))
+        throw py::value_error("offsets: expected numbers of pixels, got one beyond 2^31");
     if (step < 1) throw py::value_error("step: expected at least 1, got " + std::to_string(step));
     return {offsets.data(), offsets.shape(0), landmarks, voters, step};
 }

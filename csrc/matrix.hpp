@@ -291,8 +291,7 @@ LGCN_AMX_BF16 inline void end_amx() { _tile_release(); }
 
 inline bool has_avx512_bf16() {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    return widest_registers() == Registers::bits512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 
 inline bool has_amx_bf16() {
@@ -306,17 +305,13 @@ inline bool has_amx_bf16() {
 
 #endif
 
-}  // namespace detail
-
-namespace detail {
-
 inline std::vector<std::string> find_instruction_sets() {
     std::vector<std::string> names;
 #ifdef LGCN_X86
     if (has_amx_bf16()) names.push_back("amx_bf16");
     if (has_avx512_bf16()) names.push_back("avx512_bf16");
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) names.push_back("avx512");
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
+    if (widest_registers() >= Registers::bits512) names.push_back("avx512");
+    if (widest_registers() >= Registers::bits256) names.push_back("avx2");
 #endif
     names.push_back("baseline");
     return names;

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -78,22 +79,19 @@ public:
     }
 
     template <typename Pixel>
-    using Images = py::array_t<Pixel, py::array::c_style>;
-
-    template <typename Pixel>
-    Heatmaps heatmaps(const Images<Pixel>& images, int num_threads) {
+    Heatmaps heatmaps(const Array<Pixel>& images, int num_threads) {
         return std::visit([&](auto& network) { return heatmaps(*network, images, num_threads); }, network_);
     }
 
     // Heatmaps and fit of each face in one go, while its heatmaps are in the cache.
     template <typename Pixel>
-    py::tuple fit(const Images<Pixel>& images, const lgcn::Fitter& fitter, int num_threads) {
+    py::tuple fit(const Array<Pixel>& images, const lgcn::Fitter& fitter, int num_threads) {
         return std::visit([&](auto& network) { return fit(*network, images, fitter, num_threads); }, network_);
     }
 
     // Votes for the middles of faces, without heatmaps on the way out.
     template <typename Pixel>
-    py::array_t<float> votes(const Images<Pixel>& images, const Offsets& offsets,
+    py::array_t<float> votes(const Array<Pixel>& images, const Offsets& offsets,
                              const std::vector<std::int64_t>& voters, std::int64_t step, int num_threads) {
         return std::visit(
             [&](auto& network) {
@@ -107,9 +105,11 @@ private:
     // Layers that do not fit together would read beyond their arrays.
     static void check(const lgcn::Shape& shape, const std::vector<Layer>& local, const Layer& heads,
                       const std::vector<Layer>& context, const Layer& refine) {
+        constexpr std::int64_t largest = 1 << 16;  // so that products of them do not overflow
         if (shape.landmarks < 1 || shape.side_channels < 0 || shape.stride < 1 || shape.shuffle < 1 ||
-            shape.shuffle % shape.stride || shape.dilation < 1) {
-            throw py::value_error("shape: expected positive numbers, and a shuffle that is a multiple of the stride");
+            shape.shuffle % shape.stride || shape.dilation < 1 || std::max(shape.shuffle, shape.dilation) > largest) {
+            throw py::value_error(
+                "shape: expected positive numbers up to 65536, and a shuffle that is a multiple of the stride");
         }
         if (local.empty() || context.empty()) throw py::value_error("local, context: expected at least one layer each");
         const std::int64_t maps = shape.landmarks + shape.side_channels, step = shape.shuffle / shape.stride;
@@ -147,7 +147,7 @@ private:
     }
 
     template <typename T, typename Pixel>
-    static lgcn::Image<Pixel> checked(const lgcn::Network<T>& network, const Images<Pixel>& images) {
+    static lgcn::Image<Pixel> checked(const lgcn::Network<T>& network, const Array<Pixel>& images) {
         if (images.ndim() != 4 || images.shape(1) != network.image_channels() || images.shape(2) == 0 ||
             images.shape(3) == 0) {
             throw py::value_error("images: expected (B, " + std::to_string(network.image_channels()) +
@@ -157,8 +157,8 @@ private:
     }
 
     template <typename T, typename Pixel>
-    static Heatmaps heatmaps(lgcn::Network<T>& network, const Images<Pixel>& images, int num_threads) {
-        struct {
+    static Heatmaps heatmaps(lgcn::Network<T>& network, const Array<Pixel>& images, int num_threads) {
+        struct User {
             float* out;
             std::int64_t size;
 
@@ -166,19 +166,19 @@ private:
             float* place(std::int64_t face, float*) const { return out + face * size; }
             void use_maps(std::int64_t, const float*, lgcn::Range) const {}
             void use_face(std::int64_t, const float*, std::int64_t, std::int64_t) const {}
-        } user;
+        };
         const lgcn::Image<Pixel> image = checked(network, images);
         const py::ssize_t height = network.heatmap_side(image.height), width = network.heatmap_side(image.width);
-        Heatmaps heatmaps({images.shape(0), static_cast<py::ssize_t>(network.landmarks()), height, width});
-        user = {heatmaps.mutable_data(), network.landmarks() * height * width};
         const py::ssize_t count = images.shape(0);
+        Heatmaps heatmaps({count, static_cast<py::ssize_t>(network.landmarks()), height, width});
+        const User user{heatmaps.mutable_data(), network.landmarks() * height * width};
         py::gil_scoped_release unlocked;
         network(image, count, num_threads, user);
         return heatmaps;
     }
 
     template <typename T, typename Pixel>
-    static py::tuple fit(lgcn::Network<T>& network, const Images<Pixel>& images, const lgcn::Fitter& fitter,
+    static py::tuple fit(lgcn::Network<T>& network, const Array<Pixel>& images, const lgcn::Fitter& fitter,
                          int num_threads) {
         struct User {
             const lgcn::Fitter& fitter;
@@ -216,7 +216,7 @@ private:
     }
 
     template <typename T, typename Pixel>
-    static py::array_t<float> votes(lgcn::Network<T>& network, const Images<Pixel>& images, const lgcn::Ballot& ballot,
+    static py::array_t<float> votes(lgcn::Network<T>& network, const Array<Pixel>& images, const lgcn::Ballot& ballot,
                                     int num_threads) {
         struct User {
             const lgcn::Ballot& ballot;
@@ -275,12 +275,12 @@ inline void bind_network(py::module_& module) {
         .def("heatmaps", &Network::heatmaps<float>, py::arg("images").noconvert(), py::arg("num_threads"))
         .def("fit", &Network::fit<std::uint8_t>, py::arg("images").noconvert(), py::arg("fitter"),
              py::arg("num_threads"), "What `fitter.fit` makes of the heatmaps of images, which stay in the cache.")
+        .def("fit", &Network::fit<float>, py::arg("images").noconvert(), py::arg("fitter"), py::arg("num_threads"))
         .def("votes", &Network::votes<std::uint8_t>, py::arg("images").noconvert(), py::arg("offsets"),
              py::arg("voters"), py::arg("step"), py::arg("num_threads"),
              "What `face_votes` makes of the heatmaps of images, which stay in memory that is used again.")
         .def("votes", &Network::votes<float>, py::arg("images").noconvert(), py::arg("offsets"), py::arg("voters"),
-             py::arg("step"), py::arg("num_threads"))
-        .def("fit", &Network::fit<float>, py::arg("images").noconvert(), py::arg("fitter"), py::arg("num_threads"));
+             py::arg("step"), py::arg("num_threads"));
     py::class_<lgcn::Fitter>(module, "Fitter",
                              "The fit of section 3.3 with a shape model: basis (4 + K, N, 2) and variances (K,) "
                              "float64; the constants are those of `lgcn_fast.fitting`, which is the reference.")

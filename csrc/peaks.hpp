@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "heatmap.hpp"
 #include "simd.hpp"
@@ -114,19 +115,19 @@ void for_each_local_maximum(const Heatmap& map, float threshold, Found found) {
 namespace detail {
 
 typedef double WideLanes4 __attribute__((vector_size(32)));
-typedef double WideLanes __attribute__((vector_size(128)));
 
 // Sums of lanes in double. (Eight at once would not fit the registers of AVX2.)
 [[gnu::always_inline]] inline WideLanes4 wide(Lanes4 v) { return __builtin_convertvector(v, WideLanes4); }
 [[gnu::always_inline]] inline WideLanes4 wide(Lanes8 v) {
     return wide(Lanes4{v[0], v[1], v[2], v[3]} + Lanes4{v[4], v[5], v[6], v[7]});
 }
-[[gnu::always_inline]] inline WideLanes wide(Lanes v) { return __builtin_convertvector(v, WideLanes); }
 
 struct WindowMoments {
-    template <typename Vector>
+    template <typename Widest>
     [[gnu::always_inline]] static Moments run(const Heatmap& map, const Window& window, float threshold) {
-        using Wide = decltype(wide(Vector{}));
+        // Windows are narrow; and of vectors of 512 bits GCC would join two comparisons lane by lane, in memory.
+        using Vector = std::conditional_t<std::is_same_v<Widest, Lanes>, Lanes8, Widest>;
+        using Wide = WideLanes4;
         constexpr std::int64_t kLanes = kLanesOf<Vector>;
         const auto [y0, y1, x0, x1] = window;
         const std::int64_t width = x1 - x0;

@@ -1,7 +1,6 @@
 // Where activations and maps lie in memory, and how values get from one place to another.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>

@@ -38,7 +38,7 @@ public:
     std::int64_t sizes() const { return sizes_; }
     std::int64_t landmarks() const { return landmarks_; }
     std::int64_t voters() const { return static_cast<std::int64_t>(voters_.size()); }
-    std::int64_t side(std::int64_t pixels) const { return (pixels + step_ - 1) / step_; }
+    std::int64_t side(std::int64_t pixels) const { return (pixels - 1) / step_ + 1; }
 
     // Adds what the maps of a face, the first of them `maps`, give to a row of the votes for one size.
     void add(const Heatmap& maps, std::int64_t size, std::int64_t y, float* votes) const {

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "convolution.hpp"
 #include "matrix.hpp"
@@ -143,8 +142,8 @@ public:
 
 private:
     static constexpr std::int64_t kBlock = 36;  // tiles at a time: what is between the transforms stays in the cache
-    static constexpr std::int64_t kSkew =
-        16;  // floats between products, which else compete for a few lines of the cache
+    // Floats between products, which else compete for a few lines of the cache.
+    static constexpr std::int64_t kSkew = 16;
 
     // The tiles of a plane. Of a dilated convolution each phase, of rows and of columns, is an image of its own.
     struct Tiles {

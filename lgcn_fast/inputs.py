@@ -1,5 +1,6 @@
 """What users hand in: images and boxes of any kind, checked."""
 
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -110,8 +111,8 @@ def square_boxes(boxes: np.ndarray | None, images: list[np.ndarray]) -> np.ndarr
             expected = f"x, y, width, height for {len(images)} images"
             raise ValueError(f"boxes: expected {expected}, got shape {boxes.shape}{_if_colours_first(len(images))}")
         squares = []
-        for index, (box, image) in enumerate(zip(checked_boxes("boxes", boxes), images, strict=True)):
-            if box[2:].max() < SMALLEST_BOX:
+        for index, (box, image) in enumerate(zip(checked_boxes("boxes", boxes).tolist(), images, strict=True)):
+            if max(box[2:]) < SMALLEST_BOX:
                 got = f"{box[2]:g} x {box[3]:g} (shares of the image? multiply them by its size)"
                 raise ValueError(
                     f"boxes[{index}]: expected a box of at least {SMALLEST_BOX:g} pixels a side, got {got}"
@@ -151,7 +152,7 @@ def checked_boxes(name: str, boxes: Any) -> np.ndarray:
     if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
         raise ValueError(f"{name}: expected boxes (K, 4), got shape {boxes.shape}")
     boxes = boxes.reshape(-1, 4)
-    for index, box in enumerate(boxes):
-        if not (np.isfinite(box).all() and (box[2:] > 0).all()):
-            raise ValueError(f"{name}[{index}]: expected x, y and a width and height above 0, got {box.tolist()}")
+    for index, box in enumerate(boxes.tolist()):  # (Python's numbers: of so few NumPy's take ten times as long)
+        if not (all(map(isfinite, box)) and min(box[2:]) > 0):
+            raise ValueError(f"{name}[{index}]: expected x, y and a width and height above 0, got {box}")
     return boxes

@@ -371,6 +371,8 @@ def test_wrong_ballots_are_named():
         lgcn_fast_kernels.face_votes(heatmaps, np.zeros((1, 2, 2), int), [2])
     with pytest.raises(ValueError, match="step: expected at least 1, got 0"):
         lgcn_fast_kernels.face_votes(heatmaps, np.zeros((1, 2, 2), int), [0], step=0)
+    with pytest.raises(ValueError, match=r"offsets: expected numbers of pixels, got one beyond 2\^31"):
+        lgcn_fast_kernels.face_votes(heatmaps, np.full((1, 2, 2), -(2**63)), [0])
 
 
 def test_photos_are_scored(face, points):

@@ -85,6 +85,10 @@ def test_native_layers_must_fit_together():
             Network("baseline", shape, **good | {name: value})
     with pytest.raises(ValueError, match="at least one layer"):
         Network("baseline", shape, **good | {"context": []})
+    for change in ({"dilation": 2**62}, {"shuffle": 2**32, "stride": 2**32}):  # products overflow
+        numbers = {"landmarks": 3, "side_channels": 2, "shuffle": 2, "stride": 1, "dilation": 1} | change
+        with pytest.raises(ValueError, match="shape: expected positive numbers up to 65536"):
+            Network("baseline", Shape(**numbers, taps=np.ones((1, 3))), **good)
 
 
 def test_threads_do_not_change_the_heatmaps(random):

@@ -1,3 +1,8 @@
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import array_api_strict
 import numpy as np
 import pytest
@@ -225,3 +230,41 @@ def test_references_run_on_any_array_namespace(namespace, random):
 def test_native_names_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call(lgcn_fast_kernels, np.zeros((1, 2, 5, 5), np.float32))
+
+
+@pytest.fixture(scope="module")
+def every_width(tmp_path_factory) -> ctypes.CDLL:
+    """csrc/peaks.hpp, with the registers to use as the first argument."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    library, root = tmp_path_factory.mktemp("width") / "every_width.so", Path(__file__).parents[1]
+    flags = ("-std=c++17", "-O3", "-Wno-psabi", "-fno-trapping-math", "-fno-signed-zeros", "-fPIC", "-shared")
+    folders = (f"-I{root / folder}" for folder in ("csrc", "kernels"))
+    subprocess.run(["g++", *flags, *folders, root / "tests/every_width.cpp", "-o", library], check=True)
+    functions = ctypes.CDLL(library)
+    functions.row_maximum.restype, functions.first_maximum.restype = ctypes.c_float, ctypes.c_int64
+    return functions
+
+
+def test_every_width_of_registers(every_width, random):
+    """Windows narrower than a vector, of whole vectors, and with a rest; NaN and infinity beside them."""
+    registers, address = range(every_width.widest() + 1), lambda array: ctypes.c_void_p(array.ctypes.data)
+    for _ in range(300):
+        height, width = (int(side) for side in random.integers(1, 70, 2))
+        heatmap = random.normal(size=(height, width)).astype(np.float32)
+        heatmap[random.random(heatmap.shape) < 0.2] = random.choice([np.nan, -np.inf, 0.5])
+        y0, y1 = np.sort(random.integers(0, height + 1, 2))
+        x0, x1 = np.sort(random.integers(0, width + 1, 2))
+        seen = heatmap[y0:y1, x0:x1].astype(np.float64)
+        squares = np.where(seen > 0.25, seen, 0) ** 2
+        expected = squares.sum(), (squares * np.arange(x0, x1)).sum(), (squares.T * np.arange(y0, y1)).sum()
+        ranked = np.where(np.isnan(heatmap), -np.inf, heatmap)
+        for width_of in registers:
+            sides, window, found = map(ctypes.c_int64, heatmap.shape), np.array([y0, y1, x0, x1]), np.empty(3)
+            every_width.moments(
+                width_of, address(heatmap), *sides, address(window), ctypes.c_float(0.25), address(found)
+            )
+            np.testing.assert_allclose(found, expected, rtol=1e-6)
+            count = ctypes.c_int64(heatmap.size)
+            assert every_width.first_maximum(width_of, address(heatmap), count) == ranked.argmax()
+            assert every_width.row_maximum(width_of, address(heatmap), ctypes.c_int64(width)) == ranked[0].max()

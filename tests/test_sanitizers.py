@@ -17,7 +17,7 @@ import _native
 random = np.random.default_rng()
 shapes = [(2, 3, 96, 96), (1, 1, 1, 1), (1, 4, 1, 7), (3, 1, 500, 3), (1, 300, 5, 17), (0, 3, 4, 4), (7, 2, 96, 96)]
 for shape in shapes:
-    for fill in ("random", "levels", "zeros", "nan", "inf"):
+    for fill in ("random", "levels", "zeros", "nan", "inf", "odd address"):
         maps = random.normal(size=shape).astype(np.float32)
         if fill == "levels":
             maps = random.integers(0, 3, shape).astype(np.float32)
@@ -25,6 +25,8 @@ for shape in shapes:
             maps[:] = 0
         elif fill in ("nan", "inf"):
             maps[random.random(shape) < 0.3] = float(fill)
+        elif fill == "odd address" and maps.size:
+            maps = np.frombuffer(b"." + maps.tobytes(), np.float32, offset=1).reshape(shape)
         for threads in (1, 5):
             for radius in (0.0, 12.0, np.inf):
                 _native.peak_centroids(maps, radius, threads)

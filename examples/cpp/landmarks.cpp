@@ -252,7 +252,8 @@ void run(const std::string& model, const std::string& path, const std::array<dou
     light(crop);
     const Ort::Value heatmaps = network.heatmaps(crop, channels, size);
     const std::vector<std::int64_t> shape = heatmaps.GetTensorTypeAndShapeInfo().GetShape();
-    const lgcn::Heatmap first{heatmaps.GetTensorData<float>(), shape.at(2), shape.at(3)};
+    if (shape.size() != 4 || shape[1] != count) throw std::runtime_error("expected as many heatmaps as num_landmarks");
+    const lgcn::Heatmap first{heatmaps.GetTensorData<float>(), shape[2], shape[3]};
     const double step = network.number("stride"), radius = network.number("peak_radius") / step;
     const Landmarks found = fit ? fitted(network, first, count, step) : maxima(first, count, radius);
 
