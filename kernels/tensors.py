@@ -1,19 +1,7 @@
-"""What the launchers of GPU kernels share: tensors that they check or write to."""
+"""What the launchers of GPU kernels share: tensors that they check."""
 
 import torch
 from torch import Tensor
-
-
-def result_tensor(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The caller's tensor to write to, or a new one.
-
-    Raises:
-        ValueError: `out` has another shape, dtype or device, or is not contiguous.
-    """
-    if out is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    check_tensor("out", out, shape, dtype, device)
-    return out
 
 
 def check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tensors import described, result_tensor
+from .tensors import described
 
 ELEMENTS = 512
 """Of a program's tile, target pixels times the rows that each of them sees. Not compared with others."""
@@ -151,7 +151,6 @@ def crop(
     size: int,
     gray: bool = False,
     frames: Sequence[int] | np.ndarray | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Cut squares of whole pixels out of frames and resize them; beyond the frame the border's pixels repeat.
 
@@ -165,7 +164,6 @@ def crop(
         size: side of the crops in pixels.
         gray: convert RGB to grayscale, before it is resized.
         frames: (B,) integers, the frame that each box is cut from. Default: box i is cut from frame i.
-        out: (B, C, size, size) uint8, contiguous, to write to.
 
     Returns:
         (B, C, size, size) uint8: one channel with `gray`, otherwise three; of frames without colours three equal ones.
@@ -179,7 +177,7 @@ def crop(
     if not 0 < size <= LARGEST_SIDE:
         raise ValueError(f"size: expected 1 to {LARGEST_SIDE} pixels, got {size}")
     boxes, frames = _checked_boxes(boxes, frames, images)
-    out = result_tensor(out, (len(boxes), 1 if gray else 3, size, size), torch.uint8, images.device)
+    out = torch.empty((len(boxes), 1 if gray else 3, size, size), dtype=torch.uint8, device=images.device)
     if len(boxes):
         _launch(images, boxes, frames, size, gray, out)
     return out

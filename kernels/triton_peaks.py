@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tensors import described, result_tensor
+from .tensors import described
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NUM_WARPS = {32: 4, 16: 2}
@@ -81,7 +81,7 @@ def _heatmap_reduction_kernel(
     tl.store(out_ptr + 5, tl.sum(w2y))
 
 
-def heatmap_reduction(heatmaps: Tensor, radius: int, threshold: float = 0.01, out: Tensor | None = None) -> Tensor:
+def heatmap_reduction(heatmaps: Tensor, radius: int, threshold: float = 0.01) -> Tensor:
     """Find the maximum of every heatmap, to a fraction of a pixel, and its moments; what `lgcn_fast.peaks` calls
     `peak_centroids` and `window_moments` (of all pixels), in one reading.
 
@@ -92,7 +92,6 @@ def heatmap_reduction(heatmaps: Tensor, radius: int, threshold: float = 0.01, ou
         heatmaps: (B, N, H, W) float32, float16 or bfloat16, contiguous, at least one pixel, on a GPU.
         radius: half side of the window that places the point, pixels; 0: the point is the largest pixel.
         threshold: of the moments.
-        out: (B, N, 6) float32, contiguous, to write to.
 
     Returns:
         (B, N, 6) float32: x and y in pixels, the largest pixel's value, the sums of w^2, w^2 x, w^2 y.
@@ -108,7 +107,7 @@ def heatmap_reduction(heatmaps: Tensor, radius: int, threshold: float = 0.01, ou
         expected = "contiguous (B, N, H, W) float32, float16 or bfloat16 with 1 to about 2**31 pixels"
         raise ValueError(f"heatmaps: expected {expected}, got {described(heatmaps)}")
     batch, channels, height, width = heatmaps.shape
-    out = result_tensor(out, (batch, channels, 6), torch.float32, heatmaps.device)
+    out = torch.empty((batch, channels, 6), dtype=torch.float32, device=heatmaps.device)
     if out.numel():
         side = 32 if width % 32 == 0 else 16
         _heatmap_reduction_kernel[(batch * channels,)](

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, or 2 where some input could not be used; what was wrong is on standard error.
+        The exit code: 0; 2 where some input could not be used (standard error says what was wrong); 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="lgcn-fast", description="Facial landmarks with the LGCN (CVPR 2018).")
     parser.add_argument("--version", action="version", version=f"lgcn_fast {__version__}")

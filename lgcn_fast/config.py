@@ -90,7 +90,6 @@ class LGCNConfig:
             "sigmas": (0.5, 1.5, 2.5, 3.5, 4.5),
             "dropout": 0.0,
             "activation_scale": 1.0,
-            "blur_scale": 0.01,
         }
         return cls(**(nano | changes))
 

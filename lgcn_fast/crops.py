@@ -1,6 +1,6 @@
 """The crop cache: all faces of a training in one compact file, cut out once with room for augmentation."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
@@ -128,7 +128,12 @@ def background_crops(
         yield crop(image, np.array([x, y, side, side]), CROP_SIZE), points, box
 
 
-def write_cache(path: Path, sets: dict[str, list[Face]], color: bool = False, progress: Iterable | None = None) -> int:
+def write_cache(
+    path: Path,
+    sets: dict[str, list[Face]],
+    color: bool = False,
+    progress: Callable[[list], Iterable] | None = None,
+) -> int:
     """Write the crop cache of several sets of faces.
 
     Args:

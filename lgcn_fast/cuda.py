@@ -3,7 +3,6 @@
 The shape model's fit follows on the device, so that of a face only its 96 x 96 pixels go in and its points come out.
 """
 
-import math
 import threading
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -161,16 +160,11 @@ class CudaEngine:
         return face_votes(self.heatmaps(images).cpu().numpy(), offsets, voters, step, self.num_threads)
 
     def fit(self, images: Tensor, shape: ShapeModel, to_host: bool) -> Fit:
-        packed = self._fits(shape)(images, to_host)
-        if to_host:
-            packed = packed.numpy()
         count, modes = shape.num_landmarks, len(shape.modes)
-        sizes = {"points": (count, 2), "shapes": (count, 2), "coefficients": (modes,), "certainties": (count,)}
-        parts, start = {}, 0
-        for name, size in sizes.items():
-            end = start + math.prod(size)
-            parts[name], start = packed[:, start:end].reshape(-1, *size), end
-        return Fit(**parts, residuals=packed[:, -1])
+        parts = self._fits(shape)(images, to_host).split((2 * count, 2 * count, modes, count, 1), dim=1)
+        points, shapes, coefficients, certainties, residuals = (part.numpy() for part in parts) if to_host else parts
+        points, shapes = (pairs.reshape(-1, count, 2) for pairs in (points, shapes))
+        return Fit(points, shapes, coefficients, certainties, residuals[:, 0])
 
 
 def packed_fit(network: CudaNetwork, fitter: Callable[..., Fit]) -> Callable[[Tensor], Tensor]:
@@ -179,8 +173,7 @@ def packed_fit(network: CudaNetwork, fitter: Callable[..., Fit]) -> Callable[[Te
     def packed(images: Tensor) -> Tensor:
         heatmaps = network(images)
         fit = fitter(heatmaps, heatmap_reduction(heatmaps, 0, THRESHOLD), network.config.stride)
-        parts = fit.points, fit.shapes, fit.coefficients, fit.certainties, fit.residuals
-        return torch.cat([part.reshape(len(images), -1) for part in parts], dim=1)
+        return torch.cat([part.reshape(len(images), -1) for part in vars(fit).values()], dim=1)
 
     return packed
 

@@ -169,8 +169,8 @@ def detect(
     return faces[distinct(faces.boxes, faces.confidence, min_confidence)]
 
 
-def _joined(parts: list[Faces]) -> Faces:
-    return Faces(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
+def _joined(parts: list[Faces] | list[Fit]) -> Any:
+    return type(parts[0])(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def find_hypotheses(
@@ -350,8 +350,7 @@ def fitted_faces(photo: np.ndarray, boxes: np.ndarray, angles: np.ndarray, engin
         count, modes = shape.num_landmarks, len(shape.modes)
         shapes = ((0, count, 2), (0, count, 2), (0, modes), (0, count), (0,))
         parts = [Fit(*map(np.empty, shapes))]
-    names = ("points", "shapes", "coefficients", "certainties", "residuals")
-    fitted = Fit(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    fitted = _joined(parts)
     points = turned(from_crop(fitted.points, boxes, size / engine.config.stride), boxes, angles)
     boxes = np.array([face_box(face) for face in points], np.float32).reshape(-1, 4)
     parts = points, fitted.certainties.clip(0, 1), confidence_of(fitted), boxes

@@ -12,7 +12,7 @@ from .engine import Engine
 from .images import face_box, from_crop, square_box, touches, turned, upright_boxes
 from .inputs import one_image
 from .landmarks import SCHEMES
-from .loading import default_shape, engine_for, shape_for
+from .loading import engine_for, packaged_shape
 from .model import LGCN
 from .prediction import Landmarks, network_input
 from .tracking import TrackedFaces
@@ -137,11 +137,10 @@ def _score_color(score: float) -> tuple[int, int, int]:
 def _with_heatmaps(picture: np.ndarray, points: np.ndarray, engine: Engine) -> np.ndarray:
     """The largest of each face's heatmaps in each pixel, as colours over its upright box."""
     heat = np.zeros(picture.shape[:2], np.float32)
-    config, count = engine.config, points.shape[1]
-    mean = shape_for(None, count).mean if default_shape(count).exists() else None
+    config, shape = engine.config, packaged_shape(points.shape[1])
     for face in points[np.isfinite(points).all(axis=2).any(axis=1)]:
         visible = np.isfinite(face).all(axis=1)
-        boxes, angles = upright_boxes(face[None, visible], None if mean is None else mean[visible])
+        boxes, angles = upright_boxes(face[None, visible], shape and shape.mean[visible])
         if not touches(boxes[0], picture):
             continue
         crop = network_input(picture, boxes[0], config.input_size, config.in_channels, angles[0])

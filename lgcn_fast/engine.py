@@ -154,7 +154,7 @@ class Engine:
 
         Args:
             images: as for `heatmaps`.
-            offsets: (S, N, 2) integers.
+            offsets, voters, step: as for `peaks.face_votes`.
 
         Returns:
             (B, S, h, w) float32.

@@ -32,7 +32,7 @@ class Evaluation:
 
     faces: list[Face]
     predicted: np.ndarray
-    """(B, N, 2) float32."""
+    """(B, N, 2) float32 or float64."""
     labelled: np.ndarray
     """(B, N, 2) float32, NaN without a label."""
     normalisation: str

@@ -24,9 +24,9 @@ from .checkpoints import load_model, whole_file
 from .config import LGCNConfig
 from .fitting import fitter_constants
 from .folding import ORIGIN, FoldedNetwork, Layer, fold
-from .loading import default_shape, shape_for
-from .losses import probabilities
-from .model import LGCN
+from .loading import packaged_shape, shape_for
+from .losses import readable
+from .model import LGCN, shuffled
 from .operators import bands, gaussian_taps, two_products
 from .peaks import PEAK_RADIUS
 from .shape import ShapeModel
@@ -79,20 +79,17 @@ class PlainNetwork(nn.Module):
                 padded = _divided_up(length, config.shuffle) * config.shuffle
                 places = torch.arange(padded, device=images.device).clamp(max=length - 1)
                 images = images.index_select(axis, places)
-        maps = self._fine(self.heads(self.local(images.float() - ORIGIN)))
+        maps = shuffled(self.heads(self.local(images.float() - ORIGIN)), self.step)
         landmarks = config.num_landmarks
         if config.side_channels:
             maps = torch.cat([maps[:, :landmarks], F.relu(maps[:, landmarks:])], dim=1)
         height, width = _divided_up(height, config.stride), _divided_up(width, config.stride)
         blurred = two_products(maps, self._bands(height, maps.shape[2]), self._bands(width, maps.shape[3]))
         coarse = F.avg_pool2d(blurred, self.step) if self.step > 1 else blurred
-        heatmaps = blurred[:, :landmarks] + self._fine(self.refine(self.context(coarse)))
+        heatmaps = blurred[:, :landmarks] + shuffled(self.refine(self.context(coarse)), self.step)
         if self.step > 1:
             heatmaps = heatmaps[:, :, :height, :width]
-        return heatmaps if config.loss == "squared_error" else probabilities(heatmaps)
-
-    def _fine(self, maps: Tensor) -> Tensor:
-        return F.pixel_shuffle(maps, self.step) if self.step > 1 else maps
+        return readable(heatmaps, config)
 
     def _bands(self, length: int, padded: int) -> Tensor:
         """Matrices of the kernel convolution; its input ends at `length`, from there on its output repeats the last."""
@@ -113,6 +110,7 @@ def _with_relu(convolutions: list[nn.Conv2d]) -> nn.Sequential:
 
 
 def _divided_up(length: int, step: int) -> int:
+    """(Not `-(-length // step)`: of a traced length ONNX rounds that towards 0.)"""
     return (length + step - 1) // step
 
 
@@ -150,7 +148,8 @@ def export(
         needed = ", ".join(ONNX_PACKAGES)
         raise ValueError(f"format: 'onnx' needs {needed}, got no {missing[0]} (pip install {needed.replace(',', '')})")
     model = model if isinstance(model, LGCN) else load_model(model)
-    facts = metadata(model.config, _shape_model(shape, model.config.num_landmarks))
+    count = model.config.num_landmarks
+    facts = metadata(model.config, packaged_shape(count) if shape is None else shape_for(shape, count))
     program = traced(model)
     path = Path(path)
     with whole_file(path) as partial:
@@ -185,12 +184,6 @@ def metadata(config: LGCNConfig, shape: ShapeModel | None) -> dict[str, str]:
 
 def _numbers(values: np.ndarray | list[float]) -> str:
     return " ".join(repr(value) for value in np.asarray(values, np.float64).ravel().tolist())
-
-
-def _shape_model(shape: ShapeModel | Path | str | None, num_landmarks: int) -> ShapeModel | None:
-    if shape is None and not default_shape(num_landmarks).is_file():
-        return None
-    return shape_for(shape, num_landmarks)
 
 
 def traced(model: LGCN) -> torch.export.ExportedProgram:
@@ -251,9 +244,7 @@ def _checked(run: Callable[[Tensor], Tensor], model: LGCN, path: Path) -> float:
     largest = 0.0
     for batch, height, width in ((1, size, size), (3, size, size), (2, size - 1, size // 2 + 3), (1, 5 * least, least)):
         images = torch.randint(0, 256, (batch, channels, height, width), dtype=torch.uint8, generator=generator)
-        expected = model(images).output
-        if model.config.loss == "cross_entropy":
-            expected = probabilities(expected)
+        expected = readable(model(images).output, model.config)
         heatmaps = run(images)
         if heatmaps.shape != expected.shape:
             raise ValueError(f"{path}: expected heatmaps of {tuple(expected.shape)}, got {tuple(heatmaps.shape)}")

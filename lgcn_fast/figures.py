@@ -13,6 +13,7 @@ STYLES = {"fit": "-", "heatmap maxima": "--", "mean shape": ":"}
 MARKERS = {"fit": "D", "heatmap maxima": "o"}
 TILE = 192
 SHEET_COLUMNS = 8
+SHEET_TILES, WORST = 40, 16
 
 
 def draw_curves(
@@ -80,13 +81,13 @@ def _legend(models: dict[str, dict[str, Evaluation]], published: dict, source: s
     return lines
 
 
-def draw_sheet(evaluation: Evaluation, path: Path, count: int = 40, worst: int = 16) -> None:
+def draw_sheet(evaluation: Evaluation, path: Path) -> None:
     """Predictions sorted by error, evenly picked from best to worst, the worst ones in full (Figure 5)."""
     errors = evaluation.errors()
     order = np.argsort(errors)
     order = order[~np.isnan(errors[order])]
-    rest = max(len(order) - worst, 0)
-    picked = np.unique(np.r_[np.linspace(0, rest - 1, min(count - worst, rest)).astype(int), rest : len(order)])
+    rest = max(len(order) - WORST, 0)
+    picked = np.unique(np.r_[np.linspace(0, rest - 1, min(SHEET_TILES - WORST, rest)).astype(int), rest : len(order)])
     tiles = [_tile(evaluation, index) for index in order[picked]]
     captions = [f"{100 * errors[index]:.2f} %" for index in order[picked]]
     sheet = contact_sheet(tiles, captions, SHEET_COLUMNS)

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 KAGGLE_NAMES = (
     "left_eye_center", "right_eye_center",
     "left_eye_inner_corner", "left_eye_outer_corner", "right_eye_inner_corner", "right_eye_outer_corner",
@@ -31,20 +29,14 @@ def _mirror_of_300w() -> tuple[int, ...]:
     pairs = [(i, 16 - i) for i in range(8)] + [(17 + i, 26 - i) for i in range(5)]
     pairs += [(31, 35), (32, 34), (36, 45), (37, 44), (38, 43), (39, 42), (40, 47), (41, 46)]
     pairs += [(48, 54), (49, 53), (50, 52), (59, 55), (58, 56), (60, 64), (61, 63), (67, 65)]
-    return _permutation(68, pairs)
+    other = dict(pairs) | {b: a for a, b in pairs}
+    return tuple(other.get(i, i) for i in range(68))
 
 
 def _mirror_of_kaggle() -> tuple[int, ...]:
     swap = {"left": "right", "right": "left"}
     mirrored = ["_".join(swap.get(word, word) for word in name.split("_")) for name in KAGGLE_NAMES]
     return tuple(KAGGLE_NAMES.index(name) for name in mirrored)
-
-
-def _permutation(count: int, pairs: list[tuple[int, int]]) -> tuple[int, ...]:
-    order = np.arange(count)
-    for a, b in pairs:
-        order[[a, b]] = b, a
-    return tuple(order.tolist())
 
 
 def _stroke(first: int, last: int, closed: bool = False) -> tuple[int, ...]:

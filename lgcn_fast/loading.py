@@ -13,9 +13,11 @@ from .shape import ShapeModel
 from .shipped import default_model, lightest_model
 
 
-def default_shape(num_landmarks: int) -> Path:
-    """Where the package has its shape model of so many landmarks, if it has one."""
-    return WEIGHTS / f"shape-{num_landmarks}.safetensors"
+@lru_cache(maxsize=8)
+def packaged_shape(num_landmarks: int) -> ShapeModel | None:
+    """The package's shape model of so many landmarks, if it has one."""
+    path = WEIGHTS / f"shape-{num_landmarks}.safetensors"
+    return ShapeModel.load(path) if path.is_file() else None
 
 
 def shape_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> ShapeModel:
@@ -25,7 +27,11 @@ def shape_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> Shap
         ValueError: one of another number of landmarks, or none in the package.
     """
     if shape is None:
-        return _packaged_shape(num_landmarks)
+        if found := packaged_shape(num_landmarks):
+            return found
+        source = "`shape` or --shape, from `lgcn-fast fit-shape`"
+        expected = f"the shape model of the {num_landmarks} landmarks ({source}), or fit=False of `predict`"
+        raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")
     found = shape if isinstance(shape, ShapeModel) else _loaded_shape(Path(shape), _version(Path(shape)))
     if found.num_landmarks != num_landmarks:
         expected, got = num_landmarks, found.num_landmarks
@@ -45,16 +51,6 @@ def _version(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size
-
-
-@lru_cache(maxsize=8)
-def _packaged_shape(num_landmarks: int) -> ShapeModel:
-    path = default_shape(num_landmarks)
-    if not path.exists():
-        source = "`shape` or --shape, from `lgcn-fast fit-shape`"
-        expected = f"the shape model of the {num_landmarks} landmarks ({source}), or fit=False of `predict`"
-        raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")
-    return ShapeModel.load(path)
 
 
 def engine_for(
@@ -104,16 +100,16 @@ def _loaded(path: Path, version: tuple[int, int] | None, *options: str | int) ->
         return _kept(path, version, *options)
 
 
-_engines: WeakKeyDictionary[LGCN, tuple[list, Engine]] = WeakKeyDictionary()
+_engines: WeakKeyDictionary[LGCN, dict[tuple, tuple[list, Engine]]] = WeakKeyDictionary()
 
 
 def _built(model: LGCN, device: str, precision: str, num_threads: int) -> Engine:
-    """The engine of a network, built again when its weights have changed."""
+    """The engine of a network with such options, built again when its weights have changed."""
     options = device, precision, num_threads
     tensors = model.state_dict().values()
-    state = [options, *((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)]
+    state = [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
     with _loads.setdefault(id(model), RLock()):
-        known = _engines.get(model)
-        if known is None or known[0] != state:
-            known = _engines[model] = state, Engine(model, *options)
-        return known[1]
+        known = _engines.setdefault(model, {})
+        if options not in known or known[options][0] != state:
+            known[options] = state, Engine(model, *options)
+        return known[options][1]

@@ -83,7 +83,7 @@ def score_photos(photos: list[LabelledPhoto], find: Callable[[np.ndarray], Faces
 
 def summary(scores: list[PhotoScore]) -> dict[str, float]:
     """Labelled faces, how many of them were found with an error below 10 %, their errors, unlabelled detections."""
-    errors = np.concatenate([score.errors[score.counted] for score in scores])
+    errors = np.concatenate([np.empty(0), *(score.errors[score.counted] for score in scores)])
     found = errors[errors < FAILURE]
     return {
         "photos": len(scores),

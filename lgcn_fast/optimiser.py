@@ -1,4 +1,4 @@
-"""Muon: the optimiser of the recipes `fast` and `polish`."""
+"""Muon: the optimiser of all recipes but `paper`."""
 
 from collections import defaultdict
 

@@ -123,6 +123,8 @@ def predict(
             precision that the processor lacks, no shape model for the number of landmarks or one of another number,
             an ensemble or passes below 1; the message names the argument, what was expected and what came.
     """
+    if passes < 1:
+        raise ValueError(f"passes: expected 1 or more, got {passes}")
     engine = engine_for(model, device, precision)
     shape = shape_for(shape, engine.config.num_landmarks) if fit else None
     batch = from_dlpack(batch)
@@ -135,8 +137,6 @@ def predict(
         images *= count
         frames = frames if frames is None else frames.expand(count, *frames.shape[1:])
     boxes = square_boxes(boxes, images)
-    if passes < 1:
-        raise ValueError(f"passes: expected 1 or more, got {passes}")
     read = engine.maxima if shape is None else partial(_fitted, engine, shape)
     faces, angles = images if frames is None else frames, None
     for _ in range(passes - 1):
@@ -288,7 +288,7 @@ def network_input(image: np.ndarray, box: np.ndarray, size: int, channels: int, 
 
     Args:
         image: (H, W) or (H, W, 3) uint8 or float32 in 0..255.
-        box: (4,) square; whole pixels, unless there is an
+        box: (4,) square; whole pixels, unless there is an angle.
         angle: by which the box is turned about its middle, see `upright_crop`.
 
     Returns:

@@ -182,9 +182,7 @@ def cpu_name() -> str:
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     flags = set(fields.get("Flags", "").split())
     extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return (
-        f"{fields.get('Model name', platform.machine()).strip()}, {fields['CPU(s)'].strip()} cores, {' '.join(extras)}"
-    )
+    return f"{fields.get('Model name', platform.machine()).strip()}, {os.cpu_count()} cores, {' '.join(extras)}"
 
 
 def accuracy_table(values: dict) -> str:

@@ -313,8 +313,6 @@ class Trainer:
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def _load_state(self, state: dict[str, Tensor]) -> None:
-        if "averaged.n_averaged" in state:
-            raise ValueError(f"{self.folder}: expected a run of this version, got one of an older; use another folder")
         parts: dict[str, dict] = {"model": {}, "averaged": {}, "optimiser": {}}
         for name, tensor in state.items():
             part, rest = name.split(".", 1)
@@ -358,7 +356,7 @@ class Trainer:
                 f"{path}: expected a run with {self._identity()}, got {metadata.get('run')}; use another folder"
             )
         progress = json.loads(metadata["progress"])
-        if progress.get("cache", self.cache_digest) != self.cache_digest:
+        if progress["cache"] != self.cache_digest:
             raise ValueError(
                 f"{path}: expected the crop cache that the run began with, got another; use another folder"
             )
@@ -366,7 +364,7 @@ class Trainer:
         if self.options.epochs not in (None, progress["epochs"]):
             raise ValueError(f"{path}: expected a run of {self.options.epochs} epochs, got {progress['epochs']}")
         self.epoch, self.epochs, self.best, self.log = (progress[k] for k in ("epoch", "epochs", "best", "log"))
-        self.label_shifts = progress.get("label_shifts", {})
+        self.label_shifts = progress["label_shifts"]
 
     def _identity(self) -> str:
         options = self.options

@@ -386,6 +386,7 @@ def test_photos_are_scored(face, points):
     assert len(score.extra) == 1
     values = summary([score])
     assert (values["faces"], values["found"], values["recall"], values["unlabelled"]) == (2, 1, 50, 1)
+    assert summary([])["faces"] == 0
 
 
 def test_commands(face, points, tmp_path, capsys):

@@ -494,7 +494,8 @@ def test_engines_find_the_points_of_the_eager_model(data, precision, pixels, poi
 def test_engines_are_kept_until_the_weights_change():
     network = LGCN(LGCNConfig.nano(filters=8)).eval()
     before = engine_for(network, "cpu", "fp32")
-    assert engine_for(network, "cpu", "fp32") is before
+    others = [engine_for(network, "cpu", "fp32", threads) for threads in (1, 2)]
+    assert [engine_for(network, "cpu", "fp32", threads) for threads in (0, 1, 2)] == [before, *others]
     with torch.no_grad():
         network.main.bias += 1
     assert engine_for(network, "cpu", "fp32") is not before

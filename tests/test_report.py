@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import cv2
 import numpy as np
@@ -122,3 +123,10 @@ def test_measured_errors_are_reproduced(data):
                     known = entry["percent"][title][method][points]
                     assert row["mean"] == pytest.approx(known["mean"], rel=3e-3)
                     assert row["median"] == pytest.approx(known["median"], abs=0.05)
+
+
+def test_processors_have_a_name_in_any_language(tmp_path, monkeypatch):
+    (tmp_path / "lscpu").write_text("#!/bin/sh\necho 'Processeur(s) : 2'\n")
+    (tmp_path / "lscpu").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert f"{os.cpu_count()} cores" in report.cpu_name()

@@ -357,12 +357,6 @@ def test_averages_forget_the_first_weights_soon(cache, tmp_path):
     assert torch.equal(first, weights)
 
 
-def test_checkpoints_of_older_versions_are_named(cache, tmp_path):
-    trainer = Trainer(cache, tmp_path, OPTIONS)
-    with pytest.raises(ValueError, match="expected a run of this version, got one of an older"):
-        trainer._load_state(trainer._state() | {"averaged.n_averaged": torch.zeros(())})
-
-
 def test_caches_without_enough_faces_are_named(cache, tmp_path):
     validation = Trainer(cache, tmp_path / "run", OPTIONS).validation
     unlabelled = replace(cache, points=cache.points.copy())

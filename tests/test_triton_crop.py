@@ -46,8 +46,9 @@ def crop(module, monkeypatch):
 def check(crop, images: np.ndarray | torch.Tensor, boxes, size: int, gray: bool, frames=None) -> None:
     """The crops are those of the host, byte for byte, every one of them written."""
     images, boxes = torch.as_tensor(images).to(DEVICE), np.array(boxes)
-    out = torch.full((len(boxes), 1 if gray else 3, size, size), POISON, dtype=torch.uint8, device=DEVICE)
-    assert crop(images, boxes, size, gray, frames, out) is out
+    with pytest.MonkeyPatch.context() as patch:  # a pixel that the kernel does not write stays POISON
+        patch.setattr(torch, "empty", lambda size, **options: torch.full(size, POISON, **options))
+        out = crop(images, boxes, size, gray, frames)
     for index, (box, frame) in enumerate(zip(boxes, range(len(boxes)) if frames is None else frames, strict=True)):
         face = images_crop(images[frame].cpu().contiguous().numpy(), box, size, gray)
         expected = as_network_input(face, 1 if gray else 3)
@@ -180,7 +181,6 @@ IMAGES = torch.zeros((1, 8, 9, 3), dtype=torch.uint8)
         ({"frames": [0, 0]}, r"frames: expected \(1,\) integers, got \(2,\)"),
         ({"frames": [0.5]}, r"frames: expected \(1,\) integers, got \(1,\) float64"),
         ({"frames": [1]}, r"frames\[0\]: expected one of 1 frames, got 1"),
-        ({"out": torch.zeros((1, 3, 4, 4))}, r"out: expected contiguous \(1, 3, 4, 4\) torch.uint8 on .*, got"),
     ],
 )
 def test_wrong_input_is_named(crop, changed, message):

@@ -14,10 +14,12 @@ SHAPES = [(2, 3, 96, 96), (1, 1, 1, 1), (1, 2, 1, 7), (1, 2, 9, 1), (2, 1, 31, 3
 SHAPES += [(1, 2, 33, 64), (1, 1, 5, 32)]
 
 
-@pytest.fixture(scope="module")
-def kernel():
+@pytest.fixture
+def kernel(monkeypatch):
     from lgcn_fast_kernels import triton_peaks
 
+    # An element that the kernel does not write stays NaN.
+    monkeypatch.setattr(torch, "empty", lambda size, **options: torch.full(size, float("nan"), **options))
     return triton_peaks.heatmap_reduction
 
 
@@ -26,9 +28,7 @@ def check(
 ) -> None:
     """Points, values and moments are those of the references, every one of them written."""
     given = torch.from_numpy(heatmaps).to(DEVICE, dtype)
-    out = torch.full((*heatmaps.shape[:2], 6), float("nan"), device=DEVICE)
-    assert kernel(given, radius, threshold, out=out) is out
-    found = out.cpu().numpy()
+    found = kernel(given, radius, threshold).cpu().numpy()
     heatmaps = given.float().cpu().numpy()
     points, values = peak_centroids(heatmaps, radius)
     np.testing.assert_allclose(found[..., :2], points, rtol=0, atol=1e-5)
@@ -101,13 +101,6 @@ def test_empty_batch(kernel):
     assert kernel(torch.zeros((0, 3, 4, 4), device=DEVICE), 2).shape == (0, 3, 6)
 
 
-def test_new_result(kernel, random):
-    heatmaps = torch.from_numpy(random.normal(size=(1, 2, 8, 8))).float().to(DEVICE)
-    result = kernel(heatmaps, 2)
-    assert result.dtype == torch.float32
-    torch.testing.assert_close(result, kernel(heatmaps, 2, 0.01, torch.empty_like(result)), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(
     ("shape", "step", "dtype"),
     [((1, 4, 4), 1, torch.float32), ((1, 1, 4, 4), 1, torch.int64), ((1, 1, 4, 8), 2, torch.float32),
@@ -123,12 +116,3 @@ def test_wrong_heatmaps_are_named(kernel, shape, step, dtype):
 def test_wrong_radius_is_named(kernel, radius):
     with pytest.raises(ValueError, match=f"radius: expected 0 or more whole pixels, got {radius}"):
         kernel(torch.zeros(1, 1, 4, 4, device=DEVICE), radius)
-
-
-@pytest.mark.parametrize(
-    ("columns", "step", "dtype"), [(3, 1, torch.float32), (6, 1, torch.float64), (12, 2, torch.float32)]
-)
-def test_wrong_out_is_named(kernel, columns, step, dtype):
-    out = torch.zeros(1, 2, columns, dtype=dtype, device=DEVICE)[..., ::step]
-    with pytest.raises(ValueError, match=r"out: expected contiguous \(1, 2, 6\) torch.float32 on .*, got"):
-        kernel(torch.zeros(1, 2, 4, 4, device=DEVICE), 2, out=out)
