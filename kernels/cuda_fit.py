@@ -102,8 +102,8 @@ class CudaFitter:
 
     def _launch(self, faces: int, arguments: tuple) -> None:
         cuda = _cupy().cuda
-        stream = cuda.Stream.from_external(torch.cuda.current_stream(self.device))
-        with cuda.Device(self.device.index), stream:
+        stream = torch.cuda.current_stream(self.device)
+        with cuda.Device(self.device.index), cuda.Stream.from_external(stream):  # in this order: it asks for the device
             self._kernel((faces,), (THREADS,), arguments, shared_mem=self._shared_bytes)
 
 

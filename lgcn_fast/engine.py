@@ -9,6 +9,7 @@ from typing import NoReturn, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from lgcn_fast_kernels import INSTRUCTIONS
 
@@ -129,7 +130,8 @@ class Engine:
         images = self._checked(images)
         with torch.inference_mode():
             heatmaps = self._backend.heatmaps(images)
-        return torch.from_dlpack(heatmaps)  # the caller may change it, too
+        # The caller may change it, too. (`Tensor.__dlpack__` refuses GPUs other than the current one.)
+        return torch.from_dlpack(to_dlpack(heatmaps))
 
     @torch.inference_mode()
     def maxima(self, images: Tensor | np.ndarray, to_host: bool = True) -> tuple[Array, Array]:

@@ -110,11 +110,12 @@ def test_upright_crops(crop, demo_picture, channels):
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 96), (3, 96), (1, 64), (1, 17), (2, 1)])
-def test_lit(module, random, channels, size):
+def test_lit(module, monkeypatch, random, channels, size):
     """Those of the host to a level, every pixel written: ordinary faces, pale, dark, glaring and empty ones."""
     spread = random.integers(0, 256, (6, channels, size, size)).astype(np.float32)
     faces = np.stack([spread[0], 100 + spread[1] / 20, spread[2] / 10, 200 + spread[3] / 8, 0 * spread[4], spread[5]])
     faces = faces.astype(np.uint8)
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, POISON))
     found = module.lit(torch.from_numpy(faces).to(DEVICE), LEAST_CONTRAST, LARGEST_GAIN, DARKEST, BRIGHTEST)
     expected = np.stack([lit(face.transpose(1, 2, 0)).transpose(2, 0, 1) for face in faces])
     np.testing.assert_allclose(found.cpu().numpy().astype(int), expected.astype(int), atol=1)
