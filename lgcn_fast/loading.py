@@ -100,16 +100,19 @@ def _loaded(path: Path, version: tuple[int, int] | None, *options: str | int) ->
         return _kept(path, version, *options)
 
 
-_engines: WeakKeyDictionary[LGCN, dict[tuple, tuple[list, Engine]]] = WeakKeyDictionary()
+_engines: WeakKeyDictionary[LGCN, tuple[list, dict[tuple, Engine]]] = WeakKeyDictionary()
 
 
 def _built(model: LGCN, device: str, precision: str, num_threads: int) -> Engine:
-    """The engine of a network with such options, built again when its weights have changed."""
+    """The engine of a network with such options; all of a network's are given up when its weights have changed."""
     options = device, precision, num_threads
     tensors = model.state_dict().values()
     state = [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
     with _loads.setdefault(id(model), RLock()):
-        known = _engines.setdefault(model, {})
-        if options not in known or known[options][0] != state:
-            known[options] = state, Engine(model, *options)
-        return known[options][1]
+        known = _engines.get(model)
+        if known is None or known[0] != state:
+            known = _engines[model] = state, {}
+        engines = known[1]
+        if options not in engines:
+            engines[options] = Engine(model, *options)
+        return engines[options]

@@ -499,6 +499,7 @@ def test_engines_are_kept_until_the_weights_change():
     with torch.no_grad():
         network.main.bias += 1
     assert engine_for(network, "cpu", "fp32") is not before
+    assert engine_for(network, "cpu", "fp32", 1) is not others[0]
     shipped = engine_for(None, "cpu", "fp32")
     name = default_model("cpu")
     assert engine_for(name, "cpu", "fp32") is shipped
