@@ -1,12 +1,13 @@
 """The kernel convolution in Triton, forward and backward, for CUDA tensors (or, with TRITON_INTERPRET=1, any).
 
-A zero-padded convolution along a line is a banded matrix T_s, so `K * X = sum_s T_s X T_s`: one program multiplies the
-blocks of a map that its part of the result sees with the bands, on tensor cores.
+A zero-padded convolution along a line is a banded matrix T_s, so `K * X = sum_s T_s X T_s`: programs multiply maps with
+the bands, on tensor cores. Small maps in half precision are folded first, which takes half the products.
 """
 
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,11 +16,11 @@ from . import BF16_TOLERANCE, kernel_taps
 
 TOLERANCES = {torch.float32: 0.0, torch.float16: 2.0**-15, torch.bfloat16: BF16_TOLERANCE}
 """Of `kernel_taps`: an eighth of the rounding error. Fewer lines, fewer products."""
-LARGEST_BLOCK = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}
-"""Rows and columns of a map that one program computes as a whole: in half precision those of 96 x 96, so that it is
-read once and no product is made twice."""
-PART = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
-"""Rows or columns of a program's part of a larger one: what it sees of its neighbours needs room, too."""
+HALF = (torch.float16, torch.bfloat16)
+LARGEST_FOLDED = 128
+"""Rows and columns of a map that is folded, in half precision."""
+BLOCK = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
+"""Rows or columns of a program's part of others at most: what it sees of its neighbours needs room, too."""
 NUM_STAGES = 2
 """The next band is loaded while products are made with this one."""
 
@@ -46,7 +47,6 @@ def _gaussian_sum_kernel(
     BLOCK_X: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    WHOLE_SQUARE: tl.constexpr = REACH_Y == 0 and REACH_X == 0 and BLOCK_Y == BLOCK_X
     map_index = tl.program_id(0)
     start = map_index.to(tl.int64) * height * width
     is_side = map_index % channels >= first_side
@@ -67,12 +67,89 @@ def _gaussian_sum_kernel(
             bands_x = bands_x_ptr + (REACH_X - near_x) * COUNT * BLOCK_X * BLOCK_X + x[:, None] * BLOCK_X + x[None, :]
             for s in tl.range(COUNT, num_stages=NUM_STAGES):
                 band_y = tl.load(bands_y + s * BLOCK_Y * BLOCK_Y)
-                band_x = band_y if WHOLE_SQUARE else tl.load(bands_x + s * BLOCK_X * BLOCK_X)
+                band_x = tl.load(bands_x + s * BLOCK_X * BLOCK_X)
                 along_y = tl.dot(band_y, seen, input_precision="tf32x3")
                 total = tl.dot(along_y.to(dtype), band_x, total, input_precision="tf32x3")
     inside = _inside(rows, height)[:, None] & _inside(columns, width)[None, :]
     out = out_ptr + start + rows[:, None] * width + columns[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turned(x, turn, PRECISE: tl.constexpr):
+    """The columns from last to first: exact to the bit in half precision, to 16 bits with PRECISE."""
+    large = x.to(turn.dtype)
+    turned = tl.dot(large, turn)
+    if PRECISE:
+        turned = tl.dot((x - large.to(tl.float32)).to(turn.dtype), turn, turned)
+    return turned
+
+
+@triton.jit
+def _folded_kernel(
+    x_ptr,
+    bands_y_ptr,
+    bands_x_ptr,
+    out_ptr,
+    height,
+    width,
+    half_height,
+    half_width,
+    channels,
+    first_side,
+    COUNT: tl.constexpr,
+    SAME: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    map_index = tl.program_id(0)
+    x_ptr += map_index.to(tl.int64) * height * width
+    out_ptr += map_index.to(tl.int64) * height * width
+    y, x = tl.arange(0, BLOCK_Y), tl.arange(0, BLOCK_X)
+    dtype = x_ptr.dtype.element_ty
+    out_dtype = out_ptr.dtype.element_ty
+    PRECISE: tl.constexpr = out_dtype == tl.float32
+    # The bottom is read and written upwards. The right half is not read backwards, which would be pixel by pixel: it is
+    # turned by a product, which is exact.
+    top, bottom = (y * width)[:, None], ((height - 1 - y) * width)[:, None]
+    left, right = x[None, :], (width - BLOCK_X + x)[None, :]
+    turn = tl.where(x[:, None] + x[None, :] == BLOCK_X - 1, 1.0, 0.0).to(dtype)
+    on_left = _inside(y, half_height)[:, None] & _inside(x, half_width)[None, :]
+    on_right = _inside(y, half_height)[:, None] & _inside(BLOCK_X - 1 - x, half_width)[None, :]
+    least = tl.where(map_index % channels >= first_side, 0.0, float("-inf"))
+    top_left = tl.maximum(tl.load(x_ptr + top + left, mask=on_left, other=0.0).to(tl.float32), least)
+    top_right = tl.maximum(tl.dot(tl.load(x_ptr + top + right, mask=on_right, other=0.0), turn), least)
+    bottom_left = tl.maximum(tl.load(x_ptr + bottom + left, mask=on_left, other=0.0).to(tl.float32), least)
+    bottom_right = tl.maximum(tl.dot(tl.load(x_ptr + bottom + right, mask=on_right, other=0.0), turn), least)
+    # Even or odd along y, along x.
+    top_even, top_odd = 0.25 * (top_left + top_right), 0.25 * (top_left - top_right)
+    bottom_even, bottom_odd = 0.25 * (bottom_left + bottom_right), 0.25 * (bottom_left - bottom_right)
+    seen_ee, seen_eo = (top_even + bottom_even).to(dtype), (top_odd + bottom_odd).to(dtype)
+    seen_oe, seen_oo = (top_even - bottom_even).to(dtype), (top_odd - bottom_odd).to(dtype)
+    ee = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
+    eo = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
+    oe = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
+    oo = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
+    bands_y = bands_y_ptr + y[:, None] * BLOCK_Y + y[None, :]
+    bands_x = bands_x_ptr + x[None, :] * BLOCK_X + x[:, None]
+    in_y = _inside(y, half_height)[:, None] & _inside(y, half_height)[None, :]
+    in_x = _inside(x, half_width)[:, None] & _inside(x, half_width)[None, :]
+    for s in tl.range(COUNT, num_stages=NUM_STAGES):
+        even_y = tl.load(bands_y + s * BLOCK_Y * BLOCK_Y, mask=in_y, other=0.0)
+        odd_y = tl.load(bands_y + (COUNT + s) * BLOCK_Y * BLOCK_Y, mask=in_y, other=0.0)
+        even_x = even_y if SAME else tl.load(bands_x + s * BLOCK_X * BLOCK_X, mask=in_x, other=0.0)
+        odd_x = odd_y if SAME else tl.load(bands_x + (COUNT + s) * BLOCK_X * BLOCK_X, mask=in_x, other=0.0)
+        ee = tl.dot(tl.dot(even_y, seen_ee).to(dtype), even_x, ee)
+        eo = tl.dot(tl.dot(even_y, seen_eo).to(dtype), odd_x, eo)
+        oe = tl.dot(tl.dot(odd_y, seen_oe).to(dtype), even_x, oe)
+        oo = tl.dot(tl.dot(odd_y, seen_oo).to(dtype), odd_x, oo)
+    even, odd = ee + oe, eo + oo
+    tl.store(out_ptr + top + left, (even + odd).to(out_dtype), mask=on_left)
+    tl.store(out_ptr + top + right, _turned(even - odd, turn, PRECISE).to(out_dtype), mask=on_right)
+    even, odd = ee - oe, eo - oo
+    tl.store(out_ptr + bottom + left, (even + odd).to(out_dtype), mask=on_left)
+    tl.store(out_ptr + bottom + right, _turned(even - odd, turn, PRECISE).to(out_dtype), mask=on_right)
 
 
 def gaussian_sum(
@@ -122,24 +199,41 @@ def _bands(
     Returns:
         (2 * reach + 1, S, block, block), near = -reach to reach; symmetric but for the order of `near`.
     """
+    blocks = [_matrices(kernel_size, sigmas, block, dtype, near * block) for near in range(-reach, reach + 1)]
+    return torch.stack(blocks).to(device, dtype)
+
+
+@cache
+def _folded_bands(
+    kernel_size: int, sigmas: tuple[float, ...], length: int, block: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What the matrices T_s do to lines that are even, x_i = x_(length - 1 - i), and to odd ones: T_s is the same from
+    both ends, so that they stay so, and half of a line says all.
+
+    Returns:
+        (2, S, block, block), even and odd, zero beyond half the length, rounded up.
+    """
+    matrices, half = _matrices(kernel_size, sigmas, length, dtype), (length + 1) // 2
+    mirrored = matrices.flip(2)
+    if length % 2:
+        mirrored[..., half - 1] = 0  # the pixel in the middle is there once
+    folded = torch.stack([matrices + mirrored, matrices - mirrored])[..., :half, :half]
+    return F.pad(folded, 2 * (0, block - half)).to(device, dtype)
+
+
+def _matrices(
+    kernel_size: int, sigmas: tuple[float, ...], length: int, dtype: torch.dtype, offset: int = 0
+) -> Tensor:
+    """The matrices T_s: what each pixel of a line sees of those that lie `offset` further on, (S, length, length)."""
     lines = torch.from_numpy(kernel_taps(kernel_size, sigmas, TOLERANCES[dtype]))
-    with torch.device("cpu"):  # whatever the default is
-        near, row, column = torch.arange(-reach, reach + 1), torch.arange(block), torch.arange(block)
-    offset = row[:, None] - (column + near[:, None, None] * block) + kernel_size // 2
-    inside = (offset >= 0) & (offset < kernel_size)
-    blocks = torch.where(inside, lines[:, offset.clamp(0, kernel_size - 1)], 0.0)
-    return blocks.transpose(0, 1).to(device, dtype).contiguous()
+    index = torch.arange(length, device="cpu")  # whatever the default is
+    tap = index[:, None] - index - offset + kernel_size // 2
+    return torch.where((tap >= 0) & (tap < kernel_size), lines[:, tap.clamp(0, kernel_size - 1)], 0.0)
 
 
-def _block(length: int, dtype: torch.dtype) -> int:
+def _block(length: int, largest: int) -> int:
     """How many pixels along a side of a map a program computes; 16 are the least for a tensor core."""
-    block = max(triton.next_power_of_2(length), 16)
-    return block if block <= LARGEST_BLOCK[dtype] else PART[dtype]
-
-
-def num_warps(block_y: int, block_x: int) -> int:
-    """Of a program."""
-    return 8 if block_y * block_x > 64 * 64 else 4
+    return min(max(triton.next_power_of_2(length), 16), largest)
 
 
 def _launch(
@@ -150,7 +244,18 @@ def _launch(
     if not x.numel():
         return out
     batch, channels, height, width = x.shape
-    block_y, block_x = (_block(length, x.dtype) for length in (height, width))
+    if x.dtype in HALF and max(height, width) <= LARGEST_FOLDED:
+        half_height, half_width = (height + 1) // 2, (width + 1) // 2
+        block_y, block_x = (_block(half, LARGEST_FOLDED // 2) for half in (half_height, half_width))
+        bands_y, bands_x = (_folded_bands(kernel_size, sigmas, length, block, x.dtype, x.device)
+                            for length, block in ((height, block_y), (width, block_x)))  # fmt: skip
+        _folded_kernel[(batch * channels,)](
+            x, bands_y, bands_x, out, height, width, half_height, half_width, channels, first_side,
+            COUNT=bands_y.shape[1], SAME=height == width and height % 2 == 0, BLOCK_Y=block_y, BLOCK_X=block_x,
+            NUM_STAGES=NUM_STAGES, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        return out
+    block_y, block_x = (_block(length, BLOCK[x.dtype]) for length in (height, width))
     grid = (batch * channels, triton.cdiv(height, block_y), triton.cdiv(width, block_x))
     # Blocks to each side that the kernel reaches, where there are as many.
     reach_y, reach_x = (min(triton.cdiv(kernel_size // 2, block), blocks - 1)
@@ -160,7 +265,7 @@ def _launch(
     _gaussian_sum_kernel[grid](
         x, bands_y, bands_x, out, height, width, channels, first_side,
         COUNT=bands_y.shape[1], REACH_Y=reach_y, REACH_X=reach_x, BLOCK_Y=block_y, BLOCK_X=block_x,
-        NUM_STAGES=NUM_STAGES, num_warps=num_warps(block_y, block_x), enable_fp_fusion=True,
+        NUM_STAGES=NUM_STAGES, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

@@ -32,7 +32,7 @@ def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90,
     """
     types = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
     sixteens = [
-        name for name in kernel.arg_names if types[name].startswith("*") or name in ("height", "width", "pixels")
+        name for name in kernel.arg_names if types[name].startswith("*") or name in ("height", "width", "half_height", "half_width", "pixels")
     ]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in sixteens}
     compiled = compile(ASTSource(kernel, types, constants, attributes), GPUTarget("cuda", capability, 32), options)
@@ -78,16 +78,23 @@ def convolution(
 
 
 def gaussian_sum(dtype: torch.dtype, name: str, capability: int = 90) -> str:
-    """Of maps of 96 x 96."""
-    block = triton_gaussian_sum.LARGEST_BLOCK[dtype]
+    """Of parts of maps."""
+    block = triton_gaussian_sum.BLOCK[dtype]
     constants = {
-        "COUNT": 5, "REACH_Y": int(block < 96), "REACH_X": int(block < 96), "BLOCK_Y": block, "BLOCK_X": block,
+        "COUNT": 5, "REACH_Y": 1, "REACH_X": 1, "BLOCK_Y": block, "BLOCK_X": block,
         "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), f"*{name}") | {"out_ptr": "*fp32"}
-    num_warps = triton_gaussian_sum.num_warps(block, block)
-    kernel = triton_gaussian_sum._gaussian_sum_kernel
-    return ptx(kernel, constants, pointers, capability, SPILLS[name], num_warps=num_warps)
+    return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, capability, SPILLS[name], num_warps=4)
+
+
+def folded_gaussian_sum(name: str, capability: int = 90) -> str:
+    """Of maps of 96 x 96."""
+    constants = {
+        "COUNT": 4, "SAME": True, "BLOCK_Y": 64, "BLOCK_X": 64, "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
+    }  # fmt: skip
+    pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), "*bf16") | {"out_ptr": f"*{name}"}
+    return ptx(triton_gaussian_sum._folded_kernel, constants, pointers, capability, SPILLS[name], num_warps=4)
 
 
 def heatmap_reduction(radius: int, side: int) -> str:
@@ -152,6 +159,7 @@ if __name__ == "__main__":
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for capability in SHARED_MEMORY:
             assert "mma" in gaussian_sum(dtype, name, capability)
+            assert "mma" in folded_gaussian_sum(name, capability)
         for step in (1, 2):
             assert ("ld.global.v4" in channels_last(name, step)) == (step == 1)
     for radius in (0, 6, 12):
