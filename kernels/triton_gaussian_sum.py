@@ -1,7 +1,7 @@
 """The kernel convolution in Triton, forward and backward, for CUDA tensors (or, with TRITON_INTERPRET=1, any).
 
 A zero-padded convolution along a line is a banded matrix T_s, so `K * X = sum_s T_s X T_s`: programs multiply maps with
-the bands, on tensor cores. Small maps in half precision are folded first, which takes half the products.
+the bands, on tensor cores. Maps of about 96 x 96 in half precision are folded first, which takes half the products.
 """
 
 from functools import cache
@@ -16,9 +16,9 @@ from . import BF16_TOLERANCE, kernel_taps
 
 TOLERANCES = {torch.float32: 0.0, torch.float16: 2.0**-15, torch.bfloat16: BF16_TOLERANCE}
 """Of `kernel_taps`: an eighth of the rounding error. Fewer lines, fewer products."""
-HALF = (torch.float16, torch.bfloat16)
-LARGEST_FOLDED = 128
-"""Rows and columns of a map that is folded, in half precision."""
+HALF = 64
+"""Rows and columns of half a folded map, filled up: the least for Hopper's tensor cores. To fold smaller maps would take
+longer."""
 BLOCK = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 """Rows or columns of a program's part of others at most: what it sees of its neighbours needs room, too."""
 NUM_STAGES = 2
@@ -47,6 +47,7 @@ def _gaussian_sum_kernel(
     BLOCK_X: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
+    WHOLE_SQUARE: tl.constexpr = REACH_Y == 0 and REACH_X == 0 and BLOCK_Y == BLOCK_X
     map_index = tl.program_id(0)
     start = map_index.to(tl.int64) * height * width
     is_side = map_index % channels >= first_side
@@ -67,7 +68,7 @@ def _gaussian_sum_kernel(
             bands_x = bands_x_ptr + (REACH_X - near_x) * COUNT * BLOCK_X * BLOCK_X + x[:, None] * BLOCK_X + x[None, :]
             for s in tl.range(COUNT, num_stages=NUM_STAGES):
                 band_y = tl.load(bands_y + s * BLOCK_Y * BLOCK_Y)
-                band_x = tl.load(bands_x + s * BLOCK_X * BLOCK_X)
+                band_x = band_y if WHOLE_SQUARE else tl.load(bands_x + s * BLOCK_X * BLOCK_X)
                 along_y = tl.dot(band_y, seen, input_precision="tf32x3")
                 total = tl.dot(along_y.to(dtype), band_x, total, input_precision="tf32x3")
     inside = _inside(rows, height)[:, None] & _inside(columns, width)[None, :]
@@ -99,24 +100,23 @@ def _folded_kernel(
     first_side,
     COUNT: tl.constexpr,
     SAME: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
+    HALF: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     map_index = tl.program_id(0)
     x_ptr += map_index.to(tl.int64) * height * width
     out_ptr += map_index.to(tl.int64) * height * width
-    y, x = tl.arange(0, BLOCK_Y), tl.arange(0, BLOCK_X)
+    y, x = tl.arange(0, HALF), tl.arange(0, HALF)
     dtype = x_ptr.dtype.element_ty
     out_dtype = out_ptr.dtype.element_ty
     PRECISE: tl.constexpr = out_dtype == tl.float32
     # The bottom is read and written upwards. The right half is not read backwards, which would be pixel by pixel: it is
     # turned by a product, which is exact.
     top, bottom = (y * width)[:, None], ((height - 1 - y) * width)[:, None]
-    left, right = x[None, :], (width - BLOCK_X + x)[None, :]
-    turn = tl.where(x[:, None] + x[None, :] == BLOCK_X - 1, 1.0, 0.0).to(dtype)
-    on_left = _inside(y, half_height)[:, None] & _inside(x, half_width)[None, :]
-    on_right = _inside(y, half_height)[:, None] & _inside(BLOCK_X - 1 - x, half_width)[None, :]
+    left, right = x[None, :], (width - HALF + x)[None, :]
+    turn = tl.load(bands_x_ptr + 2 * COUNT * HALF * HALF + x[:, None] * HALF + x[None, :])
+    on_left = (y < half_height)[:, None] & (x < half_width)[None, :]
+    on_right = (y < half_height)[:, None] & (x >= HALF - half_width)[None, :]
     least = tl.where(map_index % channels >= first_side, 0.0, float("-inf"))
     top_left = tl.maximum(tl.load(x_ptr + top + left, mask=on_left, other=0.0).to(tl.float32), least)
     top_right = tl.maximum(tl.dot(tl.load(x_ptr + top + right, mask=on_right, other=0.0), turn), least)
@@ -127,19 +127,19 @@ def _folded_kernel(
     bottom_even, bottom_odd = 0.25 * (bottom_left + bottom_right), 0.25 * (bottom_left - bottom_right)
     seen_ee, seen_eo = (top_even + bottom_even).to(dtype), (top_odd + bottom_odd).to(dtype)
     seen_oe, seen_oo = (top_even - bottom_even).to(dtype), (top_odd - bottom_odd).to(dtype)
-    ee = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
-    eo = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
-    oe = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
-    oo = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
-    bands_y = bands_y_ptr + y[:, None] * BLOCK_Y + y[None, :]
-    bands_x = bands_x_ptr + x[None, :] * BLOCK_X + x[:, None]
-    in_y = _inside(y, half_height)[:, None] & _inside(y, half_height)[None, :]
-    in_x = _inside(x, half_width)[:, None] & _inside(x, half_width)[None, :]
+    ee = tl.zeros((HALF, HALF), tl.float32)
+    eo = tl.zeros((HALF, HALF), tl.float32)
+    oe = tl.zeros((HALF, HALF), tl.float32)
+    oo = tl.zeros((HALF, HALF), tl.float32)
+    bands_y = bands_y_ptr + y[:, None] * HALF + y[None, :]
+    bands_x = bands_x_ptr + x[None, :] * HALF + x[:, None]
+    in_y = (y < half_height)[:, None] & (y < half_height)[None, :]
+    in_x = (x < half_width)[:, None] & (x < half_width)[None, :]
     for s in tl.range(COUNT, num_stages=NUM_STAGES):
-        even_y = tl.load(bands_y + s * BLOCK_Y * BLOCK_Y, mask=in_y, other=0.0)
-        odd_y = tl.load(bands_y + (COUNT + s) * BLOCK_Y * BLOCK_Y, mask=in_y, other=0.0)
-        even_x = even_y if SAME else tl.load(bands_x + s * BLOCK_X * BLOCK_X, mask=in_x, other=0.0)
-        odd_x = odd_y if SAME else tl.load(bands_x + (COUNT + s) * BLOCK_X * BLOCK_X, mask=in_x, other=0.0)
+        even_y = tl.load(bands_y + s * HALF * HALF, mask=in_y, other=0.0)
+        odd_y = tl.load(bands_y + (COUNT + s) * HALF * HALF, mask=in_y, other=0.0)
+        even_x = even_y if SAME else tl.load(bands_x + s * HALF * HALF, mask=in_x, other=0.0)
+        odd_x = odd_y if SAME else tl.load(bands_x + (COUNT + s) * HALF * HALF, mask=in_x, other=0.0)
         ee = tl.dot(tl.dot(even_y, seen_ee).to(dtype), even_x, ee)
         eo = tl.dot(tl.dot(even_y, seen_eo).to(dtype), odd_x, eo)
         oe = tl.dot(tl.dot(odd_y, seen_oe).to(dtype), even_x, oe)
@@ -205,25 +205,25 @@ def _bands(
 
 @cache
 def _folded_bands(
-    kernel_size: int, sigmas: tuple[float, ...], length: int, block: int, dtype: torch.dtype, device: torch.device
+    kernel_size: int, sigmas: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """What the matrices T_s do to lines that are even, x_i = x_(length - 1 - i), and to odd ones: T_s is the same from
     both ends, so that they stay so, and half of a line says all.
 
     Returns:
-        (2, S, block, block), even and odd, zero beyond half the length, rounded up.
+        (2 S + 1, HALF, HALF): S for even ones, S for odd ones, zero beyond half the length, rounded up; and what turns
+        a line of HALF pixels around.
     """
     matrices, half = _matrices(kernel_size, sigmas, length, dtype), (length + 1) // 2
     mirrored = matrices.flip(2)
     if length % 2:
         mirrored[..., half - 1] = 0  # the pixel in the middle is there once
-    folded = torch.stack([matrices + mirrored, matrices - mirrored])[..., :half, :half]
-    return F.pad(folded, 2 * (0, block - half)).to(device, dtype)
+    folded = torch.cat([matrices + mirrored, matrices - mirrored])[:, :half, :half]
+    turn = torch.eye(HALF, dtype=folded.dtype, device="cpu").flip(1)
+    return torch.cat([F.pad(folded, 2 * (0, HALF - half)), turn[None]]).to(device, dtype)
 
 
-def _matrices(
-    kernel_size: int, sigmas: tuple[float, ...], length: int, dtype: torch.dtype, offset: int = 0
-) -> Tensor:
+def _matrices(kernel_size: int, sigmas: tuple[float, ...], length: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
     """The matrices T_s: what each pixel of a line sees of those that lie `offset` further on, (S, length, length)."""
     lines = torch.from_numpy(kernel_taps(kernel_size, sigmas, TOLERANCES[dtype]))
     index = torch.arange(length, device="cpu")  # whatever the default is
@@ -231,9 +231,9 @@ def _matrices(
     return torch.where((tap >= 0) & (tap < kernel_size), lines[:, tap.clamp(0, kernel_size - 1)], 0.0)
 
 
-def _block(length: int, largest: int) -> int:
+def _block(length: int, dtype: torch.dtype) -> int:
     """How many pixels along a side of a map a program computes; 16 are the least for a tensor core."""
-    return min(max(triton.next_power_of_2(length), 16), largest)
+    return min(max(triton.next_power_of_2(length), 16), BLOCK[dtype])
 
 
 def _launch(
@@ -244,18 +244,15 @@ def _launch(
     if not x.numel():
         return out
     batch, channels, height, width = x.shape
-    if x.dtype in HALF and max(height, width) <= LARGEST_FOLDED:
-        half_height, half_width = (height + 1) // 2, (width + 1) // 2
-        block_y, block_x = (_block(half, LARGEST_FOLDED // 2) for half in (half_height, half_width))
-        bands_y, bands_x = (_folded_bands(kernel_size, sigmas, length, block, x.dtype, x.device)
-                            for length, block in ((height, block_y), (width, block_x)))  # fmt: skip
+    if x.dtype != torch.float32 and all(HALF < length <= 2 * HALF for length in (height, width)):
+        bands_y, bands_x = (_folded_bands(kernel_size, sigmas, length, x.dtype, x.device) for length in (height, width))
         _folded_kernel[(batch * channels,)](
-            x, bands_y, bands_x, out, height, width, half_height, half_width, channels, first_side,
-            COUNT=bands_y.shape[1], SAME=height == width and height % 2 == 0, BLOCK_Y=block_y, BLOCK_X=block_x,
+            x, bands_y, bands_x, out, height, width, (height + 1) // 2, (width + 1) // 2, channels, first_side,
+            COUNT=len(bands_y) // 2, SAME=height == width and height % 2 == 0, HALF=HALF,
             NUM_STAGES=NUM_STAGES, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return out
-    block_y, block_x = (_block(length, BLOCK[x.dtype]) for length in (height, width))
+    block_y, block_x = (_block(length, x.dtype) for length in (height, width))
     grid = (batch * channels, triton.cdiv(height, block_y), triton.cdiv(width, block_x))
     # Blocks to each side that the kernel reaches, where there are as many.
     reach_y, reach_x = (min(triton.cdiv(kernel_size // 2, block), blocks - 1)

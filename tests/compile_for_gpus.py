@@ -31,9 +31,8 @@ def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90,
     Pointers, height and width are multiples of 16, as for 96 x 96.
     """
     types = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
-    sixteens = [
-        name for name in kernel.arg_names if types[name].startswith("*") or name in ("height", "width", "half_height", "half_width", "pixels")
-    ]
+    sizes = ("height", "width", "half_height", "half_width", "pixels")
+    sixteens = [name for name in kernel.arg_names if types[name].startswith("*") or name in sizes]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in sixteens}
     compiled = compile(ASTSource(kernel, types, constants, attributes), GPUTarget("cuda", capability, 32), options)
     assert compiled.metadata.shared <= 1024 * SHARED_MEMORY[capability], (
@@ -91,10 +90,11 @@ def gaussian_sum(dtype: torch.dtype, name: str, capability: int = 90) -> str:
 def folded_gaussian_sum(name: str, capability: int = 90) -> str:
     """Of maps of 96 x 96."""
     constants = {
-        "COUNT": 4, "SAME": True, "BLOCK_Y": 64, "BLOCK_X": 64, "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
+        "COUNT": 4, "SAME": True, "HALF": triton_gaussian_sum.HALF, "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), "*bf16") | {"out_ptr": f"*{name}"}
-    return ptx(triton_gaussian_sum._folded_kernel, constants, pointers, capability, SPILLS[name], num_warps=4)
+    spills = 48 if name == "fp32" else 0
+    return ptx(triton_gaussian_sum._folded_kernel, constants, pointers, capability, spills, num_warps=4)
 
 
 def heatmap_reduction(radius: int, side: int) -> str:
