@@ -17,8 +17,8 @@ from . import BF16_TOLERANCE, kernel_taps
 TOLERANCES = {torch.float32: 0.0, torch.float16: 2.0**-15, torch.bfloat16: BF16_TOLERANCE}
 """Of `kernel_taps`: an eighth of the rounding error. Fewer lines, fewer products."""
 HALF = 64
-"""Rows and columns of half a folded map, filled up: the least for Hopper's tensor cores. To fold smaller maps would take
-longer."""
+"""Rows and columns of half a folded map, filled up: the least for Hopper's tensor cores. Smaller maps are not folded,
+which would take longer."""
 BLOCK = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 """Rows or columns of a program's part of others at most: what it sees of its neighbours needs room, too."""
 NUM_STAGES = 2
