@@ -48,6 +48,9 @@ TILES = {
 }
 """By the number of filters, rounded up: for few pixels, for many, and for very many. Those of 64 and 128 are the best
 of 9 and 16 on an H100, where cuDNN is not (`CUDNN`), in batches of 1 to 64 (`benchmarks/results/h100/tiles.json`)."""
+MANY_CHANNELS = 128
+"""Beyond them few filters take 64 a turn: half of the time with 16, two thirds with 32, as seen on an H200 like what is
+below (`benchmarks/results/h200/tiles.json`)."""
 PROGRAMS = (0, 64, 1000)
 """From so many programs on the tiles of `TILES` are used. 64 is half as many as an H100 has multiprocessors; with 1000
 the last of its turns, in which some have nothing to do, hardly counts."""
@@ -226,17 +229,24 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**30
 
 
-def tiles_of(filters: int, channels: int, dtype: torch.dtype, planes: bool) -> tuple[Tile, ...]:
+def tiles_of(filters: int, channels: int, kernel_size: int, dtype: torch.dtype, planes: bool) -> tuple[Tile, ...]:
     """The launch constants of a layer, as in `TILES`."""
     size = min(max(triton.next_power_of_2(filters), min(TILES)), max(TILES))
     tiles = TILES[size]
     if dtype == torch.float32:
         tiles = (replace(FP32_TILE, block_k=min(FP32_TILE.block_k, size), block_f=min(FP32_TILE.block_f, size)),)
     elif dtype == FP8:
-        tiles = tuple(replace(tile, block_f=min(tile.block_f, size)) for tile in FP8_TILES)
+        # (With nine taps the large blocks have nothing to do while the last of them are loaded and written.)
+        tiles = FP8_TILES if kernel_size > 3 else FP8_TILES[:2]
+        tiles = tuple(replace(tile, block_f=min(tile.block_f, size)) for tile in tiles)
+    elif size < 64 and channels > MANY_CHANNELS:
+        tiles = (replace(tiles[0], block_k=64),)
     # Where each element has an address, which takes registers: of the result, of the input.
     if planes:
-        tiles = tuple(replace(tile, block_f=min(tile.block_f, 64), num_warps=8, num_stages=2) for tile in tiles[:2])
+        tiles = [replace(tile, block_f=min(tile.block_f, 64), num_warps=8, num_stages=2) for tile in tiles[:2]]
+        if len(tiles) > 1:  # lines of 32 pixels, since those of a channel lie side by side in the result
+            rows, warps = (4, 8) if filters > 128 else (2, 4)
+            tiles[1] = replace(tiles[1], block_y=rows, block_x=32, num_warps=warps)
     if channels < 16:
         tiles = tuple(replace(tile, block_y=min(tile.block_y, 8), block_x=min(tile.block_x, 16)) for tile in tiles)
     # Filled up with zeros to whole blocks, the channels become at most half as many again, or one of the least blocks.
@@ -292,7 +302,7 @@ class Convolution:
                 raise ValueError(f"{name}: expected ({len(weight)},), got {tuple(part.shape)}")
         self.filters, self.channels, self.kernel_size, _ = weight.shape
         self.dilation, self.relu, self.origin, self.planes, self.shuffle = dilation, relu, origin, planes, shuffle
-        self.tiles = (tile,) if tile else tiles_of(self.filters, self.channels, weight.dtype, planes)
+        self.tiles = (tile,) if tile else tiles_of(self.filters, self.channels, self.kernel_size, weight.dtype, planes)
         self.padded_channels = padded(self.channels, max(tile.block_k for tile in self.tiles))
         bits = weight.view(torch.uint8) if weight.dtype == FP8 else weight  # (torch cannot pad fp8)
         whole = F.pad(bits, (0, 0, 0, 0, 0, self.padded_channels - self.channels)).view(weight.dtype)

@@ -54,13 +54,14 @@ def convolution(
 ) -> str:  # fmt: skip
     """With one of its tiles, of which the last is for most pixels; `types` and `changes` of the kernel's arguments
     beside those of an inner layer."""
-    weight = torch.empty(filters, channels, 1, 1, dtype=DTYPES[dtype])
+    size = changes.get("KERNEL_SIZE", 3)
+    weight = torch.empty(filters, channels, size, size, dtype=DTYPES[dtype])
     layer = Convolution(weight, torch.empty(filters), planes=planes)
     launch = layer.tiles[tile]
     constants = {
         "scale_ptr": None, "residual_ptr": None,
         "CHANNELS": channels, "PADDED_CHANNELS": layer.padded_channels, "FILTERS": filters,
-        "KERNEL_SIZE": 3, "DILATION": 4, "ORIGIN": 0, "RELU": True, "SHUFFLE": 1, "DESCRIPTORS": descriptors,
+        "KERNEL_SIZE": size, "DILATION": 4, "ORIGIN": 0, "RELU": True, "SHUFFLE": 1, "DESCRIPTORS": descriptors,
         "BLOCK_Y": launch.block_y, "BLOCK_X": launch.block_x,
         "BLOCK_K": launch.block_k if descriptors else min(launch.block_k, triton_convolution.LARGEST_GATHERED_K),
         "BLOCK_F": launch.block_f, "FILTER_BLOCKS": -(-filters // launch.block_f),
@@ -139,8 +140,9 @@ if __name__ == "__main__":
         head = {"KERNEL_SIZE": 1, "DILATION": 1, "RELU": False}
         scaled, to_fp8, to_bf16 = {"scale_ptr": "*fp32"}, {"out_ptr": "*fp8e4nv"}, {"out_ptr": "*bf16"}
         for tile in range(len(FP8_TILES)):
-            text = convolution("fp8e4nv", filters, filters, descriptors=True, tile=tile, types=scaled)
-            convolution("fp8e4nv", filters, filters, descriptors=True, tile=tile, types=scaled, capability=89)
+            inner = {"descriptors": True, "tile": tile, "types": scaled, "KERNEL_SIZE": 5}
+            text = convolution("fp8e4nv", filters, filters, **inner)
+            convolution("fp8e4nv", filters, filters, **inner, capability=89)
             assert ("wgmma.mma_async" in text and "e4m3.e4m3" in text) == (filters >= 64), filters
         convolution("bf16", filters, 1, types={"x": "*u8"} | to_fp8, **first)
         convolution("bf16", filters, 136, descriptors=True, types=to_fp8)

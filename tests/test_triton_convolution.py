@@ -253,7 +253,7 @@ def test_every_call_gives_the_same_bits(convolution, dtype, filters, size):
     x, weight = x.to(dtype), (64 * weight).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     results = []
-    for tile in tiles_of(filters, filters, dtype, False):
+    for tile in tiles_of(filters, filters, size, dtype, False):
         ours = convolution(weight, bias, relu=True, tile=tile)
         results.append(ours(x).float())
         assert all(torch.equal(ours(x).float(), results[-1]) for _ in range(20))
