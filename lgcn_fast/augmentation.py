@@ -1,12 +1,24 @@
-"""Augmentation: one random similarity transform and some light on the way from a cached crop to the network's input."""
+"""Augmentation: a random similarity transform, another shape of the face and some light, on the way from a cached crop
+to the network's input."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
 from numpy.random import Generator
 
+from .images import similarity
+from .shape import ShapeModel
+
 FIXED_VARIANTS = 18
+WARP_GRID = 12
+"""Places along x and y that a warp is computed at; it is interpolated in between."""
+WARP_REACH, WARP_FLOOR = 0.1, 0.05
+"""Standard deviation of the weights with which landmarks pull what is around them, as a share of the crop's side; and
+the sum of weights below which less and less moves."""
+WARP_ROUNDS = 8
+"""Of finding where a landmark comes to lie: with warps of 0.5, 99.9 % are within 0.1 pixels, all within half a one."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,9 @@ class Augmentation:
     """Largest rotation, degrees."""
     shift: float = 0.0
     """Largest shift of the box along x and y, as a share of its side."""
+    warp: float = 0.0
+    """Standard deviation of how far the face's shape is to move along each mode of the shape model, over the mode's
+    own; a smooth warp follows it about half way."""
     fixed: bool = False
     """The paper's fixed set of `FIXED_VARIANTS`: scale and rotation at their ends or none, mirrored or not."""
     contrast: float = 0.0
@@ -30,6 +45,10 @@ class Augmentation:
     """Largest standard deviation of noise, gray levels; one image in four."""
     occlusion: float = 0.0
     """Largest side of a rectangle that hides a part, as a share of the image; every second image."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warp <= 1:
+            raise ValueError(f"warp: expected a share of the modes' standard deviations, 0 to 1, got {self.warp}")
 
 
 NONE = Augmentation(mirror=False, scale=0, rotation=0)
@@ -66,6 +85,7 @@ def augment(
     random: Generator,
     draw: int = 0,
     label_shift: float = 0.0,
+    shape: ShapeModel | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one augmented crop.
 
@@ -77,6 +97,7 @@ def augment(
         mirror_order: the scheme's mirror permutation; None where it is not known: never mirrored.
         draw: which variant of a fixed set, modulo their number.
         label_shift: how far the labels lie to the right, see `label_shifts`; those of a mirror image will, too.
+        shape: for warps; without it, and of faces that have not all labels, there are none.
 
     Returns:
         (size, size) or (size, size, 3) uint8, and (N, 2) float32 in its pixels.
@@ -89,8 +110,11 @@ def augment(
         scale, rotation = random.uniform(-1, 1, 2)
     shift = random.uniform(-1, 1, 2) * augmentation.shift
     matrix = transform_matrix(box, size, 1 + scale * augmentation.scale, rotation * augmentation.rotation, shift)
-    image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     points = points @ matrix[:, :2].T + matrix[:, 2]
+    if augmentation.warp and shape is not None and not np.isnan(points).any():
+        image, points = _warped(image, points, matrix, size, augmentation.warp, shape, random)
+    else:
+        image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     if mirror and augmentation.mirror and mirror_order is not None:
         image = np.ascontiguousarray(image[:, ::-1])
         points = points[list(mirror_order)]
@@ -98,6 +122,43 @@ def augment(
         # The mirror has turned the shift round; it must point where it does in a photo of a face turned like this.
         points += 2 * label_shift * box[2] * matrix[:, 0] * (1, -1)
     return _relight(image, augmentation, random), points.astype(np.float32)
+
+
+def _warped(
+    image: np.ndarray,
+    points: np.ndarray,
+    matrix: np.ndarray,
+    size: int,
+    warp: float,
+    shape: ShapeModel,
+    random: Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A cached crop through an affine map with a face of another shape, and where its points (N, 2) of the result lie.
+
+    A pixel p of the result shows what the affine map alone would have shown at p + d(p). Each landmark would have d
+    take it back to where it was; d is the mean of what those near p want, by their distances.
+    """
+    modes = random.normal(0, warp, len(shape.modes)) * np.sqrt(shape.variances)
+    change = np.tensordot(modes, shape.modes, 1) @ (1, 1j) * similarity(shape.mean, points)
+    change = np.column_stack([change.real, change.imag])
+    step = size / WARP_GRID
+    line = (np.arange(WARP_GRID) + 0.5) * step - 0.5
+    x, y = (np.exp(-((line[:, None] - part) ** 2) / (2 * (WARP_REACH * size) ** 2)) for part in (points + change).T)
+    weights = y[:, None] * x
+    back = (-(weights @ change) / (weights.sum(axis=2, keepdims=True) + WARP_FLOOR)).astype(np.float32)
+    moved = points
+    for _ in range(WARP_ROUNDS):
+        place = ((moved + 0.5) / step - 0.5).astype(np.float32)
+        moved = points - cv2.remap(back, place[None], None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[0]
+    shown = cv2.resize(back, (size, size)) + _pixels(size)
+    source = cv2.transform(shown, cv2.invertAffineTransform(matrix))
+    return cv2.remap(image, source, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), moved
+
+
+@lru_cache(maxsize=4)
+def _pixels(size: int) -> np.ndarray:
+    """x and y of each: (size, size, 2) float32."""
+    return np.dstack(np.meshgrid(*[np.arange(size, dtype=np.float32)] * 2))
 
 
 def _relight(image: np.ndarray, augmentation: Augmentation, random: Generator) -> np.ndarray:

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augmentation import Augmentation, augment
-from .crops import CropCache
+from .crops import CropCache, training_shapes
 from .landmarks import SCHEMES
+from .shape import ShapeModel
 
 
 class AugmentedCrops(Dataset):
@@ -30,6 +31,7 @@ class AugmentedCrops(Dataset):
         self.label_shifts = label_shifts or {}
         scheme = SCHEMES.get(cache.num_landmarks)
         self.mirror_order = scheme.mirror if scheme else None
+        self.shape = _shape_model(cache) if augmentation.warp else None
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Image (C, size, size) uint8 and points (1, N, 2) float32."""
@@ -39,10 +41,16 @@ class AugmentedCrops(Dataset):
         image, points = augment(
             cache.images[index], cache.points[index], cache.boxes[index],
             self.size, self.augmentation, self.mirror_order, random, draw,
-            label_shift=self.label_shifts.get(str(cache.sets[index]), 0.0),
+            label_shift=self.label_shifts.get(str(cache.sets[index]), 0.0), shape=self.shape,
         )  # fmt: skip
         channels_first = image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))
         return torch.from_numpy(channels_first), torch.from_numpy(points[None])
+
+
+def _shape_model(cache: CropCache) -> ShapeModel | None:
+    """Of the faces of a training; None where too few have all labels."""
+    shapes = training_shapes(cache)
+    return ShapeModel.fit(shapes) if np.isfinite(shapes).all((1, 2)).sum() > 1 else None
 
 
 class EpochBatches:

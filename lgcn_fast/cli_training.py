@@ -79,6 +79,8 @@ def add_train(commands) -> None:
     parser.add_argument("--dropout", type=float, metavar="SHARE", help="of activations; default: the network's own")
     parser.add_argument("--batch-size", type=int, help="faces a step; default: the recipe's; 32 for a GPU")
     parser.add_argument("--repeats", type=int, help="draws of each face an epoch; default: the recipe's; 4 for a GPU")
+    warp = "draw faces of other shapes, by so much of the modes' standard deviations; 0.5 for few faces (default: 0)"
+    parser.add_argument("--warp", type=float, default=0.0, metavar="SHARE", help=warp)
     losses = [name.replace("_", "-") for name in LOSSES]
     parser.add_argument("--loss", choices=losses, default=losses[0], help=f"default: {losses[0]}")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
@@ -93,6 +95,7 @@ def _run_train(options: argparse.Namespace) -> int:
     loss = options.loss.replace("-", "_")
     asked = {"batch_size": options.batch_size, "repeats": options.repeats}
     recipe = replace(RECIPES[options.recipe], **{name: value for name, value in asked.items() if value is not None})
+    recipe = replace(recipe, augmentation=replace(recipe.augmentation, warp=options.warp))
     training = TrainingOptions(
         config=_network(
             options.network, num_landmarks=cache.num_landmarks, in_channels=cache.channels, loss=loss, **changes

@@ -140,7 +140,7 @@ def face_box(points: np.ndarray, mean: np.ndarray | None = None) -> np.ndarray:
     """
     labelled = ~np.isnan(points).any(axis=1)
     if mean is not None and 2 <= labelled.sum() < len(points):
-        factor, shape = _factor(mean[labelled], points[labelled]), mean @ (1, 1j)
+        factor, shape = similarity(mean[labelled], points[labelled]), mean @ (1, 1j)
         moved = factor * (shape - shape[labelled].mean()) + (points[labelled] @ (1, 1j)).mean()
         points = np.where(labelled[:, None], points, np.stack([moved.real, moved.imag], axis=1))
     low, high = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
@@ -225,7 +225,7 @@ def upright_boxes(points: np.ndarray, mean: np.ndarray | None = None) -> tuple[n
         boxes (B, 4): x, y, side, side of each square before it is turned about its middle; angles (B,) by which
         it is, radians, clockwise as one sees it.
     """
-    angles = np.zeros(len(points)) if mean is None else np.angle([_factor(mean, face) for face in points])
+    angles = np.zeros(len(points)) if mean is None else np.angle([similarity(mean, face) for face in points])
     upright = turned(points, np.zeros((len(points), 4)), -angles)
     low, high = upright.min(axis=1), upright.max(axis=1)
     sides = np.maximum(BOX_ENLARGEMENT * (high - low).max(axis=1), 1.0)[:, None]
@@ -233,7 +233,7 @@ def upright_boxes(points: np.ndarray, mean: np.ndarray | None = None) -> tuple[n
     return np.concatenate([middles - (sides - 1) / 2, sides, sides], axis=1), angles
 
 
-def _factor(mean: np.ndarray, points: np.ndarray) -> complex:
+def similarity(mean: np.ndarray, points: np.ndarray) -> complex:
     """What takes a mean face (N, 2) to points (N, 2), but for a shift: least squares give the turn and the change of
     size as one factor of complex numbers x + i y."""
     shape = (mean - mean.mean(axis=0)) @ (1, 1j)

@@ -1,10 +1,15 @@
+from dataclasses import replace
+
+import cv2
 import numpy as np
 import pytest
+import torch
 
 from lgcn_fast.augmentation import FIXED_VARIANTS, NONE, Augmentation, augment
 from lgcn_fast.batches import AugmentedCrops, EpochBatches
 from lgcn_fast.crops import CropCache
 from lgcn_fast.landmarks import SCHEMES
+from lgcn_fast.loading import shape_for
 from lgcn_fast.recipes import RECIPES
 
 BOX = np.array([34, 34, 112, 112], np.float32)
@@ -71,6 +76,73 @@ def test_mirror_images_keep_the_shift_of_the_labels(random):
             _, straight = augment(image, photo, box, 96, fixed, mirror, random, 3 * scale + 2 - turn, shift)
             _, mirrored = augment(image, points, BOX, 96, fixed, mirror, random, 9 + 3 * scale + turn, shift)
             np.testing.assert_allclose(mirrored, straight, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [48, 96])
+def test_a_warped_face_has_its_points_where_its_pixels_are(random, size):
+    """Each pixel of the cached crop holds its own place: at a point of the result must be the place of the label."""
+    image = np.dstack([*np.meshgrid(np.arange(180), np.arange(180)), np.zeros((180, 180))]).astype(np.uint8)
+    shape, mirror = shape_for(None, 68), np.array(SCHEMES[68].mirror)
+    warp, errors = Augmentation(scale=0.1, shift=0.05, warp=0.5), []
+    for _ in range(30):
+        turn = np.exp(1j * random.uniform(-0.5, 0.5)) * 30
+        face = (shape.mean @ (1, 1j) * turn).view(float).reshape(-1, 2) + 89.5
+        found, points = augment(image, face.astype(np.float32), BOX, size, warp, tuple(mirror), random, shape=shape)
+        inside = ((points >= 0) & (points <= size - 1)).all(1)
+        at = points[None, inside].astype(np.float32)
+        places = cv2.remap(found.astype(np.float32), at, None, cv2.INTER_LINEAR)[0, :, :2]
+        mirrored = found[size // 2, 0, 0] > found[size // 2, -1, 0]
+        labels = face[mirror] if mirrored else face
+        errors.append(np.abs(places - labels[inside]).max(axis=1))
+        assert inside.sum() > 50
+    half, most, largest = np.quantile(np.concatenate(errors), (0.5, 0.99, 1))
+    assert half < 0.4
+    assert most < 1
+    assert largest < 2
+
+
+def test_warps_change_faces_as_the_modes_do(random):
+    shape = shape_for(None, 68)
+    face = (shape.mean * 30 + 89.5).astype(np.float32)
+    image = np.zeros((180, 180), np.uint8)
+    warp = Augmentation(mirror=False, scale=0, rotation=0, warp=0.5)
+    faces = np.stack([augment(image, face, BOX, 96, warp, None, random, shape=shape)[1] for _ in range(300)])
+    moves = (faces - (face - 33.5) * 96 / 112 + 0.5) / (30 * 96 / 112)
+    spread = np.einsum("fnd,knd->fk", moves, shape.modes).std(axis=0) / shape.variances**0.5
+    # (Where the landmarks want different things at one place, as the lips do, they get the mean.)
+    assert spread[:3].min() > 0.25
+    assert spread[:3].max() < 0.5
+
+
+def test_faces_without_a_shape_model_or_all_labels_are_not_warped(random):
+    shape, image = shape_for(None, 68), random.integers(0, 256, (180, 180), np.uint8)
+    face = (shape.mean * 30 + 89.5).astype(np.float32)
+    partly = face.copy()
+    partly[3] = np.nan
+    warp = Augmentation(mirror=False, scale=0, rotation=0, warp=0.5)
+    plain, points = augment(image, face, BOX, 96, NONE, None, random)
+    for labels, model in ((face, None), (partly, shape)):
+        found, moved = augment(image, labels, BOX, 96, warp, None, random, shape=model)
+        np.testing.assert_array_equal(found, plain)
+        np.testing.assert_array_equal(moved[4:], points[4:])
+
+
+def test_warps_that_would_fold_faces_are_named():
+    with pytest.raises(ValueError, match=r"warp: expected a share of the modes' standard deviations, 0 to 1, got 1\.5"):
+        Augmentation(warp=1.5)
+
+
+@pytest.mark.parametrize("labelled", [0, 1, 5])
+def test_crops_warp_faces_as_those_of_the_training_vary(random, labelled):
+    faces = (shape_for(None, 68).mean * 30 + 89.5 + random.normal(0, 1, (5, 68, 2))).astype(np.float32)
+    faces[labelled:, 0] = np.nan
+    images = list(random.integers(0, 256, (5, 180, 180), np.uint8))
+    cache = CropCache(images, faces, np.tile(BOX, (5, 1)), np.array(list("abcde")), np.array(["s"] * 5))
+    warp = replace(NONE, warp=0.5)
+    crops, plain = (AugmentedCrops(cache, augmentation, 96, 0) for augmentation in (warp, NONE))
+    for index in range(5):
+        warped = not torch.equal(crops[0, index][0], plain[0, index][0])
+        assert warped == (index < labelled and labelled > 1)
 
 
 @pytest.mark.parametrize("color", [False, True])

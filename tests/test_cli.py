@@ -232,6 +232,7 @@ def test_from_labels_to_report(tmp_path, faces, capsys):
     cv2.imwrite(str(background / "b.jpg"), np.zeros((80, 60), np.uint8))
     assert main(["prepare", str(faces), "--background", str(background), "--out", str(cache)]) == 0
     train = ["train", str(cache), "--out", str(run), "--epochs", "2", "--share", f"{faces}=0.9", "--no-amp"]
+    train += ["--warp", "0.5"]
     assert main([*train, "--time-budget", "1e-6"]) == 0
     assert "the same command goes on" in capsys.readouterr().out
     assert main(train) == 0
@@ -241,6 +242,7 @@ def test_from_labels_to_report(tmp_path, faces, capsys):
     card = load_card(run / "best.safetensors")
     assert card["data"] == {str(faces): 11, str(background): BACKGROUND_CROPS}
     assert card["recipe"]["name"] == "fast"
+    assert card["recipe"]["augmentation"]["warp"] == 0.5
     shape = tmp_path / "shape" / "shape.safetensors"
     np.savez(tmp_path / "more.npz", landmarks=np.ones((3, 68, 2)) * np.arange(2) + np.arange(68)[:, None])
     more = ["--shapes", str(tmp_path / "more.npz"), "--modes", "2"]
