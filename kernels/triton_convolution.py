@@ -170,40 +170,24 @@ def _convolution_kernel(
 
 
 @triton.jit
-def _channels_last_kernel(
-    x, out, channels, height, width, out_width, pixels,
-    STEP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    image = tl.program_id(2).to(tl.int64)
+def _channels_last_kernel(x, out, channels, pixels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    image = tl.program_id(2).to(tl.int64) * channels * pixels
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = (channel < channels)[:, None] & (pixel < pixels)[None, :]
-    planes = x + (image * channels + channel[:, None]) * (height * width)
-    if STEP == 1:  # whole lines: nothing is between one pixel and the next
-        total = tl.load(planes + pixel[None, :], mask=inside)
-    else:
-        row, column = pixel // out_width * STEP, pixel % out_width * STEP
-        total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-        for dy in tl.static_range(STEP):
-            for dx in tl.static_range(STEP):
-                place = tl.minimum(row + dy, height - 1) * width + tl.minimum(column + dx, width - 1)
-                total += tl.load(planes + place[None, :], mask=inside, other=0.0).to(tl.float32)
-        total *= 1 / (STEP * STEP)
+    block = tl.load(x + image + channel[:, None].to(tl.int64) * pixels + pixel[None, :], mask=inside)
     places = pixel[:, None].to(tl.int64) * channels + channel[None, :]
-    tl.store(out + image * channels * pixels + places, tl.trans(total.to(out.dtype.element_ty)), mask=tl.trans(inside))
+    tl.store(out + image + places, tl.trans(block.to(out.dtype.element_ty)), mask=tl.trans(inside))
 
 
-def channels_last(x: Tensor, dtype: torch.dtype, step: int = 1) -> Tensor:
-    """`F.avg_pool2d(x, step).to(dtype, memory_format=torch.channels_last)` in a pass that reads and writes whole lines.
-
-    Where height or width are no multiples of `step`, the last rows and columns count as if they went on.
+def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype, memory_format=torch.channels_last)` in one pass that reads and writes whole lines.
 
     Args:
         x: (B, C, H, W) floating point, contiguous.
-        step: side of the squares whose means are taken, in fp32; 1 for none.
 
     Returns:
-        (B, C, H / step, W / step), rounded up, channels-last.
+        (B, C, H, W), channels-last.
 
     Raises:
         ValueError: another shape or layout.
@@ -211,15 +195,12 @@ def channels_last(x: Tensor, dtype: torch.dtype, step: int = 1) -> Tensor:
     if x.ndim != 4 or not x.is_contiguous():
         raise ValueError(f"x: expected contiguous (B, C, H, W), got {described(x)}")
     batch, channels, height, width = x.shape
-    size = (batch, channels, triton.cdiv(height, step), triton.cdiv(width, step))
-    out = torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel():
-        pixels = size[2] * size[3]
-        grid = (triton.cdiv(pixels, BLOCK_P), triton.cdiv(channels, BLOCK_C), batch)
+        grid = (triton.cdiv(height * width, BLOCK_P), triton.cdiv(channels, BLOCK_C), batch)
         _channels_last_kernel[grid](
-            x, out, channels, height, width, size[3], pixels,
-            STEP=step, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P, enable_fp_fusion=True,
-        )  # fmt: skip
+            x, out, channels, height * width, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P, enable_fp_fusion=True
+        )
     return out
 
 

@@ -91,7 +91,8 @@ class CudaNetwork:
         blurred = torch.empty(size, dtype=torch.float32, device=images.device)
         gaussian_sum(maps, config.kernel_size, config.sigmas, config.num_landmarks, blurred)
         local = blurred[:, : config.num_landmarks]
-        x = channels_last(blurred, self._dtype, step)
+        x = F.avg_pool2d(pad_to_grid(blurred, step), step) if step > 1 else blurred
+        x = channels_last(x, self._dtype)
         for layer in self._context:
             x = layer(x)
         heatmaps = self._refine(x, local, torch.empty(local.shape, dtype=torch.float32, device=images.device))
