@@ -1,7 +1,8 @@
 """The kernel convolution in Triton, forward and backward, for CUDA tensors (or, with TRITON_INTERPRET=1, any).
 
 A zero-padded convolution along a line is a banded matrix T_s, so `K * X = sum_s T_s X T_s`: programs multiply maps with
-the bands, on tensor cores. Maps of about 96 x 96 in half precision are folded first, which takes half the products.
+the bands, on tensor cores. Maps of about 96 x 96 in half precision are split into even and odd parts, which halves the
+work.
 """
 
 from functools import cache
@@ -17,8 +18,8 @@ from . import BF16_TOLERANCE, kernel_taps
 TOLERANCES = {torch.float32: 0.0, torch.float16: 2.0**-15, torch.bfloat16: BF16_TOLERANCE}
 """Of `kernel_taps`: an eighth of the rounding error. Fewer lines, fewer products."""
 HALF = 64
-"""Rows and columns of half a folded map, filled up: the least for Hopper's tensor cores. Smaller maps are not folded,
-which would take longer."""
+"""Rows and columns of half a map that is split into even and odd parts, filled up: the least for Hopper's tensor cores.
+With smaller maps it would take longer."""
 BLOCK = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 """Rows or columns of a program's part of others at most: what it sees of its neighbours needs room, too."""
 NUM_STAGES = 2
@@ -87,7 +88,7 @@ def _turned(x, turn, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _folded_kernel(
+def _even_odd_kernel(
     x_ptr,
     bands_y_ptr,
     bands_x_ptr,
@@ -204,7 +205,7 @@ def _bands(
 
 
 @cache
-def _folded_bands(
+def _even_odd_bands(
     kernel_size: int, sigmas: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """What the matrices T_s do to lines that are even, x_i = x_(length - 1 - i), and to odd ones: T_s is the same from
@@ -218,9 +219,9 @@ def _folded_bands(
     mirrored = matrices.flip(2)
     if length % 2:
         mirrored[..., half - 1] = 0  # the pixel in the middle is there once
-    folded = torch.cat([matrices + mirrored, matrices - mirrored])[:, :half, :half]
-    turn = torch.eye(HALF, dtype=folded.dtype, device="cpu").flip(1)
-    return torch.cat([F.pad(folded, 2 * (0, HALF - half)), turn[None]]).to(device, dtype)
+    halves = torch.cat([matrices + mirrored, matrices - mirrored])[:, :half, :half]
+    turn = torch.eye(HALF, dtype=halves.dtype, device="cpu").flip(1)
+    return torch.cat([F.pad(halves, 2 * (0, HALF - half)), turn[None]]).to(device, dtype)
 
 
 def _matrices(kernel_size: int, sigmas: tuple[float, ...], length: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
@@ -245,8 +246,10 @@ def _launch(
         return out
     batch, channels, height, width = x.shape
     if x.dtype != torch.float32 and all(HALF < length <= 2 * HALF for length in (height, width)):
-        bands_y, bands_x = (_folded_bands(kernel_size, sigmas, length, x.dtype, x.device) for length in (height, width))
-        _folded_kernel[(batch * channels,)](
+        bands_y, bands_x = (
+            _even_odd_bands(kernel_size, sigmas, length, x.dtype, x.device) for length in (height, width)
+        )
+        _even_odd_kernel[(batch * channels,)](
             x, bands_y, bands_x, out, height, width, (height + 1) // 2, (width + 1) // 2, channels, first_side,
             COUNT=len(bands_y) // 2, SAME=height == width and height % 2 == 0, HALF=HALF,
             NUM_STAGES=NUM_STAGES, num_warps=4, enable_fp_fusion=True,

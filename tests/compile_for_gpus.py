@@ -88,14 +88,14 @@ def gaussian_sum(dtype: torch.dtype, name: str, capability: int = 90) -> str:
     return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, capability, SPILLS[name], num_warps=4)
 
 
-def folded_gaussian_sum(name: str, capability: int = 90) -> str:
+def even_odd_gaussian_sum(name: str, capability: int = 90) -> str:
     """Of maps of 96 x 96."""
     constants = {
         "COUNT": 4, "SAME": True, "HALF": triton_gaussian_sum.HALF, "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), "*bf16") | {"out_ptr": f"*{name}"}
     spills = 48 if name == "fp32" else 0
-    return ptx(triton_gaussian_sum._folded_kernel, constants, pointers, capability, spills, num_warps=4)
+    return ptx(triton_gaussian_sum._even_odd_kernel, constants, pointers, capability, spills, num_warps=4)
 
 
 def heatmap_reduction(radius: int, side: int) -> str:
@@ -161,7 +161,7 @@ if __name__ == "__main__":
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for capability in SHARED_MEMORY:
             assert "mma" in gaussian_sum(dtype, name, capability)
-            assert "mma" in folded_gaussian_sum(name, capability)
+            assert "mma" in even_odd_gaussian_sum(name, capability)
         assert "ld.global.v4" in channels_last(name)
     for radius in (0, 6, 12):
         for side in triton_peaks.NUM_WARPS:
