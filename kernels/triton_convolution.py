@@ -49,8 +49,8 @@ TILES = {
 """By the number of filters, rounded up: for few pixels, for many, and for very many. Those of 64 and 128 are the best
 of 9 and 16 on an H100, where cuDNN is not (`CUDNN`), in batches of 1 to 64 (`benchmarks/results/h100/tiles.json`)."""
 MANY_CHANNELS = 128
-"""Beyond them few filters take 64 a turn: half of the time with 16, two thirds with 32, as seen on an H200 like what is
-below (`benchmarks/results/h200/tiles.json`)."""
+"""With more of them 16 filters take half of the time if they take 64 channels a turn, 32 filters three quarters
+(`benchmarks/results/h200/tiles.json`, like the lines of 32 pixels in `tiles_of`)."""
 PROGRAMS = (0, 64, 1000)
 """From so many programs on the tiles of `TILES` are used. 64 is half as many as an H100 has multiprocessors; with 1000
 the last of its turns, in which some have nothing to do, hardly counts."""
@@ -225,7 +225,7 @@ def tiles_of(filters: int, channels: int, kernel_size: int, dtype: torch.dtype, 
     # Where each element has an address, which takes registers: of the result, of the input.
     if planes:
         tiles = [replace(tile, block_f=min(tile.block_f, 64), num_warps=8, num_stages=2) for tile in tiles[:2]]
-        if len(tiles) > 1:  # lines of 32 pixels, since those of a channel lie side by side in the result
+        if len(tiles) > 1 and size >= 64:  # lines of 32 pixels, since those of a channel lie side by side in the result
             rows, warps = (4, 8) if filters > 128 else (2, 4)
             tiles[1] = replace(tiles[1], block_y=rows, block_x=32, num_warps=warps)
     if channels < 16:

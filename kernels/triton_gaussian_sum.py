@@ -110,7 +110,7 @@ def _even_odd_kernel(
     y, x = tl.arange(0, HALF), tl.arange(0, HALF)
     dtype = x_ptr.dtype.element_ty
     out_dtype = out_ptr.dtype.element_ty
-    PRECISE: tl.constexpr = out_dtype == tl.float32
+    PRECISE: tl.constexpr = out_dtype != dtype
     # The bottom is read and written upwards. The right half is not read backwards, which would be pixel by pixel: it is
     # turned by a product, which is exact.
     top, bottom = (y * width)[:, None], ((height - 1 - y) * width)[:, None]
@@ -145,12 +145,13 @@ def _even_odd_kernel(
         eo = tl.dot(tl.dot(even_y, seen_eo).to(dtype), odd_x, eo)
         oe = tl.dot(tl.dot(odd_y, seen_oe).to(dtype), even_x, oe)
         oo = tl.dot(tl.dot(odd_y, seen_oo).to(dtype), odd_x, oo)
+    beside = on_right & (x >= HALF - width // 2)[None, :]  # without the column in the middle, which is on the left
     even, odd = ee + oe, eo + oo
     tl.store(out_ptr + top + left, (even + odd).to(out_dtype), mask=on_left)
-    tl.store(out_ptr + top + right, _turned(even - odd, turn, PRECISE).to(out_dtype), mask=on_right)
+    tl.store(out_ptr + top + right, _turned(even - odd, turn, PRECISE).to(out_dtype), mask=beside)
     even, odd = ee - oe, eo - oo
     tl.store(out_ptr + bottom + left, (even + odd).to(out_dtype), mask=on_left)
-    tl.store(out_ptr + bottom + right, _turned(even - odd, turn, PRECISE).to(out_dtype), mask=on_right)
+    tl.store(out_ptr + bottom + right, _turned(even - odd, turn, PRECISE).to(out_dtype), mask=beside)
 
 
 def gaussian_sum(
@@ -165,7 +166,7 @@ def gaussian_sum(
     Sums are fp32. K is symmetric, so the gradient is the same operation.
 
     Args:
-        x: (B, C, H, W) float32, float16 or bfloat16, on a GPU.
+        x: (B, C, H, W) float32, float16 or bfloat16, on a GPU. Of float16 the results must be below 65504.
         kernel_size: side of the truncated kernel in pixels, odd.
         sigmas: standard deviations of the Gaussians, in pixels.
         first_side: channels from this one on are the side branch: their ReLU in front of the convolution is computed

@@ -48,7 +48,7 @@ class AugmentedCrops(Dataset):
 
 
 def _shape_model(cache: CropCache) -> ShapeModel | None:
-    """Of the faces of a training; None where too few have all labels."""
+    """Of all faces of the cache but those for validation, whatever their share; None where too few have all labels."""
     shapes = training_shapes(cache)
     return ShapeModel.fit(shapes) if np.isfinite(shapes).all((1, 2)).sum() > 1 else None
 

@@ -79,7 +79,7 @@ def add_train(commands) -> None:
     parser.add_argument("--dropout", type=float, metavar="SHARE", help="of activations; default: the network's own")
     parser.add_argument("--batch-size", type=int, help="faces a step; default: the recipe's; 32 for a GPU")
     parser.add_argument("--repeats", type=int, help="draws of each face an epoch; default: the recipe's; 4 for a GPU")
-    warp = "draw faces of other shapes, by so much of the modes' standard deviations; 0.5 for few faces (default: 0)"
+    warp = "draw faces of other shapes, by so much of the modes' deviations; 0.5 for few faces or large networks"
     parser.add_argument("--warp", type=float, default=0.0, metavar="SHARE", help=warp)
     losses = [name.replace("_", "-") for name in LOSSES]
     parser.add_argument("--loss", choices=losses, default=losses[0], help=f"default: {losses[0]}")

@@ -23,6 +23,9 @@ SPILLS = {"fp32": 16, "bf16": 0}
 """Bytes of registers that a thread of the blur may keep in memory: in fp32 Triton 3.6, which comes with torch 2.11,
 keeps 16, and 3.7, with torch 2.13, 8; those after them none."""
 
+EVEN_ODD_SPILLS = {"fp32": 48, "bf16": 0}
+"""The same for maps of about 96 x 96, by the dtype of the result: some addresses wait there for the end."""
+
 
 def ptx(kernel, constants: dict, pointers: dict[str, str], capability: int = 90, spills: int = 0, **options) -> str:
     """PTX of a kernel whose other arguments are 32-bit integers, checked to fit a multiprocessor, on
@@ -77,24 +80,24 @@ def convolution(
     return ptx(triton_convolution._convolution_kernel, constants, types, capability, **options)
 
 
-def gaussian_sum(dtype: torch.dtype, name: str, capability: int = 90) -> str:
-    """Of parts of maps."""
+def gaussian_sum(dtype: torch.dtype, name: str, capability: int = 90, reach: int = 1) -> str:
+    """Of parts of maps, or, with a reach of 0, of small ones as a whole."""
     block = triton_gaussian_sum.BLOCK[dtype]
     constants = {
-        "COUNT": 5, "REACH_Y": 1, "REACH_X": 1, "BLOCK_Y": block, "BLOCK_X": block,
+        "COUNT": 5, "REACH_Y": reach, "REACH_X": reach, "BLOCK_Y": block, "BLOCK_X": block,
         "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), f"*{name}") | {"out_ptr": "*fp32"}
     return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, capability, SPILLS[name], num_warps=4)
 
 
-def even_odd_gaussian_sum(name: str, capability: int = 90) -> str:
-    """Of maps of 96 x 96."""
+def even_odd_gaussian_sum(name: str, capability: int = 90, same: bool = True) -> str:
+    """Of maps of 96 x 96, of the bf16 to `name`; not `same`: of maps that are not square, or of odd sides."""
     constants = {
-        "COUNT": 4, "SAME": True, "HALF": triton_gaussian_sum.HALF, "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
+        "COUNT": 4, "SAME": same, "HALF": triton_gaussian_sum.HALF, "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), "*bf16") | {"out_ptr": f"*{name}"}
-    spills = 48 if name == "fp32" else 0
+    spills = EVEN_ODD_SPILLS[name]
     return ptx(triton_gaussian_sum._even_odd_kernel, constants, pointers, capability, spills, num_warps=4)
 
 
@@ -162,6 +165,8 @@ if __name__ == "__main__":
         for capability in SHARED_MEMORY:
             assert "mma" in gaussian_sum(dtype, name, capability)
             assert "mma" in even_odd_gaussian_sum(name, capability)
+        assert "wgmma" in gaussian_sum(dtype, name, reach=0) or name == "fp32"
+        assert "wgmma" in even_odd_gaussian_sum(name, same=False)
         assert "ld.global.v4" in channels_last(name)
     for radius in (0, 6, 12):
         for side in triton_peaks.NUM_WARPS:

@@ -52,19 +52,25 @@ def check(kernel, monkeypatch, random, shape, size, sigmas, dtype) -> None:
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=TOLERANCES[dtype] * scale)
 
 
-def test_relu_of_the_side_branch(kernel, random):
-    x = torch.from_numpy(random.normal(size=(2, 3, 20, 20))).float().to(DEVICE)
-    side = x.clone()
-    side[:, 2:].relu_()
-    torch.testing.assert_close(kernel(x, first_side=2), gaussian_sum(side), rtol=0, atol=1e-4)
+@pytest.mark.parametrize(
+    ("side", "dtype"), [((20, 20), torch.float32), ((96, 96), torch.float16), ((66, 97), torch.float16)]
+)
+def test_relu_of_the_side_branch_and_a_result_in_fp32(kernel, random, side, dtype):
+    x = torch.from_numpy(random.normal(size=(2, 3, *side))).to(DEVICE, dtype)
+    positive = x.double()
+    positive[:, 2:].relu_()
+    expected, out = gaussian_sum(positive), torch.full(x.shape, float("nan"), device=DEVICE)
+    assert kernel(x, first_side=2, out=out) is out
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCES[dtype] * float(expected.abs().max()))
 
 
-def test_gradient_is_the_operation_itself(kernel, random):
-    x = torch.from_numpy(random.normal(size=(1, 2, 18, 40))).float().to(DEVICE).requires_grad_()
-    weight = torch.from_numpy(random.normal(size=(1, 2, 18, 40))).float().to(DEVICE)
-    (expected,) = torch.autograd.grad((gaussian_sum(x) * weight).sum(), x)
+@pytest.mark.parametrize(("side", "dtype"), [((18, 40), torch.float32), ((65, 66), torch.float16)])
+def test_gradient_is_the_operation_itself(kernel, random, side, dtype):
+    x = torch.from_numpy(random.normal(size=(1, 2, *side))).to(DEVICE, dtype).requires_grad_()
+    weight = torch.from_numpy(random.normal(size=(1, 2, *side))).to(DEVICE, dtype)
+    expected = gaussian_sum(weight.double())
     (found,) = torch.autograd.grad((kernel(x) * weight).sum(), x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCES[dtype] * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((1, 96, 96), torch.float32), ((1, 1, 4, 4), torch.int64)])
