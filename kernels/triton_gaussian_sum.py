@@ -134,6 +134,7 @@ def _even_odd_kernel(
     oo = tl.zeros((HALF, HALF), tl.float32)
     bands_y = bands_y_ptr + y[:, None] * HALF + y[None, :]
     bands_x = bands_x_ptr + x[None, :] * HALF + x[:, None]
+    # The bands are zero beyond these, which need not be read.
     in_y = (y < half_height)[:, None] & (y < half_height)[None, :]
     in_x = (x < half_width)[:, None] & (x < half_width)[None, :]
     for s in tl.range(COUNT, num_stages=NUM_STAGES):
@@ -250,6 +251,7 @@ def _launch(
         bands_y, bands_x = (
             _even_odd_bands(kernel_size, sigmas, length, x.dtype, x.device) for length in (height, width)
         )
+        # (Halves are arguments, since of those Triton knows which are multiples of 16, and loads whole lines.)
         _even_odd_kernel[(batch * channels,)](
             x, bands_y, bands_x, out, height, width, (height + 1) // 2, (width + 1) // 2, channels, first_side,
             COUNT=len(bands_y) // 2, SAME=height == width and height % 2 == 0, HALF=HALF,

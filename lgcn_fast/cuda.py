@@ -21,7 +21,7 @@ from lgcn_fast_kernels.triton_peaks import heatmap_reduction
 from .fitting import THRESHOLD, Array, CudaFitter, Fit
 from .folding import ORIGIN, FoldedNetwork, Layer
 from .losses import readable
-from .model import cudnn_benchmark, pad_to_grid
+from .model import cudnn_benchmark, pad_to_grid, pooled
 from .peaks import PEAK_RADIUS
 from .recorded_step import record_graph
 from .shape import ShapeModel
@@ -91,8 +91,7 @@ class CudaNetwork:
         blurred = torch.empty(size, dtype=torch.float32, device=images.device)
         gaussian_sum(maps, config.kernel_size, config.sigmas, config.num_landmarks, blurred)
         local = blurred[:, : config.num_landmarks]
-        x = F.avg_pool2d(pad_to_grid(blurred, step), step) if step > 1 else blurred
-        x = channels_last(x, self._dtype)
+        x = channels_last(pooled(blurred, step), self._dtype)
         for layer in self._context:
             x = layer(x)
         heatmaps = self._refine(x, local, torch.empty(local.shape, dtype=torch.float32, device=images.device))

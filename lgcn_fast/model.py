@@ -138,9 +138,7 @@ class LGCN(nn.Module):
         # Cropped before the blur: beyond the image there is nothing (zero padding), whatever the grid.
         blurred = self.kernel_convolution(shuffled(maps, step)[..., :height, :width])
         local = blurred[:, : self.config.num_landmarks]
-        # Means of step x step pixels lose little: K is a low-pass.
-        context = F.avg_pool2d(pad_to_grid(blurred, step), step) if step > 1 else blurred
-        refined = shuffled(self.refine(self.global_subnet(context)), step)[..., :height, :width]
+        refined = shuffled(self.refine(self.global_subnet(pooled(blurred, step))), step)[..., :height, :width]
         return Heatmaps(local, local + refined)
 
 
@@ -194,6 +192,11 @@ def check_images(images: Tensor, channels: int) -> None:
 def shuffled(x: Tensor, step: int) -> Tensor:
     """`pixel_shuffle`, which copies where there is nothing to shuffle."""
     return F.pixel_shuffle(x, step) if step > 1 else x
+
+
+def pooled(blurred: Tensor, step: int) -> Tensor:
+    """Means of step x step pixels, which lose little: K is a low-pass. Beyond the border its values go on."""
+    return F.avg_pool2d(pad_to_grid(blurred, step), step) if step > 1 else blurred
 
 
 def pad_to_grid(x: Tensor, step: int) -> Tensor:

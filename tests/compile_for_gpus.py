@@ -22,7 +22,6 @@ SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
 SPILLS = {"fp32": 16, "bf16": 0}
 """Bytes of registers that a thread of the blur may keep in memory: in fp32 Triton 3.6, which comes with torch 2.11,
 keeps 16, and 3.7, with torch 2.13, 8; those after them none."""
-
 EVEN_ODD_SPILLS = {"fp32": 48, "bf16": 0}
 """The same for maps of about 96 x 96, by the dtype of the result: some addresses wait there for the end."""
 
@@ -165,7 +164,7 @@ if __name__ == "__main__":
         for capability in SHARED_MEMORY:
             assert "mma" in gaussian_sum(dtype, name, capability)
             assert "mma" in even_odd_gaussian_sum(name, capability)
-        assert "wgmma" in gaussian_sum(dtype, name, reach=0) or name == "fp32"
+        assert ("wgmma" in gaussian_sum(dtype, name, reach=0)) == (dtype == torch.bfloat16)
         assert "wgmma" in even_odd_gaussian_sum(name, same=False)
         assert "ld.global.v4" in channels_last(name)
     for radius in (0, 6, 12):
