@@ -16,7 +16,7 @@ from torch import Tensor
 from . import BF16_TOLERANCE, kernel_taps
 
 TOLERANCES = {torch.float32: 0.0, torch.float16: 2.0**-15, torch.bfloat16: BF16_TOLERANCE}
-"""Of `kernel_taps`: an eighth of the rounding error. Fewer lines, fewer products."""
+"""Of `kernel_taps`. Fewer lines, fewer products."""
 HALF = 64
 """Rows and columns of half a map that is split into even and odd parts, filled up: the least for Hopper's tensor cores.
 With smaller maps it would take longer."""
@@ -78,13 +78,15 @@ def _gaussian_sum_kernel(
 
 
 @triton.jit
-def _turned(x, turn, PRECISE: tl.constexpr):
-    """The columns from last to first: exact to the bit in half precision, to 16 bits with PRECISE."""
-    large = x.to(turn.dtype)
+def _turned(x, turn, dtype: tl.constexpr):
+    """The columns from last to first, for a result of a dtype: exact to the bit in half precision, else to 16 bits."""
+    part: tl.constexpr = dtype if dtype.primitive_bitwidth == 16 else turn.dtype
+    turn = turn.to(part)
+    large = x.to(part)
     turned = tl.dot(large, turn)
-    if PRECISE:
-        turned = tl.dot((x - large.to(tl.float32)).to(turn.dtype), turn, turned)
-    return turned
+    if part != dtype:
+        turned = tl.dot((x - large.to(tl.float32)).to(part), turn, turned)
+    return turned.to(dtype)
 
 
 @triton.jit
@@ -110,7 +112,6 @@ def _even_odd_kernel(
     y, x = tl.arange(0, HALF), tl.arange(0, HALF)
     dtype = x_ptr.dtype.element_ty
     out_dtype = out_ptr.dtype.element_ty
-    PRECISE: tl.constexpr = out_dtype != dtype
     # The bottom is read and written upwards. The right half is not read backwards, which would be pixel by pixel: it is
     # turned by a product, which is exact.
     top, bottom = (y * width)[:, None], ((height - 1 - y) * width)[:, None]
@@ -149,10 +150,10 @@ def _even_odd_kernel(
     beside = on_right & (x >= HALF - width // 2)[None, :]  # without the column in the middle, which is on the left
     even, odd = ee + oe, eo + oo
     tl.store(out_ptr + top + left, (even + odd).to(out_dtype), mask=on_left)
-    tl.store(out_ptr + top + right, _turned(even - odd, turn, PRECISE).to(out_dtype), mask=beside)
+    tl.store(out_ptr + top + right, _turned(even - odd, turn, out_dtype), mask=beside)
     even, odd = ee - oe, eo - oo
     tl.store(out_ptr + bottom + left, (even + odd).to(out_dtype), mask=on_left)
-    tl.store(out_ptr + bottom + right, _turned(even - odd, turn, PRECISE).to(out_dtype), mask=beside)
+    tl.store(out_ptr + bottom + right, _turned(even - odd, turn, out_dtype), mask=beside)
 
 
 def gaussian_sum(

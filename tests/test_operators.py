@@ -138,10 +138,10 @@ def test_native_bf16_is_no_worse_than_twice_torch_in_bf16(instructions, size, si
 
 
 def test_bf16_needs_fewer_lines():
-    """The smallest of the five singular values of K is less than bf16 rounds away."""
+    """Two of the five singular values of K are about what bf16 rounds away."""
     lines = lgcn_fast_kernels.kernel_taps(45, (1.0, 3.0, 5.0, 7.0, 9.0), lgcn_fast_kernels.BF16_TOLERANCE)
-    assert lines.shape == (4, 45)
-    np.testing.assert_allclose(lines.T @ lines, kernel_of_equation_1(45, (1.0, 3.0, 5.0, 7.0, 9.0)), atol=1e-4)
+    assert lines.shape == (3, 45)
+    np.testing.assert_allclose(lines.T @ lines, kernel_of_equation_1(45, (1.0, 3.0, 5.0, 7.0, 9.0)), atol=2e-3)
 
 
 def test_native_does_not_depend_on_threads(random):
