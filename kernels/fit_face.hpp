@@ -95,12 +95,12 @@ void project(const Group& group, const FitModel& model, const double* turned, do
     }
 }
 
-// Moments of the pixels with a value above the threshold in a window, for all threads of a team.
-template <typename Group>
-Moments window_moments(const Group& group, const Heatmap& map, const Window& window, float threshold) {
+// Moments of the pixels with a value above the threshold in a window, for all threads of a team, of which each has
+// `columns` times `rows` pixels on their way at once.
+template <Index columns, Index rows, typename Group>
+Moments window_moments_of(const Group& group, const Heatmap& map, const Window& window, float threshold) {
     // The threads share the window in rows of up to 16 columns.
     const Index size = group.size(), rank = group.rank(), across = smaller(size, Index{16}), down = size / across;
-    constexpr Index columns = 2, rows = 10;  // of a thread at once
     // A thread adds up few pixels, and a team few threads, with positions counted from the corner: fp32 is enough.
     float w2 = 0, w2x = 0, w2y = 0;
     for (Index x0 = window.x0 + rank % across; x0 < window.x1; x0 += columns * across)
@@ -131,6 +131,15 @@ Moments window_moments(const Group& group, const Heatmap& map, const Window& win
     group.sum(sums);
     const double total = sums[0];
     return {total, sums[1] + total * static_cast<double>(window.x0), sums[2] + total * static_cast<double>(window.y0)};
+}
+
+// The same, with as many loads at once as the window of a round or of a peak needs (up to 16, 26 and 42 rows in a warp).
+template <typename Group>
+Moments window_moments(const Group& group, const Heatmap& map, const Window& window, float threshold) {
+    const Index side = larger(window.y1 - window.y0, window.x1 - window.x0);
+    return side <= 16   ? window_moments_of<1, 8>(group, map, window, threshold)
+           : side <= 26 ? window_moments_of<2, 13>(group, map, window, threshold)
+                        : window_moments_of<3, 21>(group, map, window, threshold);
 }
 
 // Rotation and size by Kabsch's algorithm from the certain maxima, or the best where fewer than two are. Every team
@@ -246,28 +255,36 @@ struct Placed {
 
 // From the last round's solution to the result.
 //   frame, theta, shape: of the last round; size: that it found
-//   certainties, squares: (landmarks,), to work with
+//   weights: (landmarks,), sums: (landmarks, 2), to work with: moments, then certainties and squared distances
 template <typename Group, typename Out>
 void finish(const Group& group, const FitModel& model, const Heatmap& maps, double stride, const Guess& frame,
-            double size, const double* theta, const double* shape, double* certainties, double* squares,
+            double size, const double* theta, const double* shape, double* weights, double* sums,
             const FitResult<Out>& result) {
     const FitOptions& options = *model.options;
     for (Index k = group.lane(); k < model.parameters - 4; k += group.lanes())
         result.coefficients[k] = static_cast<Out>(theta[4 + k] / (frame.size * model.deviations[k]));
     const double radius = options.peak_radius / stride, largest_move = options.largest_move / stride;
+    const auto threshold = static_cast<float>(options.threshold);
     for (Index i = group.team(); i < model.landmarks; i += group.teams()) {
         const auto [x, y] = Placed(frame, shape + 2 * i);
-        const auto threshold = static_cast<float>(options.threshold);
         const Heatmap map = maps.neighbour(i);
         const Moments moments = window_moments(group, map, peak_window(map, x, y, radius), threshold);
         if (group.rank() > 0) continue;
-        const Peak peak = centroid(map, moments, x, y);
+        weights[i] = moments.w2;
+        sums[2 * i] = moments.w2x;
+        sums[2 * i + 1] = moments.w2y;
+    }
+    group.sync();
+    // What is left is to wait, for divisions and a pixel: all landmarks do so at once.
+    for (Index i = group.lane(); i < model.landmarks; i += group.lanes()) {
+        const auto [x, y] = Placed(frame, shape + 2 * i);
+        const Peak peak = centroid(maps.neighbour(i), {weights[i], sums[2 * i], sums[2 * i + 1]}, x, y);
         const double dx = peak.x - x, dy = peak.y - y;
         // What is further away is a false peak, however high.
         const bool near = larger(fabs(dx), fabs(dy)) <= largest_move;
         const double certainty = near ? smaller(larger(0.0, static_cast<double>(peak.value)), 1.0) : 0;
-        certainties[i] = certainty;
-        squares[i] = dx * dx + dy * dy;
+        weights[i] = certainty;
+        sums[2 * i] = certainty * (dx * dx + dy * dy);
         result.certainties[i] = static_cast<Out>(certainty);
         result.shapes[2 * i] = static_cast<Out>(x);
         result.shapes[2 * i + 1] = static_cast<Out>(y);
@@ -277,8 +294,8 @@ void finish(const Group& group, const FitModel& model, const Heatmap& maps, doub
     group.sync();
     double totals[2] = {};  // of the certainties; of the squared distances, weighted by them
     for (Index i = group.rank(); i < model.landmarks; i += group.size()) {
-        totals[0] += certainties[i];
-        totals[1] += certainties[i] * squares[i];
+        totals[0] += weights[i];
+        totals[1] += sums[2 * i];
     }
     group.sum(totals);
     if (group.lane() == 0)

@@ -162,11 +162,8 @@ class CudaEngine:
         return face_votes(self.heatmaps(images).cpu().numpy(), offsets, voters, step, self.num_threads)
 
     def fit(self, images: Tensor, shape: ShapeModel, to_host: bool) -> Fit:
-        count, modes = shape.num_landmarks, len(shape.modes)
-        parts = self._fits(shape)(images, to_host).split((2 * count, 2 * count, modes, count, 1), dim=1)
-        points, shapes, coefficients, certainties, residuals = (part.numpy() for part in parts) if to_host else parts
-        points, shapes = (pairs.reshape(-1, count, 2) for pairs in (points, shapes))
-        return Fit(points, shapes, coefficients, certainties, residuals[:, 0])
+        packed = self._fits(shape)(images, to_host)
+        return unpacked_fit(packed.numpy() if to_host else packed, shape)
 
 
 def packed_fit(network: CudaNetwork, fitter: Callable[..., Fit]) -> Callable[[Tensor], Tensor]:
@@ -178,6 +175,14 @@ def packed_fit(network: CudaNetwork, fitter: Callable[..., Fit]) -> Callable[[Te
         return torch.cat([part.reshape(len(images), -1) for part in vars(fit).values()], dim=1)
 
     return packed
+
+
+def unpacked_fit(packed: Array, shape: ShapeModel) -> Fit:
+    """The parts of a fit, views of what `packed_fit` has put side by side."""
+    faces, count = len(packed), shape.num_landmarks
+    points, shapes, rest = packed[:, : 2 * count], packed[:, 2 * count : 4 * count], packed[:, 4 * count :]
+    points, shapes = points.reshape(faces, count, 2), shapes.reshape(faces, count, 2)
+    return Fit(points, shapes, rest[:, : -count - 1], rest[:, -count - 1 : -1], rest[:, -1])
 
 
 class RecordedBatches:

@@ -199,9 +199,10 @@ def crop(image: np.ndarray, box: np.ndarray, size: int, gray: bool = False) -> n
     Raises:
         ValueError: a box that does not meet the image.
     """
+    box = np.asarray(box).tolist()  # (Python's numbers are faster than NumPy's)
     check_touches(box, image, "box")
     height, width = image.shape[:2]
-    x, y, side = (int(v) for v in box[:3])
+    x, y, side, _ = box
     left, top = max(-x, 0), max(-y, 0)
     right, bottom = max(x + side - width, 0), max(y + side - height, 0)
     image = image[max(y, 0) : y + side, max(x, 0) : x + side]

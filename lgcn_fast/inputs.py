@@ -124,7 +124,7 @@ def square_boxes(boxes: np.ndarray | None, images: list[np.ndarray]) -> np.ndarr
     for index, (_, _, side, _) in enumerate(squares):
         if side > MAX_SIDE:
             raise ValueError(f"boxes[{index}]: expected a face of at most {MAX_SIDE} pixels a side, got {side}")
-    return np.stack(squares)
+    return np.array(squares)
 
 
 def box_numbers(name: str, boxes: Any) -> np.ndarray:

@@ -189,15 +189,17 @@ def locate(
             crops[mirrored[part]] = crops[mirrored[part]].flip(-1)
         found, values = read(crops)
         points.append(found)
-        scores.append(values.clip(0, 1))
+        scores.append(values)
     xp = array_namespace(found)
-    points, scores = xp.concat(points, axis=-3), xp.concat(scores, axis=-2)
+    if len(points) > 1:
+        found, values = xp.concat(points, axis=-3), xp.concat(scores, axis=-2)
+    points, scores = found, values.clip(0, 1)
     if isinstance(points, Tensor):
         boxes = torch.from_numpy(boxes).to(points.device, non_blocking=True)
     points = from_crop(points, boxes, config.input_size / config.stride)
     points, scores = ensembles.merged(points, scores, boxes, mirrored, count)
     points = points if angles is None else turned(points, first, angles)
-    return xp.astype(points, xp.float32), xp.astype(scores, xp.float32)
+    return xp.astype(points, xp.float32), xp.astype(scores, xp.float32, copy=False)
 
 
 def _looked_at_again(
@@ -240,7 +242,8 @@ def _crops(
     if not isinstance(images, Tensor):
         turns = (None for _ in faces) if angles is None else angles
         of_each = zip(faces, boxes, turns, strict=True)
-        return torch.stack([network_input(images[face], box, size, channels, turn) for face, box, turn in of_each])
+        crops = [network_input(images[face], box, size, channels, turn) for face, box, turn in of_each]
+        return torch.stack(crops) if len(crops) > 1 else crops[0][None]
     return _device_crops(images, faces, boxes, size, channels, angles)
 
 
