@@ -17,12 +17,14 @@ from lgcn_fast_kernels.triton_convolution import FP8_TILES, TILES, Convolution
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
 """By what Triton calls them."""
+EXACT = {"fp32": "fp32", "bf16": "fp16"}
+"""Of blurred maps, by the dtype of a network."""
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
 """Kilobytes that a program may have on an A100, an RTX 40 and an H100, by capability."""
 SPILLS = {"fp32": 16, "bf16": 0}
 """Bytes of registers that a thread of the blur may keep in memory: in fp32 Triton 3.6, which comes with torch 2.11,
 keeps 16, and 3.7, with torch 2.13, 8; those after them none."""
-EVEN_ODD_SPILLS = {"fp32": 48, "bf16": 0}
+EVEN_ODD_SPILLS = {"fp32": 48, "fp16": 16, "bf16": 0}
 """The same for maps of about 96 x 96, by the dtype of the result: some addresses wait there for the end."""
 
 
@@ -83,17 +85,17 @@ def gaussian_sum(dtype: torch.dtype, name: str, capability: int = 90, reach: int
     """Of parts of maps, or, with a reach of 0, of small ones as a whole."""
     block = triton_gaussian_sum.BLOCK[dtype]
     constants = {
-        "COUNT": 5, "REACH_Y": reach, "REACH_X": reach, "BLOCK_Y": block, "BLOCK_X": block,
+        "COUNT": 3 if name == "bf16" else 5, "REACH_Y": reach, "REACH_X": reach, "BLOCK_Y": block, "BLOCK_X": block,
         "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
     }  # fmt: skip
-    pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), f"*{name}") | {"out_ptr": "*fp32"}
+    pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), f"*{name}") | {"out_ptr": f"*{EXACT[name]}"}
     return ptx(triton_gaussian_sum._gaussian_sum_kernel, constants, pointers, capability, SPILLS[name], num_warps=4)
 
 
 def even_odd_gaussian_sum(name: str, capability: int = 90, same: bool = True) -> str:
     """Of maps of 96 x 96, of the bf16 to `name`; not `same`: of maps that are not square, or of odd sides."""
     constants = {
-        "COUNT": 4, "SAME": same, "HALF": triton_gaussian_sum.HALF, "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
+        "COUNT": 3, "SAME": same, "HALF": triton_gaussian_sum.HALF, "NUM_STAGES": triton_gaussian_sum.NUM_STAGES,
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bands_y_ptr", "bands_x_ptr"), "*bf16") | {"out_ptr": f"*{name}"}
     spills = EVEN_ODD_SPILLS[name]
@@ -109,7 +111,7 @@ def heatmap_reduction(radius: int, side: int) -> str:
 
 def channels_last(name: str) -> str:
     constants = {"BLOCK_C": triton_convolution.BLOCK_C, "BLOCK_P": triton_convolution.BLOCK_P}
-    return ptx(triton_convolution._channels_last_kernel, constants, {"x": "*fp32", "out": f"*{name}"})
+    return ptx(triton_convolution._channels_last_kernel, constants, {"x": f"*{EXACT[name]}", "out": f"*{name}"})
 
 
 def crop(to_gray: bool, taps: int) -> str:
@@ -158,15 +160,17 @@ if __name__ == "__main__":
                 convolution(dtype, 136 * shuffle**2, filters, descriptors=True, planes=True, tile=tile, **more)
             convolution(dtype, filters, 136, descriptors=True)
             convolution(dtype, filters, filters, descriptors=True)
-            sums = {"residual_ptr": "*fp32", "out_ptr": "*fp32"}
+            sums = {"residual_ptr": f"*{EXACT[dtype]}", "out_ptr": "*fp32"}
             convolution(dtype, 68, filters, descriptors=True, planes=True, types=sums, **head)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for capability in SHARED_MEMORY:
             assert "mma" in gaussian_sum(dtype, name, capability)
-            assert "mma" in even_odd_gaussian_sum(name, capability)
         assert ("wgmma" in gaussian_sum(dtype, name, reach=0)) == (dtype == torch.bfloat16)
-        assert "wgmma" in even_odd_gaussian_sum(name, same=False)
         assert "ld.global.v4" in channels_last(name)
+    for name in EVEN_ODD_SPILLS:
+        for capability in SHARED_MEMORY:
+            assert "mma" in even_odd_gaussian_sum(name, capability)
+        assert "wgmma" in even_odd_gaussian_sum(name, same=False)
     for radius in (0, 6, 12):
         for side in triton_peaks.NUM_WARPS:
             heatmap_reduction(radius, side)

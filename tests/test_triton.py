@@ -53,13 +53,23 @@ def check(kernel, monkeypatch, random, shape, size, sigmas, dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "dtype"), [((20, 20), torch.float32), ((96, 96), torch.float16), ((66, 97), torch.float16)]
+    ("side", "dtype", "out_dtype"),
+    [
+        ((20, 20), torch.float32, torch.float32),
+        ((20, 20), torch.float16, torch.float16),
+        ((96, 96), torch.float16, torch.float32),
+        ((66, 97), torch.float16, torch.float64),
+        ((97, 66), torch.float16, torch.float16),
+        pytest.param((96, 96), torch.bfloat16, torch.float16, marks=pytest.mark.gpu),
+        pytest.param((66, 97), torch.bfloat16, torch.float32, marks=pytest.mark.gpu),
+    ],
 )
-def test_relu_of_the_side_branch_and_a_result_in_fp32(kernel, random, side, dtype):
+def test_relu_of_the_side_branch_and_a_result_of_another_dtype(kernel, random, side, dtype, out_dtype):
     x = torch.from_numpy(random.normal(size=(2, 3, *side))).to(DEVICE, dtype)
     positive = x.double()
     positive[:, 2:].relu_()
-    expected, out = gaussian_sum(positive), torch.full(x.shape, float("nan"), device=DEVICE)
+    expected = gaussian_sum(positive)
+    out = torch.full(x.shape, float("nan"), dtype=out_dtype, device=DEVICE)
     assert kernel(x, first_side=2, out=out) is out
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCES[dtype] * float(expected.abs().max()))
 
