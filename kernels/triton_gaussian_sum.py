@@ -22,8 +22,8 @@ HALF = 64
 With smaller maps it would take longer."""
 BLOCK = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 """Rows or columns of a program's part of others at most: what it sees of its neighbours needs room, too."""
-NUM_STAGES = 2
-"""The next band is loaded while products are made with this one."""
+NUM_STAGES = 3
+"""The next bands are loaded while products are made with this one."""
 
 
 @triton.jit

@@ -11,8 +11,9 @@ from torch import Tensor
 from .tensors import described
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NUM_WARPS = {32: 4, 16: 2}
-"""By the side of the squares that a program reads at a time, 8 or 4 pixels a thread. Not compared with others."""
+NUM_WARPS = {32: 4, 16: 1}
+"""By the side of the squares that a program reads at a time, 8 pixels a thread: fewer and more take longer for 64 faces
+(`benchmarks/results/h200/tiles.json`)."""
 
 
 @triton.jit
