@@ -47,7 +47,7 @@ def gaussian_sum(
     """Convolve every map with the sum of Gaussians K of Eq. 1; the reference is `lgcn_fast.gaussian_sum`.
 
     In fp32 separable passes with SIMD; a Gaussian ends where its taps are below the rounding of fp32. In bf16 banded
-    matrix products.
+    matrix products, with K up to 0.0015 off (its maximum is 1).
 
     Args:
         instructions: one of `INSTRUCTION_SETS`.
@@ -60,7 +60,7 @@ def gaussian_sum(
 
 
 def tolerance_of(instructions: str) -> float:
-    """The tolerance of `kernel_taps` that costs nothing in the precision of an instruction set."""
+    """The tolerance of `kernel_taps` that costs less than the precision of an instruction set does."""
     return BF16_TOLERANCE if instructions.endswith("bf16") else 0.0
 
 

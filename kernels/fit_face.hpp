@@ -255,7 +255,7 @@ struct Placed {
 
 // From the last round's solution to the result.
 //   frame, theta, shape: of the last round; size: that it found
-//   weights: (landmarks,), sums: (landmarks, 2), to work with: moments, then certainties and squared distances
+//   weights: (landmarks,), sums: (landmarks, 2), to work with: moments, then certainties, and squared distances times them
 template <typename Group, typename Out>
 void finish(const Group& group, const FitModel& model, const Heatmap& maps, double stride, const Guess& frame,
             double size, const double* theta, const double* shape, double* weights, double* sums,

@@ -63,7 +63,8 @@ FP32_TILE = Tile(8, 8, 32, 64, 4, 3)
 """Three products on tensor cores for one of fp32, and twice the bytes: less fits into registers and shared memory. With
 8 warps Triton lets both groups of 4 compute two of the three products, the same ones, which takes twice the time."""
 BLOCK_C, BLOCK_P = 128, 64
-"""Channels and pixels of a program of `channels_last`; the best for 64 faces (`benchmarks/results/h200/tiles.json`)."""
+"""Channels and pixels of a program of `channels_last`; the best for 136 maps of 96 x 96
+(`benchmarks/results/h200/tiles.json`)."""
 CUDNN = {(128, 3): 4 * 96 * 96, (64, 3): 32 * 96 * 96, (64, 5): 16 * 96 * 96}
 """By filters and their size: from so many pixels on cuDNN is faster, with bias and ReLU in the same call. It rounds the
 bias: a face in a large batch may differ in the last bits from the same face alone."""

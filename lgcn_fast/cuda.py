@@ -88,7 +88,7 @@ class CudaNetwork:
         step //= config.stride
         size = (len(images), len(self._heads.bias) // step**2, height, width)
         maps = self._heads(x, out=torch.empty(size, dtype=self._dtype, device=images.device))
-        # (Heatmaps are about 1, and what goes into the context is rounded anyway.)
+        # (These are about 1, or logits: fp16 is finer than what was blurred. The context's input is rounded anyway.)
         exact = torch.float32 if self._dtype == torch.float32 else torch.float16
         blurred = torch.empty(size, dtype=exact, device=images.device)
         gaussian_sum(maps, config.kernel_size, config.sigmas, config.num_landmarks, blurred)

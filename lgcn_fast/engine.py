@@ -68,7 +68,8 @@ class Engine:
                 are there for it, else the CPU.
             precision: of filters and activations: "fp32", "bf16", or "auto": bf16 on a GPU, and on a processor that has
                 instructions for it. "fp8", on a GPU (Ada, Hopper or newer), rounds what the layers in the middle see to
-                eight bits: faster with lgcn-128; small networks lose accuracy. Sums and heatmaps are fp32 in any case.
+                eight bits: faster with lgcn-128; small networks lose accuracy. Sums are fp32 in any case, as are the
+                heatmaps that come out.
             num_threads: on a CPU; 0: as many as PyTorch uses (`torch.get_num_threads()`).
 
         Raises:

@@ -242,8 +242,8 @@ def _crops(
     if not isinstance(images, Tensor):
         turns = (None for _ in faces) if angles is None else angles
         of_each = zip(faces, boxes, turns, strict=True)
-        crops = [network_input(images[face], box, size, channels, turn) for face, box, turn in of_each]
-        return torch.stack(crops) if len(crops) > 1 else crops[0][None]
+        # (A copy: an uncut image would be read after the caller has it back, where a GPU is not waited for.)
+        return torch.stack([network_input(images[face], box, size, channels, turn) for face, box, turn in of_each])
     return _device_crops(images, faces, boxes, size, channels, angles)
 
 

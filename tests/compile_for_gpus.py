@@ -169,7 +169,8 @@ if __name__ == "__main__":
         assert "ld.global.v4" in channels_last(name)
     for name in EVEN_ODD_SPILLS:
         for capability in SHARED_MEMORY:
-            assert "mma" in even_odd_gaussian_sum(name, capability)
+            for same in (False, True):
+                assert "mma" in even_odd_gaussian_sum(name, capability, same)
         assert "wgmma" in even_odd_gaussian_sum(name, same=False)
     for radius in (0, 6, 12):
         for side in triton_peaks.NUM_WARPS:

@@ -45,7 +45,7 @@ def test_fp32_is_the_model(cuda, name):
             torch.testing.assert_close(heatmaps.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["plain", "nano"])
+@pytest.mark.parametrize("name", ["plain", "nano", "cross entropy"])
 @torch.inference_mode()
 def test_half_precision_is_near_the_model(cuda, name):
     """fp16, which Triton's interpreter computes as a GPU does; bf16 differs in the type alone."""
@@ -213,6 +213,21 @@ def test_engine_finds_what_the_native_one_finds(cuda, random, to_host):
         for found, known in pairs:
             assert isinstance(found, np.ndarray if to_host else torch.Tensor)
             np.testing.assert_allclose(torch.as_tensor(found).cpu(), known, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("faces", [0, 1, 4])
+def test_parts_of_a_fit_lie_side_by_side(cuda, random, faces):
+    shape = ShapeModel.fit(random.normal(size=(20, 3, 2)), 2)
+    expected = Fit(*(torch.rand(4, *size) for size in ((3, 2), (3, 2), (2,), (3,), ())))
+
+    def network(images):
+        return torch.zeros(4, 3, 8, 8, device=DEVICE)
+
+    network.config = LGCNConfig(num_landmarks=3)
+    packed = cuda.packed_fit(network, lambda *_: expected)(torch.zeros(4, 1, 8, 8))[:faces]
+    for found in (cuda.unpacked_fit(packed, shape), cuda.unpacked_fit(packed.numpy(), shape)):
+        for field in fields(Fit):
+            np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name)[:faces])
 
 
 @torch.inference_mode()

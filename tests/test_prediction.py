@@ -280,6 +280,22 @@ def test_images_may_be_read_only(gray):
     assert predict(gray, model="lgcn-nano").points.shape == (1, 68, 2)
 
 
+@pytest.mark.parametrize("ensemble", [1, 2, 65])
+def test_images_belong_to_the_caller(gray, ensemble):
+    """What the network reads, and mirrors, is never the image itself, also where nothing was to be cut or resized."""
+    image = cv2.resize(gray, (96, 96))
+    before, read = image.copy(), []
+
+    def maxima(crops, to_host=True):
+        read.append(crops)
+        return Engine.maxima(engine, crops, to_host)
+
+    engine = Engine("lgcn-nano")
+    prediction.locate([image], np.array([[0, 0, 96, 96]]), engine, maxima, ensemble)
+    assert not any(np.shares_memory(crops.numpy(), image) for crops in read)
+    np.testing.assert_array_equal(image, before)
+
+
 def test_a_second_pass_looks_in_the_box_of_the_first(image):
     boxes = [[90, 60, 150, 140], FACE]
     first = predict(image, boxes, "lgcn-nano")

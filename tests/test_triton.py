@@ -74,6 +74,16 @@ def test_relu_of_the_side_branch_and_a_result_of_another_dtype(kernel, random, s
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCES[dtype] * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize(("out_dtype", "tolerance"), [(torch.float16, 0.0), (torch.float32, 2.0**-15)])
+@pytest.mark.parametrize(("height", "width"), [(96, 96), (65, 98)])
+def test_mirrored_maps_give_mirrored_results(kernel, random, height, width, out_dtype, tolerance):
+    """Half of a result is made the other way round: to the bit in half precision."""
+    x = torch.from_numpy(random.normal(size=(1, 2, height, width))).to(DEVICE, torch.float16)
+    found, mirrored = (kernel(maps, out=torch.empty(maps.shape, dtype=out_dtype, device=DEVICE)).flip(3)
+                       for maps in (x, x.flip(3).contiguous()))  # fmt: skip
+    torch.testing.assert_close(found, mirrored.flip(3), rtol=0, atol=tolerance * float(found.abs().max()))
+
+
 @pytest.mark.parametrize(("side", "dtype"), [((18, 40), torch.float32), ((65, 66), torch.float16)])
 def test_gradient_is_the_operation_itself(kernel, random, side, dtype):
     x = torch.from_numpy(random.normal(size=(1, 2, *side))).to(DEVICE, dtype).requires_grad_()
