@@ -19,7 +19,7 @@ from network import TOLERANCE, giga_multiply_adds
 from runtimes import constant_bands
 from timing import output_folder, turn, write
 
-from lgcn_fast import Engine, ShapeModel, gaussian_sum, load_model, predict
+from lgcn_fast import LGCN, Engine, ShapeModel, gaussian_sum, load_model, predict
 from lgcn_fast.checkpoints import WEIGHTS
 from lgcn_fast.engine import known_precisions
 from lgcn_fast.fitting import CudaFitter, Fit, fit
@@ -172,6 +172,12 @@ def convolutions(peak: float) -> dict[str, dict]:
     return results
 
 
+def eager(model: LGCN, images: torch.Tensor, allow_tf32: bool = False) -> torch.Tensor:
+    """Heatmaps by PyTorch in fp32 or, as PyTorch comes, with convolutions in TF32."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=allow_tf32):
+        return model(images).output
+
+
 def network(name: str, peak: float) -> dict[str, dict]:
     """Images on the device to heatmaps: eager PyTorch in three precisions, CUDA graphs of it, torch.compile, ours."""
     results = {}
@@ -185,16 +191,8 @@ def network(name: str, peak: float) -> dict[str, dict]:
         fast.load_state_dict(exact.state_dict())
         fast.kernel_convolution.operator = constant_bands(exact.config, torch.bfloat16, "cuda")
 
-        def tf32(images: torch.Tensor = images) -> torch.Tensor:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
-                return exact(images).output
-
-        def fp32(images: torch.Tensor = images) -> torch.Tensor:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-                return exact(images).output
-
         with torch.inference_mode():
-            expected = fp32()
+            expected = eager(exact, images)
             error = (ours.heatmaps(images) - expected).abs().max() / expected.abs().max()
             assert error < TOLERANCE["bf16"], f"{name}: relative error {error}"
             fast(images)
@@ -203,8 +201,8 @@ def network(name: str, peak: float) -> dict[str, dict]:
             with torch.cuda.graph(graph):
                 fast(images)
             functions = {
-                "eager, fp32": fp32,
-                "eager, TF32": tf32,
+                "eager, fp32": lambda x=images: eager(exact, x),
+                "eager, TF32": lambda x=images: eager(exact, x, allow_tf32=True),
                 "eager, bf16, channels last, banded blur": lambda m=fast, x=images: m(x).output,
                 "CUDA graph of it": graph.replay,
             }
@@ -261,10 +259,10 @@ def end_to_end(name: str, precision: str) -> dict[str, dict | float]:
     results: dict[str, dict | float] = {}
 
     @torch.inference_mode()
-    def eager(images: torch.Tensor) -> Fit:
-        return fit(shape, exact(images).output.float(), exact.config.stride)
+    def fitted(images: torch.Tensor, allow_tf32: bool = False) -> Fit:
+        return fit(shape, eager(exact, images, allow_tf32), exact.config.stride)
 
-    points = eager(torch.from_numpy(crops[:, None]).cuda()).points.cpu().numpy()
+    points = fitted(torch.from_numpy(crops[:, None]).cuda()).points.cpu().numpy()
     expected = from_crop(points, np.array([[0, 0, 96, 96]]), 96 / exact.config.stride)
     moved = np.linalg.norm(predict(crops, model=engine).points - expected, axis=-1)
     results[f"{precision} moves the points by, pixels"] = {
@@ -279,11 +277,13 @@ def end_to_end(name: str, precision: str) -> dict[str, dict | float]:
     for batch in BATCHES:
         images = torch.from_numpy(crops[:batch, None]).cuda()
         functions = {
-            "eager": lambda x=images: eager(x),
+            "eager, fp32": lambda x=images: fitted(x),
+            "eager, TF32": lambda x=images: fitted(x, allow_tf32=True),
             "predict": lambda x=images: predict(x, model=engine, to_host=False),
         }
         times = table(f"{name}, {precision}, image to points, batch {batch}", functions, by_the_clock)
-        results[f"times eager, batch {batch}"] = times["eager"] / times["predict"]
+        for way in ("fp32", "TF32"):
+            results[f"times eager {way}, batch {batch}"] = times[f"eager, {way}"] / times["predict"]
     print(name, precision, results)
     return results
 
