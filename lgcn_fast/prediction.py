@@ -199,7 +199,7 @@ def locate(
     points = from_crop(points, boxes, config.input_size / config.stride)
     points, scores = ensembles.merged(points, scores, boxes, mirrored, count)
     points = points if angles is None else turned(points, first, angles)
-    return xp.astype(points, xp.float32), xp.astype(scores, xp.float32, copy=False)
+    return xp.astype(points, xp.float32, copy=False), xp.astype(scores, xp.float32, copy=False)
 
 
 def _looked_at_again(

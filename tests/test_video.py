@@ -258,6 +258,7 @@ def test_signals_that_end_it_leave_finished_files(tmp_path, clip, name):
     out = tmp_path / "out.avi"
     program = (
         "import os, signal, sys; from lgcn_fast import cli, cli_video; update = cli_video.Tracker.update\n"
+        f"signal.signal(signal.{name}, signal.SIG_DFL)\n"  # (which `nohup` has ignored)
         "def killed(self, image, time):\n"
         f"    if time > 4.5 / 25: os.kill(os.getpid(), signal.{name})\n"
         "    return update(self, image, time)\n"
