@@ -13,12 +13,12 @@ from lgcn_fast.images import crop, read_image, square_box
 DEMO = Path(lgcn_fast.__file__).with_name("demo.jpg")
 
 
-def real_crops(count: int) -> np.ndarray:
-    """Crops (count, 96, 96) uint8."""
+def real_crops(count: int, side: int = 96) -> np.ndarray:
+    """Crops (count, side, side) uint8."""
     random = np.random.default_rng(0)
     image = read_image(DEMO)
     jitter = np.pad(random.uniform(-6, 6, (count, 2)), ((0, 0), (0, 2)))
-    return np.stack([crop(image, square_box(box), 96) for box in np.array(DEMO_BOX) + jitter])
+    return np.stack([crop(image, square_box(box), side) for box in np.array(DEMO_BOX) + jitter])
 
 
 def real_heatmaps(count: int) -> np.ndarray:

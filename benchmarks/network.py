@@ -5,6 +5,7 @@ AMX the engine does a third of the filters' multiplications (csrc/winograd.hpp):
 """
 
 import torch
+from heatmaps import real_crops
 from runtimes import runtimes
 from timing import compare, matrix_rate, run, show
 
@@ -12,7 +13,7 @@ from lgcn_fast import LGCN, Engine, LGCNConfig, load_model
 from lgcn_fast.checkpoints import model_names
 from lgcn_fast_kernels import INSTRUCTIONS
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 
 def giga_multiply_adds(config: LGCNConfig) -> float:
@@ -28,7 +29,7 @@ def giga_multiply_adds(config: LGCNConfig) -> float:
 def network(name: str, model: LGCN, rates: dict[str, float]) -> dict[str, dict]:
     """All of them side by side on one image, correctness first."""
     side = model.config.input_size
-    image = torch.randint(0, 256, (1, 1, side, side), dtype=torch.uint8)
+    image = torch.from_numpy(real_crops(1, side))[:, None]  # (of noise, bf16 is off by a quarter of its faint maximum)
     engines = {precision: Engine(model, "cpu", precision) for precision in INSTRUCTIONS}
     with torch.inference_mode():
         expected = model(image).output

@@ -2,6 +2,7 @@ import csv
 import errno
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from lgcn_fast import __version__, cli, cli_training, predict
-from lgcn_fast.checkpoints import load_card
+from lgcn_fast.checkpoints import load_card, model_names
 from lgcn_fast.cli import main
 from lgcn_fast.crops import BACKGROUND_CROPS
 from lgcn_fast.datasets import read_csv
@@ -277,6 +278,21 @@ def test_bench_runs_and_writes_json(tmp_path, monkeypatch):
     written = json.loads((tmp_path / "kernel_convolution.json").read_text())
     assert written["machine"]["cpu"]
     assert written["results"]["136 maps"]["native, fp32"]["ratio"] > 1
+
+
+@pytest.mark.slow
+def test_benchmark_of_the_network_takes_every_model(monkeypatch):
+    """One round of it, without other runtimes: each model that ships is within the tolerances, and ahead of eager."""
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(benchmarks)
+    main = runpy.run_path(str(benchmarks / "network.py"))["main"]
+    compare = main.__globals__["compare"]
+    monkeypatch.setitem(main.__globals__, "compare", lambda functions, rounds: compare(functions, rounds=1))
+    monkeypatch.setitem(main.__globals__, "runtimes", lambda *_: {})
+    results = main()
+    assert set(results) == {"matrix_gflops", *model_names()}
+    for name in model_names():
+        assert results[name]["engine, fp32"]["ratio"] > 1
 
 
 def test_benchmark_for_a_gpu_says_that_there_is_none():
