@@ -6,6 +6,7 @@ work.
 """
 
 from functools import cache
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ BLOCK = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 NUM_STAGES = 2
 """The next band is loaded while products are made with this one. (3 take 3 % less time on an H200 to fp16, as much to
 bf16, and of 100 KB of shared memory the room of a second program; `benchmarks/results/h200/tiles.json`.)"""
+_MAKING_BANDS = Lock()
+"""Two threads that miss bands at once would both make them, and only those of the second would be kept: but a recorded
+CUDA graph may read those of the first."""
 
 
 @triton.jit
@@ -252,9 +256,10 @@ def _launch(
         return out
     batch, channels, height, width = x.shape
     if x.dtype != torch.float32 and all(HALF < length <= 2 * HALF for length in (height, width)):
-        bands_y, bands_x = (
-            _even_odd_bands(kernel_size, sigmas, length, x.dtype, x.device) for length in (height, width)
-        )
+        with _MAKING_BANDS:
+            bands_y, bands_x = (
+                _even_odd_bands(kernel_size, sigmas, length, x.dtype, x.device) for length in (height, width)
+            )
         # (Halves are arguments, since of those Triton knows which are multiples of 16, and loads whole lines.)
         _even_odd_kernel[(batch * channels,)](
             x, bands_y, bands_x, out, height, width, (height + 1) // 2, (width + 1) // 2, channels, first_side,
@@ -267,8 +272,9 @@ def _launch(
     # Blocks to each side that the kernel reaches, where there are as many.
     reach_y, reach_x = (min(triton.cdiv(kernel_size // 2, block), blocks - 1)
                         for block, blocks in ((block_y, grid[1]), (block_x, grid[2])))  # fmt: skip
-    bands_y, bands_x = (_bands(kernel_size, sigmas, block, reach, x.dtype, x.device)
-                        for block, reach in ((block_y, reach_y), (block_x, reach_x)))  # fmt: skip
+    with _MAKING_BANDS:
+        bands_y, bands_x = (_bands(kernel_size, sigmas, block, reach, x.dtype, x.device)
+                            for block, reach in ((block_y, reach_y), (block_x, reach_x)))  # fmt: skip
     _gaussian_sum_kernel[grid](
         x, bands_y, bands_x, out, height, width, channels, first_side,
         COUNT=bands_y.shape[1], REACH_Y=reach_y, REACH_X=reach_x, BLOCK_Y=block_y, BLOCK_X=block_x,

@@ -144,6 +144,8 @@ class CudaEngine:
         radius = int(PEAK_RADIUS / network.config.stride)
         self._reductions = recorded(lambda images: heatmap_reduction(heatmaps_of(images), radius))
         self._fits = lru_cache(maxsize=4)(lambda shape: recorded(packed_fit(heatmaps_of, fitter(shape, device))))
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # other streams may use the filters from now on
 
     @property
     def num_threads(self) -> int:
@@ -208,8 +210,10 @@ class RecordedBatches:
         self._recorded: dict[tuple[int, bool], tuple[Tensor, Callable[[], Tensor]]] = {}  # see `_record`
         self._lock, self._pinned_memory = threading.Lock(), threading.Lock()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        # One for all sizes: they share the memory of their intermediate results.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # One for all sizes: they share the memory of their intermediate results. (Of another priority than streams have
+        # by default: those come from a pool of 32 and are handed out again, and what somebody else's thread would do in
+        # this one while it is recorded would become part of the record.)
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._done: torch.cuda.Event | None = None
 
     def __call__(self, images: Tensor, to_host: bool = False) -> Tensor:
@@ -244,7 +248,10 @@ class RecordedBatches:
         """
         count = len(images)
         if self._pool and not pinned and images.device.type == "cpu":
-            images = images.pin_memory()  # or the copy would wait for all that the stream has to do before
+            # Pinned, or the copy to the device would wait for all that the stream has to do before; and not the
+            # caller's memory, which may be written to again before that copy.
+            fresh = torch.empty(images.shape, dtype=images.dtype, device="cpu", pin_memory=True)
+            images = fresh.copy_(images)
         with self._lock:
             key = next(size for size in LADDER if size >= count), pinned
             if key not in self._recorded:

@@ -327,9 +327,11 @@ def turned(points: Array, boxes: np.ndarray, angles: np.ndarray) -> Array:
         (..., B, N, 2).
     """
     xp = array_namespace(points)
-    cos, sin = np.cos(angles), np.sin(angles)
-    turns = np.stack([cos, sin, -sin, cos], axis=-1).reshape(-1, 2, 2)
-    about, turns = (
-        xp.asarray(array, dtype=points.dtype, device=device(points)) for array in (middle(boxes)[:, None], turns)
+    about, cos, sin = (
+        xp.asarray(array, dtype=points.dtype, device=device(points))
+        for array in (middle(boxes)[:, None], np.cos(angles)[:, None], np.sin(angles)[:, None])
     )
-    return (points - about) @ turns + about
+    moved = points - about
+    x, y = moved[..., 0], moved[..., 1]
+    # (No product of matrices: that would be rounded in autocast, and to TF32 where the user has allowed it.)
+    return xp.stack([cos * x - sin * y, sin * x + cos * y], axis=-1) + about

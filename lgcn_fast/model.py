@@ -222,6 +222,8 @@ def checked_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         build = "this PyTorch is built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA GPU"
         raise ValueError(f"device: expected one that is there, got {name!r}, but {build}")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, counted from 0, got {name!r}")
     return device
 
 

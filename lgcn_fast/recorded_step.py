@@ -86,7 +86,8 @@ def record_graph(
     """
     graph = torch.cuda.CUDAGraph()
     # Other threads may go on meanwhile, allocate and pin memory.
-    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+    # (`graph` enters the stream as well, but leaves it for good only where the record succeeds.)
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         result = function()
 
     def replay() -> Tensor:

@@ -258,6 +258,13 @@ def test_what_is_missing_is_named(monkeypatch):
         Engine(randomised(CONFIGS["nano"]), "cuda")
 
 
+def test_a_gpu_too_many_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"device: expected one of 2 GPUs, counted from 0, got 'cuda:2'"):
+        Engine(randomised(CONFIGS["nano"]), "cuda:2")
+
+
 @pytest.mark.parametrize(
     ("there", "capability", "missing", "expected"),
     [
@@ -344,6 +351,22 @@ def test_gpu_host_to_host_is_device_to_device(random, name, counts, stream):
                 results += list(zip(found, maxima, strict=True))
         for found, known in results:
             np.testing.assert_array_equal(found, known.cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [False, True])
+def test_gpu_images_belong_to_the_caller_again(random, pinned):
+    """Also where the device has not come to them yet; and all of a batch may be one."""
+    ours = Engine("lgcn-nano", "cuda")
+    image = torch.from_numpy(random.integers(0, 256, (1, 1, 96, 96), np.uint8))
+    expected = ours.heatmaps(image.cuda()).cpu()
+    ours.heatmaps(image.expand(3, -1, -1, -1))  # records it
+    staging = image.pin_memory() if pinned else image.clone()
+    torch.cuda._sleep(100_000_000)
+    found = ours.heatmaps(staging.expand(3, -1, -1, -1))
+    staging.zero_()
+    for heatmaps in found.cpu():
+        torch.testing.assert_close(heatmaps, expected[0], rtol=0, atol=1e-2)
 
 
 @pytest.mark.gpu

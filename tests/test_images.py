@@ -186,6 +186,17 @@ def test_points_of_an_upright_crop_are_turned_back(random, side):
     np.testing.assert_allclose(found[inside], expected[inside], atol=0.1)
 
 
+def test_autocast_has_no_part_in_turns(random):
+    points, boxes, angles = (
+        random.uniform(0, 1000, (2, 68, 2)),
+        np.array([[200.0, 300, 500, 500]] * 2),
+        np.array([0.7, 2]),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = turned(torch.from_numpy(points).float(), boxes, angles)
+    np.testing.assert_allclose(found, turned(points, boxes, angles), atol=1e-3)
+
+
 def test_an_upright_crop_without_a_turn_is_crop(demo_picture):
     face = read_image(demo_picture)
     np.testing.assert_array_equal(upright_crop(face, np.array([96, 84, 96, 96]), 0.0, 96), face[84:180, 96:192])

@@ -1,6 +1,8 @@
 """The Triton kernels: in Triton's interpreter where there is no GPU (conftest.py), compiled where there is one."""
 
 import importlib.util
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -91,6 +93,32 @@ def test_gradient_is_the_operation_itself(kernel, random, side, dtype):
     expected = gaussian_sum(weight.double())
     (found,) = torch.autograd.grad((kernel(x) * weight).sum(), x)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCES[dtype] * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("side", "dtype", "count"), [(96, torch.float16, 1), (40, torch.float32, 3)])
+def test_threads_that_come_first_share_their_bands(kernel, monkeypatch, side, dtype, count):
+    """Those that one of them records must not be given up for those of another."""
+    from lgcn_fast_kernels import triton_gaussian_sum
+
+    made = []
+
+    def slowly(*args):
+        made.append(args)
+        time.sleep(0.05)
+        return matrices(*args)
+
+    matrices = triton_gaussian_sum._matrices
+    monkeypatch.setattr(triton_gaussian_sum, "_matrices", slowly)
+    for name in ("_even_odd_kernel", "_gaussian_sum_kernel"):  # (the interpreter takes one thread only)
+        monkeypatch.setattr(triton_gaussian_sum, name, {(2,): no_launch, (2, 2, 2): no_launch})
+    maps = torch.zeros((1, 2, side, side), dtype=dtype, device=DEVICE)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: kernel(maps, 5, (0.7310,)), range(4)))
+    assert len(made) == count  # a band for each distance of two blocks, or one
+
+
+def no_launch(*arguments, **options):
+    pass
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((1, 96, 96), torch.float32), ((1, 1, 4, 4), torch.int64)])
