@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     crops = [read_image(path) for path in options.files]  # (H, W) uint8: gray is all that the network sees
     landmarks = lgcn_fast.predict(crops, model=options.model, passes=2)
 
-    with options.out.open("w", newline="") as file:
+    with options.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", *(f"{axis}{i}" for i in range(landmarks.points.shape[1]) for axis in "xy")])
         for path, points in zip(options.files, landmarks.points, strict=True):

@@ -36,7 +36,7 @@ class FaceFinder:
     def _look_at(self, path: Path) -> dict:
         try:
             return {"faces": as_json(lgcn_fast.detect(read_image(path), self._min_face, model=self._engine))}
-        except ValueError as error:
+        except (ValueError, OSError, MemoryError, cv2.error) as error:
             return {"error": str(error)}
 
 

@@ -174,8 +174,13 @@ def load_start(model: Path | str, config: LGCNConfig) -> tuple[LGCN, bool]:
     if not same_landmarks:
         side_channels = config.side_channels if wide.side_channels else 0
         wide = replace(wide, num_landmarks=config.num_landmarks, side_channels=side_channels, loss=config.loss)
-    if wide != config or start.config.filters > config.filters:
-        raise ValueError(f"{model}: expected weights of {config}, or of fewer filters, got {start.config}")
+    other = {name for name, value in vars(config).items() if getattr(wide, name) != value}
+    if start.config.filters > config.filters:
+        other.add("filters")
+    if other:
+        expected, got = (", ".join(f"{name}={getattr(each, name)!r}" for name in sorted(other))
+                         for each in (config, start.config))  # fmt: skip
+        raise ValueError(f"{model}: expected weights with {expected} (or of fewer filters), got {got}")
     start = widened(start, config.filters)
     return (start if same_landmarks else retargeted(start, config)), same_landmarks
 
@@ -215,7 +220,10 @@ def load_card(model: Path | str) -> dict[str, Any]:
     path = weights_path(model)
     _, metadata = load_tensors(path)
     _check_format(path, metadata)
-    return json.loads(metadata["training"])
+    try:
+        return json.loads(metadata["training"])
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON of its training in its metadata, got {error}") from None
 
 
 def load_header(path: Path) -> tuple[LGCNConfig, int]:

@@ -26,6 +26,7 @@ from .cli_photos import (
     add_engine_options,
     add_model_options,
     add_style_option,
+    engine_of,
     found_in,
     free_name,
     names_in,
@@ -36,7 +37,7 @@ from .cli_training import add_command, add_fit_shape, add_prepare, add_train
 from .cli_video import add_video, add_webcam
 from .datasets import read_faces
 from .drawing import draw
-from .engine import engine_device
+from .engine import Engine, engine_device
 from .evaluation import evaluate, with_mean_shape
 from .export import FORMATS, export
 from .images import read_image, write_image
@@ -146,7 +147,7 @@ def _run_predict(options: argparse.Namespace) -> int:
     try:
         for path, image, result in found_in("predict", options.files, find):
             picture = free_name(path.stem, "landmarks", taken)
-            _write_picture(options.out / picture, image, result, options.style, options.model)
+            _write_picture(options.out / picture, image, result, options.style, engine_of(options))
             found[str(path)] = {"picture": picture, **rounded(result.points[0], result.scores[0])}
     finally:  # also where it is interrupted, or the disk gets full
         if found:
@@ -169,13 +170,13 @@ def _write_picture(
     image: np.ndarray,
     landmarks: Landmarks,
     style: Sequence[str] = ("lines", "points"),
-    model: str | None = None,
+    engine: Engine | None = None,
 ) -> None:
     """Draw landmarks; small pictures are enlarged so that one can see something."""
     zoom = max(round(PICTURE_SIZE / max(image.shape[:2])), 1)
     if zoom > 1:
         image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
-    write_image(path, draw(image, replace(landmarks, points=(landmarks.points + 0.5) * zoom - 0.5), style, model))
+    write_image(path, draw(image, replace(landmarks, points=(landmarks.points + 0.5) * zoom - 0.5), style, engine))
 
 
 def _as_csv(found: dict[str, dict]) -> str:

@@ -13,10 +13,12 @@ import numpy as np
 
 from .checkpoints import write_whole
 from .cli_training import add_command
+from .datasets import ENCODING
 from .detection import Faces, combined_heatmap, detect
 from .drawing import STYLES, draw
-from .engine import PRECISIONS
+from .engine import PRECISIONS, Engine
 from .images import read_image, write_image
+from .loading import engine_for
 from .multiface import draw_score, read_photos, score_photos, summary
 
 Found = TypeVar("Found")
@@ -64,6 +66,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def engine_of(options: argparse.Namespace) -> Engine:
+    """The engine that these options name: the one that `predict` and `detect` take for them."""
+    return engine_for(options.model, options.device, options.precision)
+
+
 def add_finder_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--finder",
@@ -101,7 +108,7 @@ def _run_detect(options: argparse.Namespace) -> int:
     try:
         for path, photo, faces in found_in("detect", options.files, _detector(options)):
             picture = free_name(path.stem, "faces", taken)
-            write_image(options.out / picture, draw(photo, faces, options.style, options.model))
+            write_image(options.out / picture, draw(photo, faces, options.style, engine_of(options)))
             found[str(path)] = {"picture": picture, "faces": as_json(faces)}
             if options.heatmap:
                 colors = cv2.applyColorMap((heatmap_of(photo) * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
@@ -168,7 +175,7 @@ def free_name(stem: str, kind: str, taken: set[str]) -> str:
 def _check_no_labels(path: Path) -> None:
     """Raise ValueError where a `faces.json` holds labels, as `evaluate --multiface` reads them."""
     try:
-        labels = isinstance(json.loads(path.read_text()), list)
+        labels = isinstance(json.loads(path.read_text(ENCODING)), list)
     except (OSError, ValueError):
         return
     if labels:

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from zipfile import BadZipFile
 
 import cv2
 import numpy as np
 
 from .checkpoints import write_whole
-from .datasets import Face, is_validation
+from .datasets import UNREADABLE, Face, is_validation
 from .images import check_touches, crop, face_box, square_box, to_crop
 
 MARGIN = 1.6
@@ -118,7 +117,7 @@ def background_crops(
     """
     points = np.full((num_landmarks, 2), np.nan, np.float32)
     box = square_box(np.array([0, 0, CROP_SIZE, CROP_SIZE]), 1 / MARGIN).astype(np.float32)
-    image, random = face.image(color), np.random.default_rng(list(face.name.encode()))
+    image, random = face.image(color), np.random.default_rng(list(face.name.encode(errors="surrogateescape")))
     height, width = image.shape[:2]
     largest = min(height, width)
     smallest = min(CROP_SIZE / 2, largest)
@@ -194,10 +193,12 @@ def read_cache(path: Path) -> CropCache:
             flag = cv2.IMREAD_COLOR if file["color"] else cv2.IMREAD_GRAYSCALE
             blobs = np.split(file["jpegs"], np.cumsum(file["sizes"])[:-1])
             images = [cv2.imdecode(blob, flag) for blob in blobs]
+            if any(image is None for image in images):
+                raise ValueError("a crop that does not decode")
             if file["color"]:
                 images = [cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for image in images]
             return CropCache(images, file["points"], file["boxes"], file["groups"], file["sets"])
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: expected a crop cache from `lgcn-fast prepare`, got {error}") from error
 
 

@@ -2,11 +2,13 @@
 
 import csv
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
+from tokenize import TokenError
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,6 +19,11 @@ from .landmarks import KAGGLE_NAMES
 ENCODING = "utf-8-sig"
 """UTF-8, with the mark in front that spreadsheets write or without it."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff", ".gif", ".jp2")
+UNREADABLE = (
+    OSError, ValueError, KeyError, EOFError, TypeError, SyntaxError, NotImplementedError, TokenError, BadZipFile,
+    zlib.error,
+)  # fmt: skip
+"""What NumPy raises for an .npz that is damaged, or something else."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def read_300w(folder: Path) -> list[Face]:
         ValueError: no `.pts` file, one without a picture, or a malformed one.
     """
     folder = Path(folder)
-    labels = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".pts")
+    labels = _files_below(folder, (".pts",))
     if not labels:
         raise ValueError(f"{folder}: expected .pts files in it or below, got none")
     faces = []
@@ -79,6 +86,10 @@ def read_300w(folder: Path) -> list[Face]:
         if not pictures:
             suffixes = ", ".join(IMAGE_SUFFIXES)
             raise ValueError(f"{path}: expected a picture of the same name beside it ({suffixes}), got none")
+        others = [picture.name for picture in pictures[1:] if not picture.samefile(pictures[0])]
+        if others:
+            got = ", ".join([pictures[0].name, *others])
+            raise ValueError(f"{path}: expected one picture of the same name beside it, got {got}")
         points = read_pts(path)
         if enough_labels(points):
             faces.append(Face(pictures[0], points, group_of(path.stem), str(path.relative_to(folder))))
@@ -179,7 +190,7 @@ def read_background(folder: Path) -> list[Face]:
         ValueError: no picture.
     """
     folder = Path(folder)
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    pictures = _files_below(folder, IMAGE_SUFFIXES)
     if not pictures:
         raise ValueError(f"{folder}: expected pictures in it or below, got none")
     nothing = np.empty((0, 2), np.float32)
@@ -195,11 +206,17 @@ def read_shapes(path: Path, num_landmarks: int) -> np.ndarray:
     try:
         with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             shapes = file["landmarks"]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: expected a .npz file with an array `landmarks`, got {error}") from None
     if shapes.ndim != 3 or shapes.shape[1:] != (num_landmarks, 2):
         raise ValueError(f"{path}: expected landmarks (M, {num_landmarks}, 2), got {shapes.shape}")
     return shapes
+
+
+def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files in a folder or below. (Archives made on macOS have a file `._NAME` beside each.)"""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("._"))
 
 
 def group_of(stem: str) -> str:
@@ -212,7 +229,7 @@ def group_of(stem: str) -> str:
 
 def is_validation(group: str) -> bool:
     """Whether a group belongs to the validation tenth: decided by its name alone, the same on every machine."""
-    return int.from_bytes(sha256(group.encode()).digest()[:4]) % 10 == 0
+    return int.from_bytes(sha256(group.encode(errors="surrogateescape")).digest()[:4]) % 10 == 0
 
 
 def enough_labels(points: np.ndarray) -> bool:

@@ -41,6 +41,9 @@ from .shape import ShapeModel
 SIZES = (0.72, 1.1)
 """Sizes of the mean face that vote in a level, over the nominal one: a network for crops sees faces of 0.6 to 1.4."""
 SMALLEST = 0.6
+PYRAMID_STEP = 2.0
+"""From one level of the image pyramid to the next. On the validation faces of 300-W 1.41 finds no more and takes 1.5
+times as long."""
 LARGEST_ENLARGEMENT = 2.0
 BORDER = 16
 """Pixels around a level that repeat its border: faces that the border cuts are voted for too."""
@@ -102,8 +105,7 @@ def detect(
     shape: ShapeModel | Path | str | None = None,
     device: str = "auto",
     precision: str = "auto",
-    step: float = 2.0,
-    known: np.ndarray | None = None,
+    known: Any = None,
     any_angle: bool = False,
 ) -> Faces:
     """Find all faces of a photo and their landmarks (section 4.3).
@@ -120,8 +122,6 @@ def detect(
         shape: the shape model, see `predict`.
         device: see `predict`.
         precision: see `predict`.
-        step: factor from one level of the image pyramid to the next, 1.05 to 2.2. On the validation faces of 300-W
-            1.41 finds no more than 2 and takes 1.5 times as long.
         known: boxes (K, 4), as in `Faces`, of faces that are known already: the finder sees them, the model does not
             look at them.
         any_angle: find faces however they are turned in the photo: of people who lie down, or in a photo that does.
@@ -132,7 +132,7 @@ def detect(
         `Faces`, none where there is none; without the known ones.
 
     Raises:
-        ValueError: as `predict`; more than one image, a `min_face` that is not positive, a `min_confidence` or step
+        ValueError: as `predict`; more than one image, a `min_face` that is not positive, a `min_confidence`
             out of range, models for different landmarks, `known` that are no boxes.
     """
     photo = one_image(image, "image")
@@ -140,14 +140,12 @@ def detect(
         raise ValueError(f"min_face: expected a positive number of pixels, got {min_face}")
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"min_confidence: expected a share in [0, 1], got {min_confidence}")
-    if not 1.05 <= step <= 2.2:
-        raise ValueError(f"step: expected a factor from 1.05 to 2.2, got {step}")
     engine = engine_for(model, device, precision)
     seeker, shape = finder_for(finder, engine), shape_for(shape, engine.config.num_landmarks)
     known = checked_boxes("known", [] if known is None else known)
     seen, faces, settled = _as_seen(photo, seeker), [], []
     for quarters in range(4 if any_angle else 1):
-        boxes = _turned_back(find_hypotheses(np.rot90(seen, quarters), seeker, shape, min_face, step), photo, quarters)
+        boxes = _turned_back(find_hypotheses(np.rot90(seen, quarters), seeker, shape, min_face), photo, quarters)
         boxes = boxes[meet(boxes, photo)]
         found = fitted_faces(photo, boxes, np.full(len(boxes), quarters * np.pi / 2), seeker, shape)
         faces.append(found[distinct(found.boxes, found.confidence, FIRST_ROUND * min_confidence, known)])
@@ -173,9 +171,7 @@ def _joined(parts: list[Faces] | list[Fit]) -> Any:
     return type(parts[0])(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
-def find_hypotheses(
-    photo: np.ndarray, engine: Engine, shape: ShapeModel, min_face: float, pyramid_step: float = 2.0
-) -> np.ndarray:
+def find_hypotheses(photo: np.ndarray, engine: Engine, shape: ShapeModel, min_face: float) -> np.ndarray:
     """Where the heatmaps of several landmarks agree that a face may be.
 
     Args:
@@ -189,7 +185,7 @@ def find_hypotheses(
     every = max(round(nominal / stride / VOTES), 1)  # rows and columns of the heatmaps to a vote
     step = stride * every
     offsets, voters = _offsets(nominal / step, shape), _inner(shape.num_landmarks)
-    for scale, level in _levels(photo, engine, min_face, pyramid_step):
+    for scale, level in _levels(photo, engine, min_face):
         for tiles, places, cores in _tiles(level):
             votes = engine.votes(torch.from_numpy(tiles), offsets, voters, every)
             maps, pixels, values = lgcn_fast_kernels.local_maxima(votes, LEAST_VOTE, engine.num_threads)
@@ -229,7 +225,7 @@ def combined_heatmap(
     photo = one_image(image, "image")
     engine = finder_for(finder, engine_for(model, device, precision))
     combined = np.zeros(photo.shape[:2], np.float32)
-    for scale, level in _levels(_as_seen(photo, engine), engine, min_face, 2.0):
+    for scale, level in _levels(_as_seen(photo, engine), engine, min_face):
         heat = np.zeros(level.shape[1:], np.float32)
         for tiles, places, cores in _tiles(level):
             heatmaps = engine.heatmaps(torch.from_numpy(tiles)).amax(1).cpu().numpy()
@@ -249,7 +245,7 @@ def _as_seen(photo: np.ndarray, engine: Engine) -> np.ndarray:
     return cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY) if gray else photo
 
 
-def _levels(photo: np.ndarray, engine: Engine, min_face: float, step: float) -> Iterator[tuple[float, np.ndarray]]:
+def _levels(photo: np.ndarray, engine: Engine, min_face: float) -> Iterator[tuple[float, np.ndarray]]:
     """A photo as the network sees it (`_as_seen`), (C, H, W) in falling sizes with a border; the scale of each."""
     nominal = engine.config.input_size
     height, width = photo.shape[:2]
@@ -266,7 +262,7 @@ def _levels(photo: np.ndarray, engine: Engine, min_face: float, step: float) -> 
             sources.append(level)
         level = cv2.copyMakeBorder(level, BORDER, BORDER, BORDER, BORDER, cv2.BORDER_REPLICATE)
         yield scale, as_network_input(_lit(level, 2 * nominal), engine.config.in_channels).numpy()
-        scale /= step
+        scale /= PYRAMID_STEP
 
 
 def _lit(level: np.ndarray, side: int) -> np.ndarray:

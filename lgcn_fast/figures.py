@@ -6,7 +6,7 @@ import numpy as np
 
 from .drawing import contact_sheet, draw
 from .evaluation import FAILURE, Evaluation
-from .images import crop, face_box, square_box, to_crop, write_image
+from .images import crop, face_box, square_box, to_crop, touches, write_image
 
 STYLES = {"fit": "-", "heatmap maxima": "--", "mean shape": ":"}
 """Lines of the methods: dashed without the fit, as in Figure 4."""
@@ -96,5 +96,7 @@ def draw_sheet(evaluation: Evaluation, path: Path) -> None:
 
 def _tile(evaluation: Evaluation, index: int) -> np.ndarray:
     box = square_box(face_box(evaluation.labelled[index]), 1.15)
-    image = crop(evaluation.faces[index].image(color=True), box, TILE)
-    return draw(image, to_crop(evaluation.predicted[index], box, TILE))
+    image = evaluation.faces[index].image(color=True)
+    if not touches(box, image):  # its few labels all lie beside the picture
+        box = square_box((0, 0, image.shape[1], image.shape[0]))
+    return draw(crop(image, box, TILE), to_crop(evaluation.predicted[index], box, TILE))

@@ -8,12 +8,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from .datasets import ENCODING
 from .detection import Faces
 from .drawing import draw
 from .evaluation import FAILURE, landmark_errors
 from .images import face_box, read_image
 
-LABEL_COLOR, EXTRA_COLOR = (80, 220, 100), (255, 0, 255)
+LABELLED_COLOR, EXTRA_COLOR = (80, 220, 100), (255, 0, 255)
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,13 @@ def read_photos(folder: Path) -> list[LabelledPhoto]:
     """
     path = Path(folder) / "faces.json"
     try:
-        entries = json.loads(path.read_text())
-        photos = [LabelledPhoto(path.with_name(e["image"]), np.array(e["faces"], np.float64)) for e in entries]
+        entries = json.loads(path.read_text(ENCODING))
+        photos = [LabelledPhoto(path.parent / e["image"], np.array(e["faces"], np.float64)) for e in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: expected a list of {{"image": ..., "faces": ...}}, got {error}') from error
     for photo in photos:
+        if photo.points.size and (photo.points.ndim != 3 or photo.points.shape[2] != 2):
+            raise ValueError(f"{path}: expected faces (F, N, 2) in {photo.path.name}, got {photo.points.shape}")
         if not np.isfinite(photo.points).all():
             raise ValueError(
                 f"{path}: expected all landmarks of each face in {photo.path.name}, got some without label"
@@ -99,7 +102,7 @@ def summary(scores: list[PhotoScore]) -> dict[str, float]:
 def draw_score(score: PhotoScore) -> np.ndarray:
     """The photo with all landmarks, labelled faces in green squares and unlabelled detections in magenta ones."""
     image = draw(read_image(score.photo.path, color=True), score.found.points)
-    labels = [(face_box(points), LABEL_COLOR) for points in score.photo.points]
+    labels = [(face_box(points), LABELLED_COLOR) for points in score.photo.points]
     extras = [(score.found.boxes[index], EXTRA_COLOR) for index in score.extra]
     for (x, y, width, height), color in labels + extras:
         cv2.rectangle(image, (round(x), round(y)), (round(x + width), round(y + height)), color, 2)

@@ -139,7 +139,7 @@ def _measured(
     path = weights_path(name)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     known = path.with_name(MEASURED)
-    before = json.loads(known.read_text()).get(name, {}) if known.is_file() else {}
+    before = json.loads(known.read_text(encoding="utf-8")).get(name, {}) if known.is_file() else {}
     engine = engine_for(name, device, "auto")
     entry = {"faces_per_second": round(faces_per_second(engine, sample), 1), "machine": machine_of(engine)}
     return {
@@ -178,7 +178,8 @@ def cpu_name() -> str:
     """Model, cores and flags of the processor that matter here, as `lscpu` has them where there is one."""
     if not shutil.which("lscpu"):
         return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    text = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+    english = os.environ | {"LC_ALL": "C"}
+    text = subprocess.run(["lscpu"], capture_output=True, text=True, check=True, env=english).stdout
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     flags = set(fields.get("Flags", "").split())
     extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
@@ -224,7 +225,7 @@ def put_into_readme(readme: Path, table: str) -> None:
     Raises:
         ValueError: a file without them.
     """
-    text = Path(readme).read_text()
+    text = Path(readme).read_text(encoding="utf-8")
     before, opening, rest = text.partition(MARKERS[0])
     _, closing, after = rest.partition(MARKERS[1])
     if not closing:

@@ -91,7 +91,15 @@ class ShapeModel:
         tensors, metadata = load_tensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path}: expected a shape model ({FORMAT}), got {metadata.get('format')!r}")
-        return cls(*(tensors[name].numpy() for name in ("mean", "modes", "variances")))
+        try:
+            mean, modes, variances = (tensors[name].numpy() for name in ("mean", "modes", "variances"))
+        except KeyError as error:
+            raise ValueError(f"{path}: expected mean, modes and variances, got no {error.args[0]}") from None
+        fitting = variances.ndim == 1 and modes.shape == (len(variances), *mean.shape)
+        if mean.ndim != 2 or mean.shape[1] != 2 or not fitting:
+            got = ", ".join(str(part.shape) for part in (mean, modes, variances))
+            raise ValueError(f"{path}: expected mean (N, 2), modes (K, N, 2) and variances (K,), got {got}")
+        return cls(mean, modes, variances)
 
     def draw(self, path: Path, count: int = 6) -> None:
         """Draw the first modes, mean and three standard deviations to each side, as a picture."""

@@ -51,7 +51,7 @@ class ShippedModel:
 def models() -> list[ShippedModel]:
     """The models that ship, from the least error to the largest; those that were not measured come last."""
     path = checkpoints.WEIGHTS / MEASURED
-    measured = json.loads(path.read_text()) if path.is_file() else {}
+    measured = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found = [_shipped(name, measured.get(name, {})) for name in checkpoints.model_names()]
     return sorted(found, key=_rank)
 

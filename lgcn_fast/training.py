@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict
-from io import BytesIO
+from hashlib import sha256
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +30,13 @@ from lgcn_fast_kernels import INSTRUCTIONS
 
 from .augmentation import NONE
 from .batches import AugmentedCrops, EpochBatches
-from .checkpoints import load_start, load_teacher, load_tensors, save_model, save_tensors
+from .checkpoints import load_start, load_teacher, load_tensors, save_model, save_tensors, weights_path, write_whole
 from .config import LGCNConfig
 from .crops import CropCache, mean_shape
 from .datasets import is_validation
 from .evaluation import landmark_errors
 from .heatmaps import to_heatmap
 from .label_shifts import measured_shifts
-from .landmarks import SCHEMES
 from .losses import distillation_loss, lgcn_loss, readable
 from .model import LGCN, checked_device, cudnn_benchmark
 from .operators import gaussian_sum_banded, gaussian_sum_native
@@ -53,6 +54,8 @@ except ImportError:  # on Windows
 PLAN_STEPS = 24
 """Steps that are timed to find how many epochs fit a time budget; the first third does not count: on a GPU a step is
 recorded there."""
+FILES = ("checkpoint.safetensors", "best.safetensors", "log.csv", "curve.png")
+"""Of a run."""
 PATIENCE = 10.0
 """Seconds that a run waits for another one in its folder to end: the workers of a killed one take five to notice."""
 LARGEST_ERROR = 3.0
@@ -84,8 +87,9 @@ class Trainer:
             self.model.load_state_dict(start.state_dict())
         self.model.kernel_convolution.operator = operator = fastest_operator(self.device)
         self.model.to(self.device, memory_format=fastest_memory_format(self.device, options.config))
-        self.teacher = None
+        self.teacher, self.teacher_digest = None, None
         if options.teacher:
+            self.teacher_digest = sha256(weights_path(options.teacher).read_bytes()).hexdigest()
             self.teacher = load_teacher(options.teacher, options.config).to(self.device)
             self.teacher.kernel_convolution.operator = operator
         self.averaged = deepcopy(self.model)
@@ -98,7 +102,7 @@ class Trainer:
         validation = np.array([is_validation(group) for group in cache.groups])
         shares = np.array([options.shares.get(name, 1.0) for name in cache.sets])
         labelled = ~np.isnan(cache.points).all((1, 2))
-        measurable = ~np.isnan(cache.points[:, SCHEMES[cache.num_landmarks].eye_corners]).any((1, 2))
+        measurable = np.isfinite(landmark_errors(cache.points, cache.points))
         self.validation = np.flatnonzero(validation & (shares > 0) & measurable)
         self.validation_shares = shares[self.validation]
         self.chosen = np.flatnonzero(~validation & (shares > 0))
@@ -136,7 +140,7 @@ class Trainer:
             FloatingPointError: the loss became NaN or infinite; the state after the last whole epoch is kept.
             ValueError: a budget of 0 or less, or another process that trains in the folder.
         """
-        if time_budget is not None and not time_budget > 0:
+        if time_budget is not None and not (time_budget > 0 and isfinite(time_budget)):
             raise ValueError(f"time_budget: expected minutes above 0, got {time_budget:g}")
         with _alone_in(self.folder):
             if self._checkpoint.exists():
@@ -146,12 +150,16 @@ class Trainer:
     def _run(self, time_budget: float | None) -> bool:
         reuse_freed_memory()
         start = time.monotonic()
+        for name in FILES:
+            for left_behind in self.folder.glob(f"{name}.*.part"):  # where a run was killed while it wrote
+                left_behind.unlink(missing_ok=True)
+        self._write_log()
         if self.epochs is None:
             self.epochs = self._plan(time_budget) if time_budget else self.options.recipe.epochs
             self._save()
         update, slowest = RecordedStep(self._update, self.device), 0.0
         while self.epoch < self.epochs:
-            if time_budget and (time.monotonic() - start + slowest) / 60 > time_budget and self.epoch:
+            if time_budget and slowest and (time.monotonic() - start + slowest) / 60 > time_budget:
                 return False
             began = time.monotonic()
             self._run_epoch(update)
@@ -302,7 +310,7 @@ class Trainer:
         seconds = float(np.median(times[len(times) // 3 :])) * len(self.batches)
         began = time.monotonic()
         self.validate()
-        draw_log(BytesIO(), [dict.fromkeys(COLUMNS, 1.0)])  # (which takes longest of what `_save` does)
+        draw_log([dict.fromkeys(COLUMNS, 1.0)])  # (which takes longest of what `_save` does)
         return max(int(time_budget * 60 * 0.95 / (seconds + time.monotonic() - began)), 1)
 
     def _state(self) -> dict[str, Tensor]:
@@ -341,44 +349,52 @@ class Trainer:
             "log": self.log,
             "label_shifts": self.label_shifts,
             "cache": self.cache_digest,
+            "teacher": self.teacher_digest,
         }
-        metadata = {"run": self._identity(), "progress": json.dumps(progress)}
+        metadata = {"options": json.dumps(self._identity()), "progress": json.dumps(progress)}
         save_tensors(self._checkpoint, self._state(), metadata)
-        write_log(self.folder / "log.csv", self.log)
+        self._write_log()
+
+    def _write_log(self) -> None:
         if self.log:
-            draw_log(self.folder / "curve.png", self.log)
+            write_log(self.folder / "log.csv", self.log)
+            write_whole(self.folder / "curve.png", draw_log(self.log))
 
     def _restore(self) -> None:
         path = self._checkpoint
         state, metadata = load_tensors(path)
-        if metadata.get("run") != self._identity():
-            raise ValueError(
-                f"{path}: expected a run with {self._identity()}, got {metadata.get('run')}; use another folder"
-            )
+        asked, found = (json.loads(text) for text in (json.dumps(self._identity()), metadata.get("options", "{}")))
+        if other := {name: value for name, value in asked.items() if found.get(name, ...) != value}:
+            expected, got = (", ".join(f"{name}={run.get(name)}" for name in other) for run in (asked, found))
+            raise ValueError(f"{path}: expected a run with {expected}, got one with {got}; use another folder")
         progress = json.loads(metadata["progress"])
-        if progress["cache"] != self.cache_digest:
-            raise ValueError(
-                f"{path}: expected the crop cache that the run began with, got another; use another folder"
-            )
+        for name, what, digest in (
+            ("cache", "crop cache", self.cache_digest),
+            ("teacher", "teacher", self.teacher_digest),
+        ):
+            if progress.get(name) != digest:
+                raise ValueError(
+                    f"{path}: expected the {what} that the run began with, got another; use another folder"
+                )
         self._load_state(state)
         if self.options.epochs not in (None, progress["epochs"]):
             raise ValueError(f"{path}: expected a run of {self.options.epochs} epochs, got {progress['epochs']}")
         self.epoch, self.epochs, self.best, self.log = (progress[k] for k in ("epoch", "epochs", "best", "log"))
         self.label_shifts = progress["label_shifts"]
 
-    def _identity(self) -> str:
+    def _identity(self) -> dict[str, Any]:
+        """What must stay as it is while a run goes on."""
         options = self.options
-        values = (
-            asdict(options.config),
-            asdict(options.recipe),
-            str(options.init),
-            str(options.teacher),
-            options.seed,
-            options.shares,
-            options.amp,
-            len(self.cache),
-        )
-        return json.dumps(values)
+        return {
+            **asdict(options.config),
+            **{f"recipe.{name}": value for name, value in asdict(options.recipe).items()},
+            "init": str(options.init),
+            "teacher": str(options.teacher),
+            "seed": options.seed,
+            "shares": options.shares,
+            "amp": options.amp,
+            "faces": len(self.cache),
+        }
 
 
 @contextmanager
@@ -430,7 +446,10 @@ def fastest_memory_format(device: torch.device, config: LGCNConfig) -> torch.mem
 
 def commit() -> str | None:
     """The project's git commit, where this is a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # a package that is installed somewhere below another project's repository
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

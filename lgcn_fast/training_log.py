@@ -1,9 +1,8 @@
 """The log of a training: a CSV file and a picture, one row and one point an epoch."""
 
 import csv
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
-from typing import BinaryIO
 
 from .checkpoints import write_whole
 
@@ -19,8 +18,8 @@ def write_log(path: Path, log: list[dict[str, float]]) -> None:
     write_whole(path, text.getvalue().encode())
 
 
-def draw_log(path: Path | BinaryIO, log: list[dict[str, float]]) -> None:
-    """Draw loss and validation error over the epochs."""
+def draw_log(log: list[dict[str, float]]) -> bytes:
+    """Draw loss and validation error over the epochs: a PNG."""
     import matplotlib.figure  # here, as in `figures`: it takes half a second, and needs a folder to write to
 
     figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
@@ -32,4 +31,6 @@ def draw_log(path: Path | BinaryIO, log: list[dict[str, float]]) -> None:
     left.set(xlabel="epoch", ylabel="training loss")
     right.set(ylabel="validation error [%]")
     figure.legend(loc="outside upper center", ncols=2)
-    figure.savefig(path, dpi=120)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    return picture.getvalue()

@@ -206,16 +206,6 @@ def test_other_models_can_look_for_faces(face, points, finder):
     assert distance(faces.points[0], points) < 0.01
 
 
-def test_finer_steps_find_the_face_too(face, points):
-    faces = detect(face, step=2**0.5)
-    assert len(faces) == 1
-    assert distance(faces.points[0], points) < 0.01
-
-
-def test_a_turned_photo_is_no_error(face):
-    assert len(detect(np.rot90(face))) <= 1
-
-
 def test_tiles_find_the_same_faces(face, monkeypatch):
     photo = np.tile(resized(face, 0.8), (2, 3, 1))
     whole = detect(photo)
@@ -272,8 +262,6 @@ def test_bad_input_is_named(face):
         detect(face, min_face=0)
     with pytest.raises(ValueError, match=r"min_confidence: expected a share in \[0, 1\], got nan"):
         detect(face, min_confidence=np.nan)
-    with pytest.raises(ValueError, match=r"step: expected a factor from 1.05 to 2.2, got 3"):
-        detect(face, step=3)
     with pytest.raises(ValueError, match="image: expected uint8 or floating point, got int64"):
         detect(face.astype(np.int64))
     other = LGCN(LGCNConfig.nano(filters=8, num_landmarks=5))
@@ -318,7 +306,7 @@ def test_levels_are_as_sharp_as_the_photo(face, min_face):
     """Those of an enlarged photo, too: they are not made from the enlargement."""
     engine = engine_for("lgcn-finder", "cpu", "fp32")
     photo = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
-    for scale, level in detection._levels(photo, engine, min_face, 2.0):
+    for scale, level in detection._levels(photo, engine, min_face):
         level = level[0, detection.BORDER : -detection.BORDER, detection.BORDER : -detection.BORDER]
         kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
         expected = cv2.resize(photo, level.shape[::-1], interpolation=kind)
