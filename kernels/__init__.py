@@ -128,7 +128,10 @@ def face_votes(
     Returns:
         (B, S, h, w) float32.
     """
-    return _native.face_votes(_contiguous(heatmaps), np.asarray(offsets, np.int64), list(voters), step, num_threads)
+    offsets = np.asarray(offsets)
+    if not np.issubdtype(offsets.dtype, np.integer):
+        raise ValueError(f"offsets: expected whole pixels, got {offsets.dtype}")
+    return _native.face_votes(_contiguous(heatmaps), offsets.astype(np.int64), list(voters), step, num_threads)
 
 
 def _contiguous(heatmaps: np.ndarray) -> np.ndarray:

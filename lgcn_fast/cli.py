@@ -134,6 +134,7 @@ def _add_prediction_options(parser: argparse.ArgumentParser) -> None:
 
 def _run_predict(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
+    options.files = list(dict.fromkeys(options.files))
     found = {}
     boxes = [options.box] if options.box else None
     if options.passes is None:
@@ -162,7 +163,7 @@ def _run_predict(options: argparse.Namespace) -> int:
                 where = f"mean score below {DOUBTFUL} in {doubtful} of {len(found)} pictures"
                 hint = "is the whole picture one face? (For photos there is `lgcn-fast detect`.)"
                 print(f"lgcn-fast predict: {where}: {hint}", file=sys.stderr)
-    return 0 if len(found) == len(set(map(str, options.files))) else 2
+    return 0 if len(found) == len(options.files) else 2
 
 
 def _write_picture(

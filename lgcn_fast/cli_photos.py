@@ -98,6 +98,7 @@ def _detector(options: argparse.Namespace) -> Callable[[np.ndarray], Faces]:
 
 def _run_detect(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
+    options.files = list(dict.fromkeys(options.files))
     numbers = options.out / "faces.json"
     _check_no_labels(numbers)
     found: dict[str, dict] = {}
@@ -118,7 +119,7 @@ def _run_detect(options: argparse.Namespace) -> int:
             write_whole(numbers, json.dumps(found, indent=1).encode())
             count = sum(len(entry["faces"]) for entry in found.values())
             print(f"{numbers}: {count} faces in {len(found)} of {len(options.files)} photos")
-    return 0 if len(found) == len(set(map(str, options.files))) else 2
+    return 0 if len(found) == len(options.files) else 2
 
 
 def found_in(

@@ -6,10 +6,11 @@ from typing import Any
 
 import cv2
 import numpy as np
+from torch import Tensor
 
 from .detection import Faces
 from .engine import Engine
-from .images import face_box, from_crop, square_box, touches, turned, upright_boxes
+from .images import face_box, from_crop, meet, square_box, turned, upright_boxes
 from .inputs import one_image
 from .landmarks import SCHEMES
 from .loading import engine_for, packaged_shape
@@ -24,6 +25,9 @@ POINT_COLOR = (255, 70, 70)
 LABEL_COLOR = (70, 160, 255)
 HEAT = 0.6
 """Opacity of the heatmaps where they are 1."""
+FARTHEST = 8
+"""Points that lie so many times the larger side of the picture from its first pixel, or more, are not drawn: OpenCV
+would draw for minutes, or crash."""
 _SUBPIXEL_BITS = 4
 
 
@@ -38,7 +42,7 @@ def draw(
     Args:
         image: as for `predict`; it is not changed.
         faces: of `predict`, `detect` or `Tracker.update`, some of this image or one; or points (F, N, 2) or (N, 2),
-            pixels, where points that are NaN are left out.
+            pixels, where points that are not finite, or are far outside of the image, are left out.
         style: one or more of `STYLES`: "points"; "lines" between them, where the annotation scheme is known;
             "confidence", points coloured by their scores, from red (0) to green (1); "indices" of the points; "boxes"
             with the faces' confidence and identity where they have some; "heatmaps" of the network, laid over.
@@ -54,10 +58,13 @@ def draw(
     styles = {style} if isinstance(style, str) else set(style)
     if not styles <= set(STYLES):
         raise ValueError(f"style: expected some of {', '.join(STYLES)}, got {', '.join(sorted(styles - set(STYLES)))}")
-    points = np.asarray(faces.points if isinstance(faces, Landmarks) else faces, np.float64)
+    points = faces.points if isinstance(faces, Landmarks) else faces
+    points = points.detach().cpu().double().numpy() if isinstance(points, Tensor) else np.array(points, np.float64)
     points = points[None] if points.ndim == 2 else points
     if points.ndim != 3 or points.shape[2] != 2:
         raise ValueError(f"faces: expected points (F, N, 2) or (N, 2), got {points.shape}")
+    drawn = np.abs(points) < FARTHEST * max(picture.shape)
+    points = np.where(drawn.all(axis=2, keepdims=True), points, np.nan)
     scores = getattr(faces, "scores", None)
     if "confidence" in styles and scores is None:
         raise ValueError("style: expected faces with scores for 'confidence', got points alone")
@@ -86,9 +93,9 @@ def _as_picture(image: Any) -> np.ndarray:
     return cv2.cvtColor(picture, cv2.COLOR_GRAY2RGB) if picture.ndim == 2 else picture
 
 
-def _extent(face: np.ndarray) -> float:
-    """The larger side of the tight box around landmarks, pixels: how thick to draw."""
-    return float((np.nanmax(face, axis=0) - np.nanmin(face, axis=0)).max())
+def _extent(picture: np.ndarray, face: np.ndarray) -> float:
+    """The larger side of the tight box around landmarks, or of the picture, pixels: how thick to draw."""
+    return min(float((np.nanmax(face, axis=0) - np.nanmin(face, axis=0)).max()), max(picture.shape))
 
 
 def _fixed(points: np.ndarray) -> np.ndarray:
@@ -98,13 +105,13 @@ def _fixed(points: np.ndarray) -> np.ndarray:
 
 def _draw_lines(picture: np.ndarray, face: np.ndarray) -> None:
     scheme, visible, fixed = SCHEMES.get(len(face)), np.isfinite(face).all(axis=1), _fixed(face)
-    thickness = max(round(_extent(face) / 250), 1)
+    thickness = max(round(_extent(picture, face) / 250), 1)
     lines = [fixed[[index for index in stroke if visible[index]]] for stroke in (scheme.lines if scheme else ())]
     cv2.polylines(picture, lines, False, LINE_COLOR, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
 
 
 def _draw_points(picture: np.ndarray, face: np.ndarray, colors: list[tuple[int, int, int]]) -> None:
-    radius = round(max(_extent(face) / 130, 0.35) * 2**_SUBPIXEL_BITS)
+    radius = round(max(_extent(picture, face) / 130, 0.35) * 2**_SUBPIXEL_BITS)
     visible = np.isfinite(face).all(axis=1)
     for (x, y), color, shown in zip(_fixed(face).tolist(), colors, visible, strict=True):
         if shown:
@@ -112,7 +119,7 @@ def _draw_points(picture: np.ndarray, face: np.ndarray, colors: list[tuple[int, 
 
 
 def _draw_indices(picture: np.ndarray, face: np.ndarray) -> None:
-    size = max(_extent(face) / 800, 0.25)
+    size = max(_extent(picture, face) / 800, 0.25)
     for index, (x, y) in enumerate(face):
         if np.isfinite((x, y)).all():
             write_text(picture, str(index), (round(x) + 2, round(y) - 2), size, LABEL_COLOR)
@@ -120,8 +127,9 @@ def _draw_indices(picture: np.ndarray, face: np.ndarray) -> None:
 
 def _draw_box(picture: np.ndarray, face: np.ndarray, caption: str) -> None:
     x, y, side, _ = square_box(face_box(face)).tolist()
-    cv2.rectangle(picture, (x, y), (x + side - 1, y + side - 1), LABEL_COLOR, max(round(side / 250), 1))
-    write_text(picture, caption, (x, y - 4), max(side / 300, 0.4), LABEL_COLOR)
+    extent = min(side, max(picture.shape))
+    cv2.rectangle(picture, (x, y), (x + side - 1, y + side - 1), LABEL_COLOR, max(round(extent / 250), 1))
+    write_text(picture, caption, (x, y - 4), max(extent / 300, 0.4), LABEL_COLOR)
 
 
 def _caption(faces: Landmarks | np.ndarray, index: int) -> str:
@@ -141,7 +149,7 @@ def _with_heatmaps(picture: np.ndarray, points: np.ndarray, engine: Engine) -> n
     for face in points[np.isfinite(points).all(axis=2).any(axis=1)]:
         visible = np.isfinite(face).all(axis=1)
         boxes, angles = upright_boxes(face[None, visible], shape and shape.mean[visible])
-        if not touches(boxes[0], picture):
+        if not meet(boxes, picture)[0]:
             continue
         crop = network_input(picture, boxes[0], config.input_size, config.in_channels, angles[0])
         seen = engine.heatmaps(crop[None])[0].amax(dim=0).clamp(0, 1).cpu().numpy()

@@ -190,7 +190,9 @@ class Engine:
         return self._backend.fit(images, shape, to_host)
 
     def _checked(self, images: Tensor | np.ndarray) -> Tensor:
-        if isinstance(images, np.ndarray):  # torch takes neither foreign byte orders nor, silently, what is read-only
+        if isinstance(images, np.ndarray):
+            # Torch takes neither arrays that run backwards, foreign byte orders, nor, silently, what is read-only.
+            images = images.copy() if min(images.strides, default=0) < 0 else images
             images = torch.from_numpy(np.require(images, images.dtype.newbyteorder("="), ["C", "W"]))
         check_images(images, self.config.in_channels)
         return images

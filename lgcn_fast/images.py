@@ -86,10 +86,10 @@ def write_image(path: Path | str, image: np.ndarray) -> None:
 
 
 def check_picture(image: np.ndarray) -> None:
-    """Raise ValueError for anything but an array (H, W, 3) uint8."""
+    """Raise ValueError for anything but an array (H, W, 3) uint8 with pixels."""
     if not isinstance(image, np.ndarray):
         raise ValueError(f"image: expected an array (H, W, 3) uint8, got {type(image).__name__}")
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
 
 
@@ -197,9 +197,11 @@ def crop(image: np.ndarray, box: np.ndarray, size: int, gray: bool = False) -> n
         (size, size) or (size, size, 3), dtype of `image`.
 
     Raises:
-        ValueError: a box that does not meet the image.
+        ValueError: a box that does not meet the image, or is no such square.
     """
     box = np.asarray(box).tolist()  # (Python's numbers are faster than NumPy's)
+    if len(box) != 4 or box[2] != box[3] or not all(isinstance(number, int) for number in box):
+        raise ValueError(f"box: expected four whole numbers, a square as of `square_box`, got {box}")
     check_touches(box, image, "box")
     height, width = image.shape[:2]
     x, y, side, _ = box

@@ -1,5 +1,6 @@
 """What users hand in: images and boxes of any kind, checked."""
 
+from contextlib import suppress
 from math import isfinite
 from typing import Any
 
@@ -21,9 +22,16 @@ MAX_SIDE = 16384
 
 
 def from_dlpack(batch: Any) -> Any:
-    """Arrays of other libraries as tensors; what is none as it is."""
-    known = isinstance(batch, np.ndarray | Tensor | list | tuple)
-    return torch.from_dlpack(batch) if not known and hasattr(batch, "__dlpack__") else batch
+    """Arrays of other libraries as NumPy arrays or tensors; what is none as it is."""
+    if isinstance(batch, np.ndarray | Tensor | list | tuple) or not hasattr(batch, "__dlpack__"):
+        return batch
+    # Of arrays that run backwards torch ends the process; NumPy takes them, and CuPy makes others of them.
+    if batch.__dlpack_device__()[0] == 1:  # a CPU
+        with suppress(BufferError, RuntimeError, TypeError):  # (NumPy has no bfloat16)
+            return np.from_dlpack(batch)
+    strides = getattr(batch, "strides", None)
+    backwards = isinstance(strides, tuple) and any(stride < 0 for stride in strides)
+    return torch.from_dlpack(batch.copy() if backwards else batch)
 
 
 def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:

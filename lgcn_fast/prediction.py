@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,6 +71,8 @@ class Landmarks:
     def __getitem__(self, chosen: Any) -> Self:
         if self.points.ndim < 3:
             raise TypeError("faces: expected some, got the landmarks of one")
+        if chosen is None or isinstance(chosen, bool | tuple):
+            raise TypeError(f"faces: expected an index, a slice, a mask or indices, got {chosen!r}")
         of_each_face = ((name, part) for name, part in vars(self).items() if getattr(part, "ndim", 0))
         return replace(self, **{name: part[chosen] for name, part in of_each_face})
 
@@ -123,8 +126,8 @@ def predict(
             precision that the processor lacks, no shape model for the number of landmarks or one of another number,
             an ensemble or passes below 1; the message names the argument, what was expected and what came.
     """
-    if passes < 1:
-        raise ValueError(f"passes: expected 1 or more, got {passes}")
+    if not isinstance(passes, Integral) or passes < 1:
+        raise ValueError(f"passes: expected 1 or more, got {passes!r}")
     engine = engine_for(model, device, precision)
     shape = shape_for(shape, engine.config.num_landmarks) if fit else None
     batch = from_dlpack(batch)

@@ -30,6 +30,16 @@ class ShapeModel:
     variances: np.ndarray
     """(K,) float64, largest first."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for arrays of other shapes, numbers that are not finite, or variances that are not above
+        0."""
+        shapes = mean, modes, variances = self.mean.shape, self.modes.shape, self.variances.shape
+        if len(mean) != 2 or mean[1] != 2 or len(variances) != 1 or modes != (*variances, *mean):
+            raise ValueError(f"expected mean (N, 2), modes (K, N, 2) and variances (K,), got {shapes}")
+        finite = all(np.isfinite(part).all() for part in (self.mean, self.modes, self.variances))
+        if not (finite and (self.variances > 0).all()):
+            raise ValueError("expected finite numbers and variances above 0")
+
     @classmethod
     def fit(cls, shapes: np.ndarray, modes: int | float = 20) -> Self:
         """Learn a model: Procrustes alignment (rotations by Kabsch's algorithm), then a PCA.
@@ -95,11 +105,12 @@ class ShapeModel:
             mean, modes, variances = (tensors[name].numpy() for name in ("mean", "modes", "variances"))
         except KeyError as error:
             raise ValueError(f"{path}: expected mean, modes and variances, got no {error.args[0]}") from None
-        fitting = variances.ndim == 1 and modes.shape == (len(variances), *mean.shape)
-        if mean.ndim != 2 or mean.shape[1] != 2 or not fitting:
-            got = ", ".join(str(part.shape) for part in (mean, modes, variances))
-            raise ValueError(f"{path}: expected mean (N, 2), modes (K, N, 2) and variances (K,), got {got}")
-        return cls(mean, modes, variances)
+        except TypeError as error:  # (NumPy has no bfloat16)
+            raise ValueError(f"{path}: expected float64, got {error}") from None
+        try:
+            return cls(mean, modes, variances)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def draw(self, path: Path, count: int = 6) -> None:
         """Draw the first modes, mean and three standard deviations to each side, as a picture."""

@@ -212,7 +212,7 @@ class Tracker:
         start = clock.perf_counter()
         image = one_image(frame, "frame")
         time = start if time is None else float(time)
-        if not self._time <= time < np.inf:
+        if not (self._time <= time and np.isfinite(time)):
             raise ValueError(f"time: expected {self._time:g} s or later (or `reset`), got {time:g}")
         first = image.shape[:2] != self._size
         if first:

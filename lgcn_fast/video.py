@@ -128,7 +128,8 @@ class VideoReader:
             raise OSError(f"{self._name}: expected another frame after {count}, got none: it is gone")
         # (Some containers say how long they are, not how many frames that makes: there both must fall short.)
         expected = (1 - MISSING) * (self.frame_count or 0) - 1
-        if max(count, last * self.fps + 1) < expected and not (self._path and _is_whole_mp4(self._path)):
+        short = max(count, last * self.fps + 1) < expected and not (self._path and _is_whole_mp4(self._path))
+        if short or (self.frame_count and not count):
             raise OSError(f"{self._name}: expected {self.frame_count} frames, got {count}: the file ends in the middle")
 
 
@@ -262,7 +263,8 @@ class VideoWriter:
         Args:
             image: (H, W, 3) uint8 RGB.
             time: its time stamp, seconds: the frame is repeated, or left out, so that the video keeps pace with it. (A
-                pause of more than ten seconds counts as one frame.) Without it, each frame is written once.
+                pause of more than ten seconds, or a step back, counts as one frame.) Without it, each frame is written
+                once.
 
         Raises:
             OSError: the file cannot be opened, or the disk is (almost) full.
@@ -281,7 +283,7 @@ class VideoWriter:
             self.scaled += 1
         copies = 1
         if time is not None:
-            if time - self._last > LONGEST_PAUSE:
+            if not 0 <= time - self._last <= LONGEST_PAUSE:
                 self._start += time - self._last - 1 / self.fps
             self._last = time
             copies = round((time - self._start) * self.fps) + 1 - self.written
@@ -296,13 +298,18 @@ class VideoWriter:
     def _open(self, width: int, height: int) -> None:
         name = _opencv_name(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.open("wb").close()  # which says what is wrong where OpenCV does not
+        new = not self.path.exists()
+        self.path.open("ab").close()  # which says what is wrong where OpenCV does not
         for codec in CODECS[self.path.suffix.lower()]:
-            writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*codec), self.fps, (width, height))
+            with silent_opencv():
+                writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*codec), self.fps, (width, height))
             if writer.isOpened():
                 self._writer, self._size, self.codec = writer, (width, height), codec
                 return
-        raise OSError(f"{self.path}: OpenCV could not open a video of {width} x {height} pixels there")
+        if new:
+            self.path.unlink()
+        what = f"a video of {width} x {height} pixels, {self.fps:g} frames/s"
+        raise OSError(f"{self.path}: OpenCV could not open {what} there")
 
     def close(self) -> None:
         """Finish the file.

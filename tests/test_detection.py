@@ -2,11 +2,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+import lgcn_fast
 import lgcn_fast_kernels
 from lgcn_fast import Engine, LGCNConfig, ShapeModel, detect, detection, load_model, peaks, predict
 from lgcn_fast.cli import main
@@ -22,9 +24,7 @@ FACE = (82, 70, 124, 124)
 @pytest.fixture(scope="module")
 def face():
     """The face of demo.jpg with what is around it, (300, 300, 3)."""
-    from lgcn_fast import detection
-
-    return read_image(detection.Path(detection.__file__).with_name("demo.jpg"), color=True)
+    return read_image(Path(lgcn_fast.__file__).with_name("demo.jpg"), color=True)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_more_faces_than_go_through_the_network_at_once(face, points):
 
 
 def test_a_shape_model_of_other_landmarks_is_named(face):
-    shape = ShapeModel(np.zeros((15, 2)), np.zeros((1, 30)), np.ones(1))
+    shape = ShapeModel(np.zeros((15, 2)), np.zeros((1, 15, 2)), np.ones(1))
     with pytest.raises(ValueError, match="shape: expected a shape model of 68 landmarks, got one of 15"):
         detect(face, shape=shape)
 
@@ -401,11 +401,16 @@ def test_commands(face, points, tmp_path, capsys):
     np.testing.assert_array_equal(read_image(tmp_path / "two_faces.png", color=True), face)
     assert main(["evaluate", "--multiface", str(tmp_path), "--finder", "lgcn-nano", "--out", str(out)]) == 0
     assert json.loads((out / "multiface.json").read_text())["recall"] == 100
-    (tmp_path / "faces.json").write_text(json.dumps([{"image": "two.png", "faces": []}]))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "two.png").rename(tmp_path / "sub" / "zwölf.png")
+    empty = json.dumps([{"image": "sub/zwölf.png", "faces": []}], ensure_ascii=False)
+    (tmp_path / "faces.json").write_bytes(b"\xef\xbb\xbf" + empty.encode())  # as some editors write UTF-8
     assert main(["evaluate", "--multiface", str(tmp_path), "--out", str(out)]) == 0
     assert json.loads((out / "multiface.json").read_text())["unlabelled"] == 2
     before = (tmp_path / "faces.json").read_bytes()
-    assert main(["detect", str(tmp_path / "two.png"), "--out", str(tmp_path)]) == 2  # where it writes a faces.json, too
+    assert (
+        main(["detect", str(tmp_path / "two_faces.png"), "--out", str(tmp_path)]) == 2
+    )  # where it writes a faces.json, too
     assert "--out: expected a folder without labels" in capsys.readouterr().err
     assert (tmp_path / "faces.json").read_bytes() == before
     for option, value in (("--ensemble", "2"), ("--normalisation", "face-size")):
@@ -413,10 +418,14 @@ def test_commands(face, points, tmp_path, capsys):
         assert f"{option}: expected without --multiface" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path), "--any-angle", "--out", str(out)]) == 2
     assert "--any-angle: expected with --multiface" in capsys.readouterr().err
+    (tmp_path / "sub" / "zwölf.png").rename(tmp_path / "two.png")
     labels[0][7] = [None, 3.0]
     (tmp_path / "faces.json").write_text(json.dumps([{"image": "two.png", "faces": labels}]))
     assert main(["evaluate", "--multiface", str(tmp_path), "--out", str(out)]) == 2
     assert "faces.json: expected all landmarks of each face in two.png" in capsys.readouterr().err
+    (tmp_path / "faces.json").write_text(json.dumps([{"image": "two.png", "faces": points.tolist()}]))
+    assert main(["evaluate", "--multiface", str(tmp_path), "--out", str(out)]) == 2
+    assert "faces.json: expected faces (F, N, 2) in two.png, got (68, 2)" in capsys.readouterr().err
     (tmp_path / "faces.json").write_text("{}[")
     assert main(["evaluate", "--multiface", str(tmp_path), "--out", str(out)]) == 2
     assert "faces.json: expected a list" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 import lgcn_fast
 from lgcn_fast import Faces, Landmarks, Tracker, draw
@@ -81,8 +82,35 @@ def test_points_without_a_place_are_left_out(picture, faces):
 
 
 def test_faces_beyond_the_border(picture, faces):
-    for style in STYLES:
-        assert draw(picture, Faces(faces.points - 120, faces.scores, faces.confidence, faces.boxes), style).any()
+    for style in STYLES[1:]:
+        beyond = Faces(faces.points - 120, faces.scores, faces.confidence, faces.boxes)
+        assert (draw(picture, beyond, style) != picture).any()
+
+
+@pytest.mark.parametrize("place", [np.inf, -np.inf, 3e6, 9e8, 1e300])
+@pytest.mark.parametrize("style", STYLES)
+def test_points_far_away_are_left_out(picture, faces, style, place):
+    """OpenCV would crash, or draw for minutes."""
+    points = faces.points.astype(np.float64)
+    points[0, 5, 0] = place
+    without = points.copy()
+    without[0, 5] = np.nan
+    rest = faces.scores, faces.confidence, faces.boxes
+    drawn, expected = (draw(picture, Faces(places, *rest), style) for places in (points, without))
+    np.testing.assert_array_equal(drawn, expected)
+
+
+def test_one_point_beside_the_picture_does_not_make_the_others_large(picture, faces):
+    points = faces.points.copy()
+    points[0, 5] = 2000
+    share, usual = ((draw(picture, some, "points") != picture).any(axis=-1).mean() for some in (points, faces))
+    assert 0.5 < share / usual < 8
+
+
+def test_points_may_be_tensors(picture, faces):
+    points = torch.from_numpy(faces.points).requires_grad_()
+    np.testing.assert_array_equal(draw(picture, points), draw(picture, faces))
+    assert (draw(picture, points.bfloat16()) != picture).any()
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_pictures_with_names_in_any_encoding(tmp_path, random):
         ("a", np.zeros((2, 2, 3), np.uint8), r"a: expected the suffix of a picture, .* got none"),
         ("a.png", np.zeros((2, 2, 3)), r"image: expected \(H, W, 3\) uint8, got \(2, 2, 3\) float64"),
         ("a.png", np.zeros((2, 2), np.uint8), r"image: expected \(H, W, 3\) uint8, got \(2, 2\) uint8"),
+        ("a.png", np.zeros((0, 2, 3), np.uint8), r"image: expected \(H, W, 3\) uint8, got \(0, 2, 3\) uint8"),
     ],
 )
 def test_what_is_no_picture_is_not_written(tmp_path, name, image, message):
@@ -168,10 +169,10 @@ def test_boxes_beside_the_image_are_named(shape, box):
         crop(np.zeros(shape, np.uint8), np.array(box), 8)
 
 
-def test_pictures_need_a_suffix(tmp_path):
-    for name in ("picture", "picture.what"):
-        with pytest.raises(ValueError, match=name + r": expected the suffix of a picture"):
-            write_image(tmp_path / name, np.zeros((4, 4, 3), np.uint8))
+@pytest.mark.parametrize("box", [[93.0, 79, 108, 108], [93, 79, 108, 140], [[93, 79, 108, 108]], [93, 79, 108]])
+def test_boxes_to_cut_are_whole_squares(box):
+    with pytest.raises(ValueError, match=r"box: expected four whole numbers, a square as of `square_box`, got"):
+        crop(np.zeros((300, 300), np.uint8), np.array(box), 96)
 
 
 @pytest.mark.parametrize("side", [60.0, 96.0, 250.0])

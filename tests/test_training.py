@@ -1,4 +1,5 @@
 import csv
+import subprocess
 from copy import deepcopy
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from lgcn_fast.augmentation import Augmentation
 from lgcn_fast.batches import EpochBatches
 from lgcn_fast.checkpoints import load_tensors, save_model
 from lgcn_fast.crops import CropCache
+from lgcn_fast.images import read_image
 from lgcn_fast.landmarks import SCHEMES
 from lgcn_fast.losses import distillation_loss, lgcn_loss
 from lgcn_fast.recipes import RECIPES
@@ -140,8 +142,11 @@ def test_starts_from_given_weights(cache, tmp_path):
     assert max(map(abs, second.label_shifts.values())) < 0.06
     wide = Trainer(cache, tmp_path / "wide", replace(OPTIONS, init=weights, config=replace(CONFIG, filters=12)))
     assert 100 * wide.validate() == pytest.approx(first.best, abs=0.1)
-    for changes in ({"filters": 4}, {"filters": 12, "global_layers": 2}):
-        with pytest.raises(ValueError, match=r"best\.safetensors: expected weights of .*, or of fewer filters, got"):
+    for changes, message in (
+        ({"filters": 4}, r"with filters=4 \(or of fewer filters\), got filters=8"),
+        ({"filters": 12, "global_layers": 2}, r"with global_layers=2 \(or of fewer filters\), got global_layers=1"),
+    ):
+        with pytest.raises(ValueError, match=r"best\.safetensors: expected weights " + message):
             Trainer(cache, tmp_path / "other", replace(OPTIONS, init=weights, config=replace(CONFIG, **changes)))
 
 
@@ -218,7 +223,7 @@ def test_two_runs_do_not_mix_in_one_folder(cache, tmp_path, monkeypatch):
     assert first.run()
     assert refused
     assert second.epoch == 0
-    with pytest.raises(ValueError, match=r"expected a run with .*; use another folder"):
+    with pytest.raises(ValueError, match="expected a run with seed=1, got one with seed=0; use another folder"):
         second.run()
 
 
@@ -231,7 +236,7 @@ def test_a_run_goes_on_from_where_another_has_ended_in_the_meantime(cache, tmp_p
     assert log_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("minutes", [0, -1, float("nan")])
+@pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf")])
 def test_no_time_is_an_error(cache, tmp_path, minutes):
     with pytest.raises(ValueError, match="time_budget: expected minutes above 0"):
         Trainer(cache, tmp_path, OPTIONS).run(time_budget=minutes)
@@ -434,9 +439,71 @@ def test_the_papers_epoch_has_every_fixed_variant_once():
 
 
 def test_validation_groups_are_not_trained_on(cache, tmp_path):
+    cache = replace(cache, groups=np.array([f"person{i // 3}" for i in range(len(cache))]))
     trainer = Trainer(cache, tmp_path, OPTIONS)
-    assert set(trainer.validation).isdisjoint(trainer.chosen)
+    groups = [set(cache.groups[chosen]) for chosen in (trainer.validation, trainer.chosen)]
+    assert groups[0].isdisjoint(groups[1])
+    assert groups[0]
     assert len(trainer.validation) + len(trainer.chosen) == len(cache)
+
+
+def test_faces_with_both_eyes_at_one_place_are_not_measured(cache, tmp_path):
+    mistyped = Trainer(cache, tmp_path / "all", OPTIONS).validation[0]
+    points = cache.points.copy()
+    left, right = SCHEMES[15].eye_corners
+    points[mistyped, right] = points[mistyped, left]
+    trainer = Trainer(replace(cache, points=points), tmp_path, OPTIONS)
+    assert mistyped not in trainer.validation
+    assert trainer.run()
+    assert (tmp_path / "best.safetensors").is_file()
+
+
+def test_killed_behind_the_last_checkpoint_writes_the_log(cache, tmp_path, monkeypatch):
+    trainer, write_log = Trainer(cache, tmp_path, OPTIONS), training.write_log
+
+    def cut(path, log):
+        if len(log) == 3:
+            raise KeyboardInterrupt
+        write_log(path, log)
+
+    monkeypatch.setattr(training, "write_log", cut)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert len(log_of(tmp_path)) == 2
+    (tmp_path / "curve.png").write_bytes(b"half of a picture")
+    left_behind, other = tmp_path / "best.safetensors.123.part", tmp_path / "holidays.part"
+    for path in (left_behind, other):
+        path.touch()
+    monkeypatch.setattr(training, "write_log", write_log)
+    assert Trainer(cache, tmp_path, OPTIONS).run()
+    assert len(log_of(tmp_path)) == 3
+    assert read_image(tmp_path / "curve.png").std() > 5
+    assert (left_behind.exists(), other.exists()) == (False, True)
+
+
+def test_a_teacher_that_has_changed_is_named(cache, tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    options = replace(OPTIONS, teacher=path)
+    save_model(path, randomised(CONFIG), {})
+    Trainer(cache, tmp_path / "run", options).run(time_budget=1e-6)
+    assert not Trainer(cache, tmp_path / "run", options).run(time_budget=1e-6)
+    save_model(path, randomised(CONFIG), {"epoch": 7})
+    with pytest.raises(ValueError, match="expected the teacher that the run began with, got another"):
+        Trainer(cache, tmp_path / "run", options)
+
+
+def test_the_commit_is_that_of_the_project(tmp_path, monkeypatch):
+    """Not that of another repository, in whose virtual environment the package is installed."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(tmp_path), *author, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
+    monkeypatch.setattr(training, "__file__", str(tmp_path / "lgcn_fast" / "training.py"))
+    (tmp_path / "lgcn_fast").mkdir()
+    assert len(training.commit()) == 12
+    inside = tmp_path / ".venv" / "site-packages" / "lgcn_fast" / "training.py"
+    inside.parent.mkdir(parents=True)
+    monkeypatch.setattr(training, "__file__", str(inside))
+    assert training.commit() is None
 
 
 @pytest.mark.gpu

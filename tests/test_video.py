@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import resource
@@ -541,9 +542,40 @@ def test_frames_may_be_missing_in_the_middle(clip, pictures, monkeypatch, last, 
             list(frames)
 
 
-def test_readers_and_writers_say_that_they_were_closed(clip, tmp_path, pictures):
+def test_encoders_that_refuse_leave_files_alone(tmp_path, capfd):
+    before, new = tmp_path / "before.mp4", tmp_path / "new.mp4"
+    before.write_bytes(b"precious")
+    for path in (before, new):
+        with VideoWriter(path, FPS) as writer, pytest.raises(OSError, match="could not open a video of 400 x 1 pixels"):
+            writer.write(np.zeros((1, 400, 3), np.uint8))
+    assert before.read_bytes() == b"precious"
+    assert not new.exists()
+    assert not capfd.readouterr().err
+
+
+def test_a_step_back_in_time_is_a_pause(tmp_path, pictures):
+    """As where a second source follows the first."""
+    with VideoWriter(tmp_path / "out.avi", FPS) as writer:
+        for moment in (100, 100 + 1 / FPS, 100 + 2 / FPS, 0, 1 / FPS, 4 / FPS):
+            writer.write(pictures[0], moment)
+        assert writer.written == 3 + 1 + 1 + 3
+
+
+def test_a_video_without_a_frame_is_damaged(tmp_path, pictures):
+    content = bytearray(write(tmp_path / "whole.mp4", pictures).read_bytes())
+    start = content.find(b"mdat") + 4
+    length = int.from_bytes(content[start - 8 : start - 4], "big") - 8
+    content[start : start + length] = bytes(length)
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(content)
+    with VideoReader(damaged) as frames, pytest.raises(OSError, match="expected 12 frames, got 0"):
+        list(frames)
+
+
+def test_readers_and_writers_say_that_they_were_closed(tmp_path, pictures, monkeypatch):
     """A writer would start its file anew, OpenCV crash where a thread reads what is released."""
-    with VideoReader(clip) as frames:
+    put_in_place(monkeypatch, Camera(itertools.cycle(pictures), pause=0.01))
+    with VideoReader(0) as frames:
         live = newest(frames)
         next(live)
     with pytest.raises(ValueError, match="expected an open reader, got one that was closed"):
