@@ -103,6 +103,13 @@ def test_what_does_not_fit_is_named(weights, change, message):
         load_model(path)
 
 
+def test_a_damaged_card_is_named(weights):
+    path, _ = weights
+    rewritten(path, lambda t, m: m.update(training="{]"))
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected JSON of its training in its metadata"):
+        load_card(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"no weights at all"])
 def test_other_files_are_named(tmp_path, content):
     path = tmp_path / "model.safetensors"

@@ -65,6 +65,25 @@ def test_different_numbers_of_landmarks_are_refused(tmp_path, random):
     assert not list(tmp_path.iterdir())
 
 
+def test_damaged_crops_are_named(tmp_path, random):
+    path = tmp_path / "c.npz"
+    write_cache(path, {"a": [face(random)]})
+    with np.load(path) as file:
+        parts = dict(file)
+    parts["jpegs"][:50] = 0
+    np.savez(path, **parts)
+    with pytest.raises(ValueError, match=r"c\.npz: expected a crop cache .* got a crop that does not decode"):
+        read_cache(path)
+    np.save(tmp_path / "c.npy", parts["points"])
+    with pytest.raises(ValueError, match=r"c\.npy: expected a crop cache"):
+        read_cache(tmp_path / "c.npy")
+
+
+def test_background_may_have_any_name(random):
+    picture = Face(random.integers(0, 256, (50, 60), np.uint8), np.empty((0, 2)), "caf\udce9", "caf\udce9.jpg")
+    assert len(list(background_crops(picture, 5, color=False))) == BACKGROUND_CROPS
+
+
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 the first part", None])
 def test_other_files_are_named(tmp_path, content):
     path = tmp_path / "c.npz"

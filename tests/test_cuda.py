@@ -206,6 +206,9 @@ def test_engine_finds_what_the_native_one_finds(cuda, random, to_host):
     for side in (24, 21):
         images = torch.from_numpy(random.integers(0, 256, (3, 1, side, side), np.uint8))
         torch.testing.assert_close(ours.heatmaps(images).cpu(), expected.heatmaps(images), rtol=0, atol=1e-4)
+        offsets = random.integers(-3, 4, (2, 3, 2))
+        votes = (engine.votes(images, offsets, [0, 2], 2) for engine in (ours, expected))
+        np.testing.assert_allclose(*votes, atol=1e-4)
         pairs = list(zip(ours.maxima(images, to_host), expected.maxima(images, True), strict=True))
         if DEVICE.type == "cpu":
             fitted, known = ours.fit(images, shape, to_host), expected.fit(images, shape, True)

@@ -1,4 +1,5 @@
 import csv
+import os
 import shutil
 
 import cv2
@@ -14,6 +15,7 @@ from lgcn_fast.datasets import (
     read_faces,
     read_kaggle,
     read_pts,
+    read_shapes,
 )
 from lgcn_fast.landmarks import KAGGLE_NAMES
 
@@ -176,6 +178,48 @@ def test_malformed_kaggle_names_the_line(tmp_path, pixels, message):
     path = kaggle(tmp_path / "training.csv", [["1"] * 30 + [pixels]])
     with pytest.raises(ValueError, match=f"line 2: {message}"):
         read_kaggle(path)
+
+
+def test_two_pictures_of_one_name_are_named(tmp_path):
+    """One may be a mask, or a drawing."""
+    (tmp_path / "a.pts").write_text(POINTS)
+    picture(tmp_path / "a.jpg")
+    picture(tmp_path / "a.png")
+    with pytest.raises(
+        ValueError, match=r"a\.pts: expected one picture of the same name beside it, got a\.png, a\.jpg"
+    ):
+        read_300w(tmp_path)
+    (tmp_path / "a.png").unlink()
+    os.link(tmp_path / "a.jpg", tmp_path / "a.JPG")  # as file systems have it that do not tell cases apart
+    assert len(read_300w(tmp_path)) == 1
+
+
+def test_folders_and_shadows_of_files_are_no_pictures(tmp_path):
+    for name in ("._a.pts", "._a.jpg"):  # of archives made on macOS
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    for name in ("b.pts", "b.jpg"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a.pts").write_text(POINTS)
+    picture(tmp_path / "a.jpg")
+    assert [face.source.name for face in read_300w(tmp_path)] == ["a.jpg"]
+    assert [face.source.name for face in read_background(tmp_path)] == ["a.jpg"]
+
+
+def test_shapes_without_pictures(tmp_path):
+    path = tmp_path / "shapes.npz"
+    shapes = np.zeros((3, 5, 2))
+    np.savez(path, landmarks=shapes)
+    np.testing.assert_array_equal(read_shapes(path, 5), shapes)
+    with pytest.raises(ValueError, match=r"shapes\.npz: expected landmarks \(M, 7, 2\), got \(3, 5, 2\)"):
+        read_shapes(path, 7)
+    np.save(tmp_path / "shapes.npy", shapes)
+    for other in (tmp_path / "shapes.npy", tmp_path / "nowhere.npz"):
+        with pytest.raises(ValueError, match=f"{other}: expected a .npz file with an array `landmarks`"):
+            read_shapes(other, 5)
+
+
+def test_groups_need_not_be_text():
+    assert {is_validation(f"caf\udce9{index}") for index in range(50)} == {True, False}
 
 
 def test_background_has_no_points(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from networks import randomised
 
 import lgcn_fast
 import lgcn_fast_kernels
@@ -329,10 +330,14 @@ def test_native_votes_equal_the_reference(random, step):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_votes_of_an_engine_are_those_of_its_heatmaps(random, threads):
+@pytest.mark.parametrize("loss", ["squared_error", "cross_entropy"])
+def test_votes_of_an_engine_are_those_of_its_heatmaps(random, threads, loss):
     import torch
 
-    engine = Engine(load_model("lgcn-nano"), "cpu", num_threads=threads)
+    model = load_model("lgcn-nano")
+    if loss == "cross_entropy":
+        model = randomised(replace(model.config, loss=loss))
+    engine = Engine(model, "cpu", num_threads=threads)
     images = torch.from_numpy(random.integers(0, 256, (2, 1, 70, 61), np.uint8))
     offsets = random.integers(-9, 9, (2, 68, 2))
     expected = peaks.face_votes(engine.heatmaps(images).numpy(), offsets, range(17, 68), 2)

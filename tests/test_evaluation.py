@@ -4,6 +4,7 @@ import pytest
 from lgcn_fast import Engine, predict
 from lgcn_fast.datasets import Face
 from lgcn_fast.evaluation import Evaluation, evaluate, landmark_errors, summary, with_mean_shape
+from lgcn_fast.figures import draw_sheet
 from lgcn_fast.images import face_box, read_image
 
 
@@ -126,7 +127,14 @@ def test_labels_that_cannot_be_evaluated_are_named(random):
     assert len(evaluate(faces_of(without), "lgcn-nano", "face-size")["fit"].by_face()) == 2
 
 
-def test_faces_of_one_name_are_all_reported(random):
+def test_a_face_with_labels_beside_its_picture_has_a_place_on_the_sheet(random, tmp_path):
+    points = random.uniform(10, 50, (2, 68, 2))
+    points[1] -= 100
+    draw_sheet(Evaluation(faces_of(points), points, points, "inter-ocular"), tmp_path / "sheet.png")
+    assert read_image(tmp_path / "sheet.png").size > 0
+
+
+def test_faces_of_one_name_are_all_reported():
     evaluation = Evaluation(faces_of(np.zeros((3, 68, 2))), shapes(3) + 5, shapes(3), "inter-ocular")
     assert list(evaluation.by_face()) == ["name", "name (2)", "name (3)"]
     evaluation.labelled[1, 36] = np.nan  # an eye corner

@@ -157,6 +157,17 @@ def test_without_ray_there_is_a_remedy(tmp_path, monkeypatch):
         run("ray_folder", tmp_path, "--out", tmp_path / "faces.jsonl")
 
 
+def test_a_worker_of_rays_goes_on_after_bad_files(tmp_path, demo_picture):
+    torn = tmp_path / "torn.jpg"
+    torn.write_bytes(demo_picture.read_bytes()[:5000])
+    finder = runpy.run_path(str(EXAMPLES / "ray_folder.py"))["FaceFinder"]("lgcn-nano", 40)
+    files = [demo_picture, torn, tmp_path / ("x" * 300)]  # (a name that no file can have is an OSError)
+    found, *others = map(json.loads, finder({"path": np.array(list(map(str, files)))})["line"])
+    assert len(found["faces"]) == 1
+    assert "expected a picture file" in others[0]["error"]
+    assert "File name too long" in others[1]["error"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray Data (pip install "ray[data]")')
 def test_a_folder_with_ray(tmp_path, demo_picture):
@@ -174,4 +185,4 @@ def test_a_folder_with_ray(tmp_path, demo_picture):
         records[Path(record["file"]).name] = record
     assert records.keys() == {"demo.jpg", "torn.jpg"}
     assert len(records["demo.jpg"]["faces"]) == 1
-    assert "ends in the middle" in records["torn.jpg"]["error"]
+    assert "expected a picture file" in records["torn.jpg"]["error"]

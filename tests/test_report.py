@@ -126,7 +126,11 @@ def test_measured_errors_are_reproduced(data):
 
 
 def test_processors_have_a_name_in_any_language(tmp_path, monkeypatch):
-    (tmp_path / "lscpu").write_text("#!/bin/sh\necho 'Processeur(s) : 2'\n")
+    script = (
+        "#!/bin/sh\nif [ $LC_ALL = C ]; then echo 'Model name: Abacus 7'; else echo 'Nom de modele : Abacus 7'; fi\n"
+    )
+    (tmp_path / "lscpu").write_text(script)
     (tmp_path / "lscpu").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert f"{os.cpu_count()} cores" in report.cpu_name()
+    monkeypatch.setenv("LC_ALL", "fr_FR.UTF-8")
+    assert report.cpu_name().startswith(f"Abacus 7, {os.cpu_count()} cores")

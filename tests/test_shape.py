@@ -1,9 +1,10 @@
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from lgcn_fast import ShapeModel
-from lgcn_fast.checkpoints import WEIGHTS
+from lgcn_fast.checkpoints import WEIGHTS, load_tensors, save_tensors
 from lgcn_fast.landmarks import SCHEMES
 from lgcn_fast.shape import similarity_basis
 
@@ -105,7 +106,28 @@ def test_round_trip_and_picture(shapes, tmp_path):
     assert cv2.imread(str(tmp_path / "modes.png")).std() > 5
 
 
-def test_other_files_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modes": None}, "expected mean, modes and variances, got no modes"),
+        ({"mean": torch.zeros(10)}, r"expected mean \(N, 2\), modes \(K, N, 2\) and variances \(K,\), got"),
+        ({"modes": torch.zeros(2, 9, 2)}, r"expected mean .*, got \(\(10, 2\), \(2, 9, 2\), \(2,\)\)"),
+        ({"variances": torch.ones(3)}, "expected mean"),
+        ({"variances": torch.zeros(2)}, "expected finite numbers and variances above 0"),
+        ({"mean": torch.full((10, 2), torch.nan)}, "expected finite numbers"),
+        ({"mean": torch.zeros(10, 2, dtype=torch.bfloat16)}, "expected float64, got"),
+    ],
+)
+def test_damaged_files_are_named(shapes, tmp_path, change, message):
+    path = tmp_path / "shape.safetensors"
+    ShapeModel.fit(shapes, 2).save(path)
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, {name: part for name, part in (tensors | change).items() if part is not None}, metadata)
+    with pytest.raises(ValueError, match=r"shape\.safetensors: " + message):
+        ShapeModel.load(path)
+
+
+def test_other_files_are_named():
     with pytest.raises(ValueError, match=r"lgcn-nano\.safetensors: expected a shape model"):
         ShapeModel.load(WEIGHTS / "lgcn-nano.safetensors")
 

@@ -306,6 +306,34 @@ def test_a_dash_is_no_file(clip, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a display")
+@pytest.mark.parametrize("how", ["key", "closed"])
+def test_the_window_ends_a_video(clip, tmp_path, monkeypatch, how):
+    shown = []
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(cli_video.cv2, "imshow", lambda _, picture: shown.append(picture))
+    monkeypatch.setattr(cli_video.cv2, "waitKey", lambda _: ord("q") if how == "key" and len(shown) == 4 else -1)
+    monkeypatch.setattr(cli_video.cv2, "getWindowProperty", lambda *_: float(how == "key" or len(shown) < 4))
+    monkeypatch.setattr(cli_video.cv2, "destroyAllWindows", lambda: shown.append(None))
+    out, lines = tmp_path / "out.avi", tmp_path / "out.jsonl"
+    assert main(["video", str(clip), "--show", "--out", str(out), "--json", str(lines)]) == 0
+    assert [picture is None for picture in shown] == [False] * 4 + [True]
+    assert shown[0].shape == (240, 320, 3)
+    assert len(lines.read_text().splitlines()) == 4
+    with VideoReader(out) as frames:
+        assert len(list(frames)) == 4
+
+
+def test_an_opencv_without_windows_is_named(clip, monkeypatch, capsys):
+    def headless(*_):
+        raise cv2.error("The function is not implemented")
+
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(cli_video.cv2, "imshow", headless)
+    monkeypatch.setattr(cli_video.cv2, "destroyAllWindows", lambda: None)
+    assert main(["video", str(clip), "--show"]) == 2
+    assert "--show: expected an OpenCV with windows (opencv-python, not -headless)" in capsys.readouterr().err
+
+
 def test_show_without_a_display(clip, monkeypatch, capsys):
     monkeypatch.delenv("DISPLAY", raising=False)
     assert main(["video", str(clip), "--show"]) == 2
