@@ -17,14 +17,14 @@ namespace lgcn {
 struct Grid {
     static constexpr std::int64_t kOverhang = 4;  // rows (of each phase) and columns that tiles see beyond the border
 
-    std::int64_t height = 0, width = 0, phases = 1, border = 0;
+    std::int64_t height = 0, width = 0, phases = 1;
     std::int64_t segment = 0, pitch = 0;  // pixels from one phase to the next, from one row to the next
     std::int64_t origin = 0;              // the first pixel
     std::int64_t span = 0;                // from the first pixel to behind the last, in whole blocks
     std::vector<std::uint8_t> inside;     // (span,): image, or border
 
     Grid(std::int64_t height, std::int64_t width, std::int64_t phases, std::int64_t border)
-        : height(height), width(width), phases(phases), border(border) {
+        : height(height), width(width), phases(phases) {
         segment = (width + phases - 1) / phases + border;
         pitch = phases * segment;
         origin = border * phases * pitch + border;

@@ -36,7 +36,6 @@ public:
           step_(step) {}
 
     std::int64_t sizes() const { return sizes_; }
-    std::int64_t landmarks() const { return landmarks_; }
     std::int64_t voters() const { return static_cast<std::int64_t>(voters_.size()); }
     std::int64_t side(std::int64_t pixels) const { return (pixels - 1) / step_ + 1; }
 

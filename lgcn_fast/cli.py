@@ -41,6 +41,7 @@ from .engine import Engine, engine_device
 from .evaluation import evaluate, with_mean_shape
 from .export import FORMATS, export
 from .images import read_image, write_image
+from .loading import shape_for
 from .prediction import Landmarks, predict
 from .report import accuracy_table, put_into_readme, write_evaluation, write_report
 from .shipped import MEASURED, default_model, models
@@ -135,20 +136,20 @@ def _add_prediction_options(parser: argparse.ArgumentParser) -> None:
 def _run_predict(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     options.files = list(dict.fromkeys(options.files))
-    found = {}
+    engine, found = engine_of(options), {}
+    shape = shape_for(options.shape, engine.config.num_landmarks) if options.fit else None
     boxes = [options.box] if options.box else None
     if options.passes is None:
         options.passes = 1 if boxes else 2
     taken = names_in(options.out, options.files)
 
     def find(image: np.ndarray) -> Landmarks:
-        names = ("model", "fit", "shape", "device", "precision", "ensemble", "passes")
-        return predict(image, boxes, **{name: getattr(options, name) for name in names})
+        return predict(image, boxes, engine, options.fit, shape, ensemble=options.ensemble, passes=options.passes)
 
     try:
         for path, image, result in found_in("predict", options.files, find):
             picture = free_name(path.stem, "landmarks", taken)
-            _write_picture(options.out / picture, image, result, options.style, engine_of(options))
+            _write_picture(options.out / picture, image, result, options.style, engine)
             found[str(path)] = {"picture": picture, **rounded(result.points[0], result.scores[0])}
     finally:  # also where it is interrupted, or the disk gets full
         if found:

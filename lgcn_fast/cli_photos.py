@@ -18,7 +18,7 @@ from .detection import Faces, combined_heatmap, detect
 from .drawing import STYLES, draw
 from .engine import PRECISIONS, Engine
 from .images import read_image, write_image
-from .loading import engine_for
+from .loading import engine_for, finder_for, shape_for
 from .multiface import draw_score, read_photos, score_photos, summary
 
 Found = TypeVar("Found")
@@ -90,10 +90,13 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--any-angle", action="store_true", help=text)
 
 
-def _detector(options: argparse.Namespace) -> Callable[[np.ndarray], Faces]:
+def _detector(options: argparse.Namespace) -> partial[Faces]:
     """`detect` as asked for."""
-    names = ("min_face", "min_confidence", "model", "finder", "shape", "device", "precision", "any_angle")
-    return partial(detect, **{name: getattr(options, name) for name in names})
+    engine = engine_of(options)
+    models = {"model": engine, "finder": finder_for(options.finder, engine)}
+    shape = shape_for(options.shape, engine.config.num_landmarks)
+    names = ("min_face", "min_confidence", "any_angle")
+    return partial(detect, shape=shape, **models, **{name: getattr(options, name) for name in names})
 
 
 def _run_detect(options: argparse.Namespace) -> int:
@@ -102,14 +105,14 @@ def _run_detect(options: argparse.Namespace) -> int:
     numbers = options.out / "faces.json"
     _check_no_labels(numbers)
     found: dict[str, dict] = {}
-    names = ("min_face", "model", "finder", "device", "precision")
-    heatmap_of = partial(combined_heatmap, **{name: getattr(options, name) for name in names})
+    find = _detector(options)
+    heatmap_of = partial(combined_heatmap, **{name: find.keywords[name] for name in ("min_face", "model", "finder")})
     taken = names_in(options.out, options.files)
     taken |= {name.replace("_heatmap.png", "_faces.png") for name in taken}  # a heatmap is named like its drawing
     try:
-        for path, photo, faces in found_in("detect", options.files, _detector(options)):
+        for path, photo, faces in found_in("detect", options.files, find):
             picture = free_name(path.stem, "faces", taken)
-            write_image(options.out / picture, draw(photo, faces, options.style, engine_of(options)))
+            write_image(options.out / picture, draw(photo, faces, options.style, find.keywords["model"]))
             found[str(path)] = {"picture": picture, "faces": as_json(faces)}
             if options.heatmap:
                 colors = cv2.applyColorMap((heatmap_of(photo) * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)

@@ -18,11 +18,11 @@ from lgcn_fast_kernels.triton_convolution import FP8, Convolution, channels_last
 from lgcn_fast_kernels.triton_gaussian_sum import gaussian_sum
 from lgcn_fast_kernels.triton_peaks import heatmap_reduction
 
-from .fitting import THRESHOLD, Array, CudaFitter, Fit
+from .fitting import THRESHOLD, CudaFitter, Fit
 from .folding import ORIGIN, FoldedNetwork, Layer
 from .losses import readable
 from .model import cudnn_benchmark, pad_to_grid, pooled
-from .peaks import PEAK_RADIUS
+from .peaks import PEAK_RADIUS, Array
 from .recorded_step import record_graph
 from .shape import ShapeModel
 

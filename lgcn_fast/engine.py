@@ -14,10 +14,11 @@ from torch.utils.dlpack import to_dlpack
 from lgcn_fast_kernels import INSTRUCTIONS
 
 from .checkpoints import load_model
-from .fitting import Array, Fit
+from .fitting import Fit
 from .folding import fold
 from .model import LGCN, check_images, checked_device
 from .native import NativeEngine
+from .peaks import Array
 from .shape import ShapeModel
 
 if hasattr(os, "register_at_fork"):

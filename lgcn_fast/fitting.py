@@ -15,9 +15,9 @@ from lgcn_fast_kernels import cuda_fit
 
 from . import peaks
 from .images import BOX_ENLARGEMENT
+from .peaks import Array
 from .shape import ShapeModel, similarity_basis
 
-Array = Any
 RADII = (None, 20.0, 7.0)
 """Half sides of the windows of the three rounds, pixels of the image: all, then those near the last prediction."""
 THRESHOLD = 0.01

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from math import floor
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import cv2
 import numpy as np
 from array_api_compat import array_namespace, device
 
-Array = Any
+from .peaks import Array
+
 BOX_ENLARGEMENT = 1.17
 """Side of a face box over that of the tight square around the landmarks (paper, section 4)."""
 

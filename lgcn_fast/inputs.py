@@ -9,8 +9,8 @@ import torch
 from array_api_compat import array_namespace
 from torch import Tensor
 
-from .fitting import Array
 from .images import check_touches, square_box
+from .peaks import Array
 
 BYTES_FROM = 1.5
 """Pixels in floating point are those of 0..255 where the largest is above it: one of 0..1 may be a little above 1 after

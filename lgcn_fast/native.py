@@ -9,10 +9,10 @@ from torch import Tensor
 import lgcn_fast_kernels
 from lgcn_fast_kernels import INSTRUCTIONS
 
-from .fitting import Array, Fit, NativeFitter
+from .fitting import Fit, NativeFitter
 from .folding import FoldedNetwork
 from .losses import readable
-from .peaks import PEAK_RADIUS
+from .peaks import PEAK_RADIUS, Array
 from .shape import ShapeModel
 
 

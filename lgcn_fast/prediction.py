@@ -15,7 +15,6 @@ from torch.nn.functional import affine_grid, grid_sample
 
 from . import ensembles
 from .engine import Engine
-from .fitting import Array
 from .images import (
     BRIGHTEST,
     DARKEST,
@@ -35,6 +34,7 @@ from .images import (
 from .inputs import as_images, box_numbers, channels_last, from_dlpack, square_boxes
 from .loading import engine_for, shape_for
 from .model import LGCN
+from .peaks import Array
 from .shape import ShapeModel
 
 CHUNK = 64
@@ -209,7 +209,7 @@ def _looked_at_again(
     points: np.ndarray,
     boxes: np.ndarray,
     angles: np.ndarray | None,
-    images: list[np.ndarray] | Tensor,
+    images: list[np.ndarray],
     shape: ShapeModel | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Upright boxes around the points of faces and their angles; those that they were found in, where that is none to
@@ -260,7 +260,7 @@ def _device_crops(
     boxes: np.ndarray,
     size: int,
     channels: int,
-    angles: np.ndarray | None = None,
+    angles: np.ndarray | None,
 ) -> Tensor:
     """What `network_input` makes of some boxes, each in the frame that `faces` (b,) names, but for rounding, on the GPU
     that the frames are on."""

@@ -5,9 +5,10 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn, optim
+from torch import optim
 
 from .augmentation import FIXED_VARIANTS, Augmentation
+from .model import LGCN
 from .optimiser import Muon, recordable_rate
 
 PAPER_RATES = ((11, 1e-3), (21, 5e-4), (31, 2e-4), (41, 1e-4), (51, 5e-5), (math.inf, 2e-5))
@@ -38,7 +39,7 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
-    def optimiser(self, model: nn.Module, dtype: torch.dtype) -> optim.Optimizer:
+    def optimiser(self, model: LGCN, dtype: torch.dtype) -> optim.Optimizer:
         """SGD with momentum as in the paper, or Muon with products in `dtype`."""
         if self.muon_rate:
             return Muon(model, dtype=dtype)

@@ -1,7 +1,7 @@
 """What is said on the command line reaches the functions that do it: all options off their defaults, nothing is run."""
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +17,6 @@ from lgcn_fast.training_options import TrainingOptions
 ENGINE = ["--model", "m", "--device", "cpu", "--precision", "fp32"]
 SHAPE = ["--shape", "s"]
 DETECTION = ["--finder", "f", "--min-face", "33", "--min-confidence", "0.7", "--any-angle"]
-DETECTED = {"min_face": 33.0, "min_confidence": 0.7, "model": "m", "finder": "f", "shape": Path("s"), "device": "cpu",
-            "precision": "fp32", "any_angle": True}  # fmt: skip
 NOBODY = Faces(np.empty((0, 68, 2)), np.empty((0, 68)), np.empty(0), np.empty((0, 4)))
 
 
@@ -37,42 +35,63 @@ def reaches(*words: str | Path) -> tuple[tuple, dict]:
     return stopped.value.args
 
 
-def test_predict(monkeypatch, demo_picture, tmp_path):
+@dataclass(frozen=True)
+class Named:
+    """What stands for an engine: what it was asked for by."""
+
+    names: tuple
+    config = LGCNConfig(num_landmarks=5)
+
+
+FOUND_BY = Named(("m", "cpu", "fp32"))
+DETECTED = {"min_face": 33.0, "min_confidence": 0.7, "model": FOUND_BY, "finder": ("f", FOUND_BY),
+            "shape": (Path("s"), 5), "any_angle": True}  # fmt: skip
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """Engines, finders and shape models are what they were asked for by."""
+    monkeypatch.setattr(cli_photos, "engine_for", lambda *names: Named(names))
+    monkeypatch.setattr(cli_photos, "finder_for", lambda *names: names)
+    for module in (cli, cli_photos):
+        monkeypatch.setattr(module, "shape_for", lambda *names: names)
+
+
+def test_predict(named, monkeypatch, demo_picture, tmp_path):
     monkeypatch.setattr(cli, "predict", reached)
-    words = ["--box", "1,2,30,40", "--passes", "3", "--ensemble", "4", "--no-fit", "--out", tmp_path]
-    (_, boxes), options = reaches("predict", demo_picture, *ENGINE, *SHAPE, *words)
-    assert boxes == [(1, 2, 30, 40)]
-    assert options == {"model": "m", "fit": False, "shape": Path("s"), "device": "cpu", "precision": "fp32",
-                       "ensemble": 4, "passes": 3}  # fmt: skip
+    words = ["--box", "1,2,30,40", "--passes", "3", "--ensemble", "4", "--out", tmp_path]
+    (_, *arguments), options = reaches("predict", demo_picture, *ENGINE, *SHAPE, *words)
+    assert arguments == [[(1, 2, 30, 40)], FOUND_BY, True, (Path("s"), 5)]
+    assert options == {"ensemble": 4, "passes": 3}
+    (_, *arguments), _ = reaches("predict", demo_picture, *ENGINE, "--no-fit", *words)
+    assert arguments == [[(1, 2, 30, 40)], FOUND_BY, False, None]
 
 
-def test_detect(monkeypatch, demo_picture, tmp_path):
+def test_detect(named, monkeypatch, demo_picture, tmp_path):
     monkeypatch.setattr(cli_photos, "detect", reached)
     assert reaches("detect", demo_picture, *ENGINE, *SHAPE, *DETECTION, "--out", tmp_path)[1] == DETECTED
 
 
-def test_detections_are_drawn_with_the_engine_that_found_them(monkeypatch, demo_picture, tmp_path):
+def test_detections_are_drawn_with_the_engine_that_found_them(named, monkeypatch, demo_picture, tmp_path):
     monkeypatch.setattr(cli_photos, "detect", lambda *_, **__: NOBODY)
-    monkeypatch.setattr(cli_photos, "engine_for", lambda *names: names)
     monkeypatch.setattr(cli_photos, "draw", reached)
     style = ["--style", "heatmaps", "boxes"]
     (_, faces, styles, engine), _ = reaches("detect", demo_picture, *ENGINE, *style, "--out", tmp_path)
     assert faces is NOBODY
     assert styles == ["heatmaps", "boxes"]
-    assert engine == ("m", "cpu", "fp32")
+    assert engine == FOUND_BY
     monkeypatch.setattr(cli_photos, "draw", lambda photo, *_: photo)
     monkeypatch.setattr(cli_photos, "combined_heatmap", reached)
     _, options = reaches("detect", demo_picture, *ENGINE, *DETECTION, "--heatmap", "--out", tmp_path)
-    assert options == {name: DETECTED[name] for name in ("min_face", "model", "finder", "device", "precision")}
+    assert options == {name: DETECTED[name] for name in ("min_face", "model", "finder")}
 
 
-def test_landmarks_are_drawn_with_the_engine_that_found_them(monkeypatch, demo_picture, tmp_path):
+def test_landmarks_are_drawn_with_the_engine_that_found_them(named, monkeypatch, demo_picture, tmp_path):
     monkeypatch.setattr(cli, "predict", lambda *_, **__: NOBODY)
-    monkeypatch.setattr(cli_photos, "engine_for", lambda *names: names)
     monkeypatch.setattr(cli, "draw", reached)
     (_, _, styles, engine), _ = reaches("predict", demo_picture, *ENGINE, "--style", "heatmaps", "--out", tmp_path)
     assert styles == ["heatmaps"]
-    assert engine == ("m", "cpu", "fp32")
+    assert engine == FOUND_BY
 
 
 def test_export(monkeypatch, tmp_path):
@@ -91,7 +110,7 @@ def test_evaluate(monkeypatch, tmp_path):
                        "ensemble": 3}  # fmt: skip
 
 
-def test_evaluate_on_photos(monkeypatch, tmp_path):
+def test_evaluate_on_photos(named, monkeypatch, tmp_path):
     monkeypatch.setattr(cli_photos, "read_photos", lambda folder: [folder.name])
     monkeypatch.setattr(cli_photos, "score_photos", reached)
     words = ["evaluate", "--multiface", "a", "b", *ENGINE, *SHAPE, *DETECTION, "--out", tmp_path]

@@ -29,6 +29,7 @@ def test_json_round_trip(config):
         ({"sigmas": (1.0, 0.0)}, "sigmas: expected positive"),
         ({"dropout": 1.0}, "dropout"),
         ({"shuffle": 5}, "input_size: expected a multiple of shuffle=5, got 96"),
+        ({"shuffle": 4, "stride": 3}, "stride: expected a divisor of shuffle=4, got 3"),
         ({"side_channels": -1}, "side_channels"),
         ({"loss": "l1"}, "loss: expected one of .* got 'l1'"),
     ],
