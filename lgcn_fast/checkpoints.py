@@ -180,7 +180,8 @@ def load_start(model: Path | str, config: LGCNConfig) -> tuple[LGCN, bool]:
     if other:
         expected, got = (", ".join(f"{name}={getattr(each, name)!r}" for name in sorted(other))
                          for each in (config, start.config))  # fmt: skip
-        raise ValueError(f"{model}: expected weights with {expected} (or of fewer filters), got {got}")
+        fewer = " (or of fewer filters)" if "filters" in other else ""
+        raise ValueError(f"{model}: expected weights with {expected}{fewer}, got {got}")
     start = widened(start, config.filters)
     return (start if same_landmarks else retargeted(start, config)), same_landmarks
 

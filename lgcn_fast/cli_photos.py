@@ -90,13 +90,13 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--any-angle", action="store_true", help=text)
 
 
-def _detector(options: argparse.Namespace) -> partial[Faces]:
-    """`detect` as asked for."""
+def _detector(options: argparse.Namespace) -> tuple[Callable[[np.ndarray], Faces], Engine, Engine]:
+    """`detect` as asked for, its engine and its finder."""
     engine = engine_of(options)
-    models = {"model": engine, "finder": finder_for(options.finder, engine)}
-    shape = shape_for(options.shape, engine.config.num_landmarks)
+    finder, shape = finder_for(options.finder, engine), shape_for(options.shape, engine.config.num_landmarks)
     names = ("min_face", "min_confidence", "any_angle")
-    return partial(detect, shape=shape, **models, **{name: getattr(options, name) for name in names})
+    rest = {name: getattr(options, name) for name in names}
+    return partial(detect, model=engine, finder=finder, shape=shape, **rest), engine, finder
 
 
 def _run_detect(options: argparse.Namespace) -> int:
@@ -105,14 +105,14 @@ def _run_detect(options: argparse.Namespace) -> int:
     numbers = options.out / "faces.json"
     _check_no_labels(numbers)
     found: dict[str, dict] = {}
-    find = _detector(options)
-    heatmap_of = partial(combined_heatmap, **{name: find.keywords[name] for name in ("min_face", "model", "finder")})
+    find, engine, finder = _detector(options)
+    heatmap_of = partial(combined_heatmap, min_face=options.min_face, model=engine, finder=finder)
     taken = names_in(options.out, options.files)
     taken |= {name.replace("_heatmap.png", "_faces.png") for name in taken}  # a heatmap is named like its drawing
     try:
         for path, photo, faces in found_in("detect", options.files, find):
             picture = free_name(path.stem, "faces", taken)
-            write_image(options.out / picture, draw(photo, faces, options.style, find.keywords["model"]))
+            write_image(options.out / picture, draw(photo, faces, options.style, engine))
             found[str(path)] = {"picture": picture, "faces": as_json(faces)}
             if options.heatmap:
                 colors = cv2.applyColorMap((heatmap_of(photo) * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
@@ -189,7 +189,7 @@ def _check_no_labels(path: Path) -> None:
 def run_multiface(options: argparse.Namespace) -> int:
     """Score `detect` on folders with `faces.json`."""
     photos = [photo for folder in options.faces for photo in read_photos(folder)]
-    scores = score_photos(photos, _detector(options), options.min_face)
+    scores = score_photos(photos, _detector(options)[0], options.min_face)
     values = summary(scores)
     options.out.mkdir(parents=True, exist_ok=True)
     taken = names_in(options.out, [photo.path for photo in photos])

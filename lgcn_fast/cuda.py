@@ -210,10 +210,8 @@ class RecordedBatches:
         self._recorded: dict[tuple[int, bool], tuple[Tensor, Callable[[], Tensor]]] = {}  # see `_record`
         self._lock, self._pinned_memory = threading.Lock(), threading.Lock()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        # One for all sizes: they share the memory of their intermediate results. (Of another priority than streams have
-        # by default: those come from a pool of 32 and are handed out again, and what somebody else's thread would do in
-        # this one while it is recorded would become part of the record.)
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        # One for all sizes: they share the memory of their intermediate results.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._done: torch.cuda.Event | None = None
 
     def __call__(self, images: Tensor, to_host: bool = False) -> Tensor:

@@ -216,7 +216,7 @@ def read_shapes(path: Path, num_landmarks: int) -> np.ndarray:
 def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """Files in a folder or below. (Archives made on macOS have a file `._NAME` beside each.)"""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    return sorted(path for path in found if path.is_file() and not path.name.startswith("._"))
+    return sorted(path for path in found if not path.is_dir() and not path.name.startswith("._"))
 
 
 def group_of(stem: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .detection import Faces
 from .engine import Engine
-from .images import face_box, from_crop, meet, square_box, turned, upright_boxes
+from .images import face_box, from_crop, square_box, touches, turned, upright_boxes
 from .inputs import one_image
 from .landmarks import SCHEMES
 from .loading import engine_for, packaged_shape
@@ -26,8 +26,8 @@ LABEL_COLOR = (70, 160, 255)
 HEAT = 0.6
 """Opacity of the heatmaps where they are 1."""
 FARTHEST = 8
-"""Points that lie so many times the larger side of the picture from its first pixel, or more, are not drawn: OpenCV
-would draw for minutes, or crash."""
+"""Points whose x or y is so many times the larger side of the picture, or more, are not drawn: OpenCV would draw for
+minutes, or crash."""
 _SUBPIXEL_BITS = 4
 
 
@@ -63,7 +63,7 @@ def draw(
     points = points[None] if points.ndim == 2 else points
     if points.ndim != 3 or points.shape[2] != 2:
         raise ValueError(f"faces: expected points (F, N, 2) or (N, 2), got {points.shape}")
-    drawn = np.abs(points) < FARTHEST * max(picture.shape)
+    drawn = np.abs(points) < FARTHEST * max(picture.shape[:2])
     points = np.where(drawn.all(axis=2, keepdims=True), points, np.nan)
     scores = getattr(faces, "scores", None)
     if "confidence" in styles and scores is None:
@@ -94,8 +94,8 @@ def _as_picture(image: Any) -> np.ndarray:
 
 
 def _extent(picture: np.ndarray, face: np.ndarray) -> float:
-    """The larger side of the tight box around landmarks, or of the picture, pixels: how thick to draw."""
-    return min(float((np.nanmax(face, axis=0) - np.nanmin(face, axis=0)).max()), max(picture.shape))
+    """The larger side of the tight box around landmarks, at most that of the picture, pixels: how thick to draw."""
+    return min(float((np.nanmax(face, axis=0) - np.nanmin(face, axis=0)).max()), max(picture.shape[:2]))
 
 
 def _fixed(points: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ def _draw_indices(picture: np.ndarray, face: np.ndarray) -> None:
 
 def _draw_box(picture: np.ndarray, face: np.ndarray, caption: str) -> None:
     x, y, side, _ = square_box(face_box(face)).tolist()
-    extent = min(side, max(picture.shape))
+    extent = min(side, max(picture.shape[:2]))
     cv2.rectangle(picture, (x, y), (x + side - 1, y + side - 1), LABEL_COLOR, max(round(extent / 250), 1))
     write_text(picture, caption, (x, y - 4), max(extent / 300, 0.4), LABEL_COLOR)
 
@@ -149,7 +149,7 @@ def _with_heatmaps(picture: np.ndarray, points: np.ndarray, engine: Engine) -> n
     for face in points[np.isfinite(points).all(axis=2).any(axis=1)]:
         visible = np.isfinite(face).all(axis=1)
         boxes, angles = upright_boxes(face[None, visible], shape and shape.mean[visible])
-        if not meet(boxes, picture)[0]:
+        if not touches(boxes[0], picture) or boxes[0, 2] > 2 * max(picture.shape[:2]):
             continue
         crop = network_input(picture, boxes[0], config.input_size, config.in_channels, angles[0])
         seen = engine.heatmaps(crop[None])[0].amax(dim=0).clamp(0, 1).cpu().numpy()

@@ -1,6 +1,9 @@
 """A trained network made fast for inference: a transformation of the model, not a second model."""
 
 import os
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -26,6 +29,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 GPU_PACKAGES = ("triton", "cupy")
+LEAST_CUPY = 14
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU that "auto" takes (Ampere): older ones have no bf16."""
 LEAST_FP8_CAPABILITY = (8, 9)
@@ -206,13 +210,26 @@ def engine_device(name: str) -> torch.device:
         raise ValueError(f"device: expected 'cpu', 'cuda' or 'auto', got {name!r}")
     if device.type == "cuda":
         missing = [package for package in GPU_PACKAGES if find_spec(package) is None]
-        if name == "auto" and (missing or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY):
+        old = old_cupy()
+        if name == "auto" and (missing or old or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY):
             return torch.device("cpu")
         if missing:
             remedy = "pip install triton and, for your version of CUDA, cupy-cuda12x or cupy-cuda13x"
             raise ValueError(f"device: {name!r} needs {' and '.join(GPU_PACKAGES)}, got no {missing[0]} ({remedy})")
+        if old:
+            raise ValueError(f"device: {name!r} needs CuPy {LEAST_CUPY} or newer, got {old}")
         device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
     return device
+
+
+@cache
+def old_cupy() -> str | None:
+    """The version of the CuPy that is installed, where it is too old. (To import it takes a second.)"""
+    for name in ("cupy-cuda12x", "cupy-cuda13x", "cupy"):
+        with suppress(PackageNotFoundError):
+            if int((found := version(name)).split(".")[0]) < LEAST_CUPY:
+                return found
+    return None
 
 
 def known_precisions(device: torch.device) -> tuple[str, ...]:

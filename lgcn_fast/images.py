@@ -329,11 +329,10 @@ def turned(points: Array, boxes: np.ndarray, angles: np.ndarray) -> Array:
         (..., B, N, 2).
     """
     xp = array_namespace(points)
+    cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None] * (-1, 1)
     about, cos, sin = (
-        xp.asarray(array, dtype=points.dtype, device=device(points))
-        for array in (middle(boxes)[:, None], np.cos(angles)[:, None], np.sin(angles)[:, None])
+        xp.asarray(array, dtype=points.dtype, device=device(points)) for array in (middle(boxes)[:, None], cos, sin)
     )
     moved = points - about
-    x, y = moved[..., 0], moved[..., 1]
     # (No product of matrices: that would be rounded in autocast, and to TF32 where the user has allowed it.)
-    return xp.stack([cos * x - sin * y, sin * x + cos * y], axis=-1) + about
+    return moved * cos + xp.flip(moved, axis=-1) * sin + about

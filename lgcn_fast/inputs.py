@@ -25,7 +25,7 @@ def from_dlpack(batch: Any) -> Any:
     """Arrays of other libraries as NumPy arrays or tensors; what is none as it is."""
     if isinstance(batch, np.ndarray | Tensor | list | tuple) or not hasattr(batch, "__dlpack__"):
         return batch
-    # Of arrays that run backwards torch ends the process; NumPy takes them, and CuPy makes others of them.
+    # Negative strides make torch end the process. NumPy takes them: CPU arrays go through it, others are copied first.
     if batch.__dlpack_device__()[0] == 1:  # a CPU
         with suppress(BufferError, RuntimeError, TypeError):  # (NumPy has no bfloat16)
             return np.from_dlpack(batch)

@@ -71,10 +71,11 @@ class Landmarks:
     def __getitem__(self, chosen: Any) -> Self:
         if self.points.ndim < 3:
             raise TypeError("faces: expected some, got the landmarks of one")
-        if chosen is None or isinstance(chosen, bool | tuple):
-            raise TypeError(f"faces: expected an index, a slice, a mask or indices, got {chosen!r}")
         of_each_face = ((name, part) for name, part in vars(self).items() if getattr(part, "ndim", 0))
-        return replace(self, **{name: part[chosen] for name, part in of_each_face})
+        parts = {name: part[chosen] for name, part in of_each_face}
+        if isinstance(chosen, tuple) or parts["points"].ndim not in (2, 3):
+            raise TypeError(f"faces: expected an index, a slice, a mask or indices, got {chosen!r}")
+        return replace(self, **parts)
 
 
 def predict(

@@ -70,7 +70,8 @@ class Trainer:
         """Set a run up, or take an interrupted one in `folder` up again.
 
         Raises:
-            ValueError: cache and configuration do not fit, or `folder` holds a run with other options or crops.
+            ValueError: cache and configuration do not fit, or `folder` holds a run with other options, crops or another
+                teacher.
         """
         check_cache(cache, options)
         self.cache, self.options, self.folder = cache, options, Path(folder)
@@ -131,14 +132,15 @@ class Trainer:
         """Train to the end of the schedule, or until the time is up.
 
         Args:
-            time_budget: minutes for this call, above 0; it stops before an epoch that would not fit.
+            time_budget: minutes for this call, above 0; it stops before an epoch that would not fit, but does at least
+                one.
 
         Returns:
             Whether the schedule is finished; otherwise run again to go on.
 
         Raises:
             FloatingPointError: the loss became NaN or infinite; the state after the last whole epoch is kept.
-            ValueError: a budget of 0 or less, or another process that trains in the folder.
+            ValueError: a budget that is not above 0 and finite, or another process that trains in the folder.
         """
         if time_budget is not None and not (time_budget > 0 and isfinite(time_budget)):
             raise ValueError(f"time_budget: expected minutes above 0, got {time_budget:g}")
@@ -151,8 +153,9 @@ class Trainer:
         reuse_freed_memory()
         start = time.monotonic()
         for name in FILES:
-            for left_behind in self.folder.glob(f"{name}.*.part"):  # where a run was killed while it wrote
-                left_behind.unlink(missing_ok=True)
+            for part in self.folder.glob(f"{name}.*.part"):  # left behind where a run was killed while it wrote
+                if time.time() - part.stat().st_mtime > 60:
+                    part.unlink()
         self._write_log()
         if self.epochs is None:
             self.epochs = self._plan(time_budget) if time_budget else self.options.recipe.epochs
@@ -363,9 +366,12 @@ class Trainer:
     def _restore(self) -> None:
         path = self._checkpoint
         state, metadata = load_tensors(path)
-        asked, found = (json.loads(text) for text in (json.dumps(self._identity()), metadata.get("options", "{}")))
-        if other := {name: value for name, value in asked.items() if found.get(name, ...) != value}:
-            expected, got = (", ".join(f"{name}={run.get(name)}" for name in other) for run in (asked, found))
+        asked, found = self._identity(), json.loads(metadata.get("options", "{}"))
+        if found.keys() != asked.keys():
+            raise ValueError(f"{path}: expected a run of this version, got one of another; use another folder")
+        other = [name for name, value in asked.items() if found[name] != value]
+        if other:
+            expected, got = (", ".join(f"{name}={run[name]}" for name in other) for run in (asked, found))
             raise ValueError(f"{path}: expected a run with {expected}, got one with {got}; use another folder")
         progress = json.loads(metadata["progress"])
         for name, what, digest in (
@@ -383,9 +389,9 @@ class Trainer:
         self.label_shifts = progress["label_shifts"]
 
     def _identity(self) -> dict[str, Any]:
-        """What must stay as it is while a run goes on."""
+        """What must stay as it is while a run goes on, as JSON has it."""
         options = self.options
-        return {
+        identity = {
             **asdict(options.config),
             **{f"recipe.{name}": value for name, value in asdict(options.recipe).items()},
             "init": str(options.init),
@@ -395,6 +401,7 @@ class Trainer:
             "amp": options.amp,
             "faces": len(self.cache),
         }
+        return json.loads(json.dumps(identity))
 
 
 @contextmanager
@@ -450,8 +457,10 @@ def commit() -> str | None:
     if not (root / ".git").exists():  # a package that is installed somewhere below another project's repository
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    # (Where git runs a program, these say which repository is meant.)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

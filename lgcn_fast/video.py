@@ -43,6 +43,8 @@ CHECK_EVERY = 16
 """Frames from one look at the disk to the next."""
 LONGEST_PAUSE = 10.0
 """Seconds from a frame to the next: more is a fault of the time stamps, or somebody has stopped the recording."""
+LONGEST_STEP_BACK = 1.0
+"""Seconds: frames may come in another order than they were taken; more, and another recording has begun."""
 
 
 class Frame(NamedTuple):
@@ -89,6 +91,7 @@ class VideoReader:
         self.live = remote and not self.frame_count
         self._path = None if remote else Path(source)
         self._lock, self._closed = threading.Lock(), False
+        self._count, self._last = 0, -1.0  # frames that were read, and the time of the last
 
     def __enter__(self) -> Self:
         return self
@@ -116,19 +119,19 @@ class VideoReader:
             OSError: the file ends in the middle, or the camera is gone: after all frames that there were.
             ValueError: it was closed.
         """
-        count, last = 0, -1.0
         while True:
             image, stamp = self._read()
             if image is None:
                 break
-            time = clock.perf_counter() if self.live else stamp if stamp > last else last + 1 / self.fps
-            yield Frame(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), max(time, 0.0))
-            count, last = count + 1, max(time, 0.0)
+            time = clock.perf_counter() if self.live else stamp if stamp > self._last else self._last + 1 / self.fps
+            self._count, self._last = self._count + 1, max(time, 0.0)
+            yield Frame(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), self._last)
+        count = self._count
         if self.live:
             raise OSError(f"{self._name}: expected another frame after {count}, got none: it is gone")
         # (Some containers say how long they are, not how many frames that makes: there both must fall short.)
         expected = (1 - MISSING) * (self.frame_count or 0) - 1
-        short = max(count, last * self.fps + 1) < expected and not (self._path and _is_whole_mp4(self._path))
+        short = max(count, self._last * self.fps + 1) < expected and not (self._path and _is_whole_mp4(self._path))
         if short or (self.frame_count and not count):
             raise OSError(f"{self._name}: expected {self.frame_count} frames, got {count}: the file ends in the middle")
 
@@ -263,8 +266,8 @@ class VideoWriter:
         Args:
             image: (H, W, 3) uint8 RGB.
             time: its time stamp, seconds: the frame is repeated, or left out, so that the video keeps pace with it. (A
-                pause of more than ten seconds, or a step back, counts as one frame.) Without it, each frame is written
-                once.
+                pause of more than ten seconds counts as one frame, and so does a step back of more than one: another
+                source may follow.) Without it, each frame is written once.
 
         Raises:
             OSError: the file cannot be opened, or the disk is (almost) full.
@@ -283,9 +286,11 @@ class VideoWriter:
             self.scaled += 1
         copies = 1
         if time is not None:
-            if not 0 <= time - self._last <= LONGEST_PAUSE:
+            if -LONGEST_STEP_BACK <= time - self._last <= LONGEST_PAUSE:
+                self._last = max(self._last, time)
+            else:
                 self._start += time - self._last - 1 / self.fps
-            self._last = time
+                self._last = time
             copies = round((time - self._start) * self.fps) + 1 - self.written
         picture = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         for _ in range(copies):
@@ -307,7 +312,7 @@ class VideoWriter:
                 self._writer, self._size, self.codec = writer, (width, height), codec
                 return
         if new:
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
         what = f"a video of {width} x {height} pixels, {self.fps:g} frames/s"
         raise OSError(f"{self.path}: OpenCV could not open {what} there")
 

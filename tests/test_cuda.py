@@ -261,6 +261,18 @@ def test_what_is_missing_is_named(monkeypatch):
         Engine(randomised(CONFIGS["nano"]), "cuda")
 
 
+def test_an_old_cupy_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(engine, "find_spec", lambda name: "there")
+    monkeypatch.setattr(engine, "version", {"cupy-cuda12x": "13.6.0"}.__getitem__)
+    engine.old_cupy.cache_clear()
+    with pytest.raises(ValueError, match=r"device: 'cuda' needs CuPy 14 or newer, got 13\.6\.0"):
+        Engine(randomised(CONFIGS["nano"]), "cuda")
+    assert engine.engine_device("auto") == torch.device("cpu")
+    engine.old_cupy.cache_clear()
+
+
 def test_a_gpu_too_many_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -5,10 +5,8 @@ import ctypes
 import importlib.util
 import shutil
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,13 +226,6 @@ def load_nvrtc() -> ctypes.CDLL:
 def test_wrong_device_is_named():
     with pytest.raises(ValueError, match="device: expected 'cuda', got 'cpu'"):
         CudaFitter(real_model(), "cpu")
-
-
-def test_old_cupy_is_named(monkeypatch):
-    old = SimpleNamespace(__version__="13.6.0", cuda=SimpleNamespace(Stream=object))
-    monkeypatch.setitem(sys.modules, "cupy", old)
-    with pytest.raises(ImportError, match=r"CuPy 14 or newer, got 13\.6\.0"):
-        cuda_fit._cupy()
 
 
 def poisoned(fitter: CudaFitter, batch: int) -> Fit:

@@ -243,7 +243,7 @@ def test_faces_one_by_one_and_some_of_them(image, to_host):
     assert all((face.scores == scores).all() for face, scores in zip(one_by_one, faces.scores, strict=True))
     with pytest.raises(TypeError, match="expected some, got the landmarks of one"):
         one_by_one[0][0]
-    for chosen in (None, True, (0, 1)):
+    for chosen in (None, True, (0, 1), (..., 0), np.array([[0, 1]])):
         with pytest.raises(TypeError, match="faces: expected an index, a slice, a mask or indices, got"):
             faces[chosen]
     for chosen in ([2, 0], slice(2), np.array([True, False, True])):

@@ -305,7 +305,6 @@ def test_a_dash_is_no_file(clip, capsys):
     assert "--json: expected a file (standard output is /dev/stdout), got -" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a display")
 @pytest.mark.parametrize("how", ["key", "closed"])
 def test_the_window_ends_a_video(clip, tmp_path, monkeypatch, how):
     shown = []
@@ -334,6 +333,7 @@ def test_an_opencv_without_windows_is_named(clip, monkeypatch, capsys):
     assert "--show: expected an OpenCV with windows (opencv-python, not -headless)" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a display")
 def test_show_without_a_display(clip, monkeypatch, capsys):
     monkeypatch.delenv("DISPLAY", raising=False)
     assert main(["video", str(clip), "--show"]) == 2
@@ -587,6 +587,22 @@ def test_a_step_back_in_time_is_a_pause(tmp_path, pictures):
         for moment in (100, 100 + 1 / FPS, 100 + 2 / FPS, 0, 1 / FPS, 4 / FPS):
             writer.write(pictures[0], moment)
         assert writer.written == 3 + 1 + 1 + 3
+
+
+@pytest.mark.parametrize("order", [(0, 3, 1, 2, 6, 4, 5, 9, 7, 8), (0, 1, 2, 3, 4, 5, 6, 7, 0.5, 9)])
+def test_frames_that_come_late_are_left_out(tmp_path, pictures, order):
+    with VideoWriter(tmp_path / "out.avi", FPS) as writer:
+        for moment in order:
+            writer.write(pictures[0], moment / FPS)
+        assert writer.written == 10
+
+
+@pytest.mark.parametrize("suffix", CODECS)
+def test_a_video_that_is_at_its_end_has_no_more_frames(tmp_path, pictures, suffix):
+    with VideoReader(write(tmp_path / f"clip{suffix}", pictures)) as frames:
+        assert next(iter(frames)).time == 0
+        assert len(list(frames)) == len(pictures) - 1
+        assert not list(frames)
 
 
 def test_a_video_without_a_frame_is_damaged(tmp_path, pictures):
