@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,13 +15,17 @@ import torch
 from lgcn_fast import LGCN, LGCNConfig, checkpoints
 from lgcn_fast.checkpoints import WEIGHTS, save_model
 from lgcn_fast.engine import known_precisions
+from lgcn_fast.images import read_image
 from lgcn_fast.shipped import MEASURED, default_model, lightest_model
+from lgcn_fast.video import VideoWriter
 
 # Before triton is imported for the first time: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parents[1]
+FRAMES, FPS = 12, 25.0
+"""Of the clip."""
 DATA = Path(os.environ.get("LGCN_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -51,6 +56,22 @@ def random() -> np.random.Generator:
 @pytest.fixture
 def demo_picture() -> Path:
     return ROOT / "lgcn_fast" / "demo.jpg"
+
+
+@pytest.fixture
+def pictures(demo_picture: Path) -> list[np.ndarray]:
+    """Twelve frames (240, 320, 3) of the demo's face, which moves to the right."""
+    face = cv2.resize(read_image(demo_picture, color=True), (240, 240), interpolation=cv2.INTER_AREA)
+    return [cv2.copyMakeBorder(face, 0, 0, 20 + i, 60 - i, cv2.BORDER_REPLICATE) for i in range(FRAMES)]
+
+
+@pytest.fixture
+def clip(tmp_path: Path, pictures: list[np.ndarray]) -> Path:
+    """They as a video."""
+    with VideoWriter(tmp_path / "clip.avi", FPS) as writer:
+        for picture in pictures:
+            writer.write(picture)
+    return writer.path
 
 
 @pytest.fixture

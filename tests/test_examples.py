@@ -10,38 +10,21 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
+from conftest import FPS, FRAMES
 
 import lgcn_fast
 from lgcn_fast.cli import DEMO_BOX
 from lgcn_fast.images import crop, read_image, square_box, write_image
-from lgcn_fast.video import VideoWriter
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-FRAMES, FPS = 12, 25
 TOLERANCE = 2.0
 """Pixels that two decoders, a lossy clip and the filter may put between points."""
 
 
 def run(name: str, *arguments: object) -> None:
     runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]([str(word) for word in arguments])
-
-
-@pytest.fixture
-def pictures(demo_picture) -> list[np.ndarray]:
-    """Frames (240, 320, 3) of the demo's face, which moves to the right."""
-    face = cv2.resize(read_image(demo_picture, color=True), (240, 240), interpolation=cv2.INTER_AREA)
-    return [cv2.copyMakeBorder(face, 0, 0, 20 + i, 60 - i, cv2.BORDER_REPLICATE) for i in range(FRAMES)]
-
-
-@pytest.fixture
-def clip(tmp_path, pictures) -> Path:
-    with VideoWriter(tmp_path / "clip.avi", FPS) as writer:
-        for picture in pictures:
-            writer.write(picture)
-    return writer.path
 
 
 def test_crops(tmp_path, demo_picture):

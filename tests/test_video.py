@@ -16,25 +16,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import FPS
 
 from lgcn_fast import Tracker, cli_video, video
 from lgcn_fast.cli import main
-from lgcn_fast.images import read_image
 from lgcn_fast.video import CODECS, LinesWriter, VideoReader, VideoWriter, newest
-
-FPS = 25.0
-
-
-@pytest.fixture
-def pictures(demo_picture) -> list[np.ndarray]:
-    """Twelve frames (240, 320, 3) of the demo's face, which moves to the right."""
-    face = cv2.resize(read_image(demo_picture, color=True), (240, 240), interpolation=cv2.INTER_AREA)
-    return [cv2.copyMakeBorder(face, 0, 0, 20 + i, 60 - i, cv2.BORDER_REPLICATE) for i in range(12)]
-
-
-@pytest.fixture
-def clip(tmp_path, pictures) -> Path:
-    return write(tmp_path / "clip.avi", pictures)
 
 
 def write(path: Path, pictures: list[np.ndarray]) -> Path:
