@@ -25,8 +25,9 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
+        for command in (configure, ["cmake", "--build", build]):
+            if subprocess.run(command).returncode:
+                raise SystemExit("cmake failed, see above; what it needs: docs/troubleshooting.md#installing")
 
 
 for stale in (ROOT / "build").glob("lib*"):  # setuptools would pack files that have been deleted since

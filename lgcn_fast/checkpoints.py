@@ -2,13 +2,9 @@
 
 import json
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from threading import get_native_id
 from typing import Any
 
 import torch
@@ -17,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import LGCNConfig
+from .files import write_whole
 from .model import LGCN, retargeted, widened
 
 FORMAT = "lgcn_fast-1"
@@ -66,33 +63,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that appears complete or not at all, see `whole_file`."""
-    with whole_file(path) as partial:
-        partial.write_bytes(content)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that appears complete or not at all: what stood there before is not lost.
-
-    Yields:
-        a name beside it; what is there takes its place in the end, if all went well.
-
-    Raises:
-        OSError: it could not be written; names it.
-    """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{get_native_id()}.part")  # no other thread's
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors and the metadata of a file.
 
@@ -100,6 +70,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: not a safetensors file; names it.
     """
     try:
+        Path(path).open("rb").close()  # (safetensors says of all that it cannot open that it is not there)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:

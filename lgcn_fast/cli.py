@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from . import __version__, checkpoints
-from .checkpoints import load_card, write_whole
+from .checkpoints import load_card
 from .cli_photos import (
     add_detect,
     add_detection_options,
@@ -40,6 +40,7 @@ from .drawing import draw
 from .engine import Engine, engine_device
 from .evaluation import evaluate, with_mean_shape
 from .export import FORMATS, export
+from .files import write_whole
 from .images import read_image, write_image
 from .loading import shape_for
 from .prediction import Landmarks, predict

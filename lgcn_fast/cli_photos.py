@@ -11,12 +11,12 @@ from typing import TypeVar
 import cv2
 import numpy as np
 
-from .checkpoints import write_whole
 from .cli_training import add_command
 from .datasets import ENCODING
 from .detection import Faces, combined_heatmap, detect
 from .drawing import STYLES, draw
 from .engine import PRECISIONS, Engine
+from .files import write_whole
 from .images import read_image, write_image
 from .loading import engine_for, finder_for, shape_for
 from .multiface import draw_score, read_photos, score_photos, summary

@@ -9,8 +9,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .checkpoints import write_whole
 from .datasets import UNREADABLE, Face, is_validation
+from .files import write_whole
 from .images import check_touches, crop, face_box, square_box, to_crop
 
 MARGIN = 1.6

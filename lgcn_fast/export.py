@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoints import load_model, whole_file
+from .checkpoints import load_model
 from .config import LGCNConfig
+from .files import whole_file
 from .fitting import fitter_constants
 from .folding import ORIGIN, FoldedNetwork, Layer, fold
 from .loading import packaged_shape, shape_for
@@ -137,8 +138,9 @@ def export(
         The largest difference to the model's heatmaps.
 
     Raises:
-        ValueError: another format, packages that are not installed, an unknown model, a shape model of another number
-            of landmarks, or a file whose heatmaps differ by more than `TOLERANCE`.
+        ValueError: another format, a path that does not fit it or is one of those that are read, packages that are not
+            installed, an unknown model, a shape model of another number of landmarks, or a file whose heatmaps differ
+            by more than `TOLERANCE`.
         OSError: the file could not be written.
     """
     if format not in FORMATS:
@@ -147,11 +149,18 @@ def export(
     if missing:
         needed = ", ".join(ONNX_PACKAGES)
         raise ValueError(f"format: 'onnx' needs {needed}, got no {missing[0]} (pip install {needed.replace(',', '')})")
+    path = Path(path)
+    if not path.name or path.is_dir():
+        raise ValueError(f"path: expected a file to write, got the folder {path}")
+    if path.suffix.lower() in {f".{other}" for other in FORMATS if other != format}:
+        raise ValueError(f"path: expected a name for the format {format!r}, got {path}")
+    if any(isinstance(source, Path | str) and path.exists() and Path(source).exists() and path.samefile(source)
+           for source in (model, shape)):  # fmt: skip
+        raise ValueError(f"path: expected another file than those that are read, got {path}")
     model = model if isinstance(model, LGCN) else load_model(model)
     count = model.config.num_landmarks
     facts = metadata(model.config, packaged_shape(count) if shape is None else shape_for(shape, count))
     program = traced(model)
-    path = Path(path)
     with whole_file(path) as partial:
         if format == "onnx":
             write_onnx(program, partial, facts)

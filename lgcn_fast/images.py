@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from .files import write_whole
 from .peaks import Array
 
 BOX_ENLARGEMENT = 1.17
@@ -82,7 +83,7 @@ def write_image(path: Path | str, image: np.ndarray) -> None:
     encoded, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     if not encoded:
         raise ValueError(f"{path}: expected a picture that fits the format, got {image.shape}")
-    path.write_bytes(data)
+    write_whole(path, data.tobytes())
 
 
 def check_picture(image: np.ndarray) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoints import load_card, model_names, weights_path, write_whole
+from .checkpoints import load_card, model_names, weights_path
 from .datasets import read_faces
 from .engine import Engine
 from .evaluation import Evaluation, evaluate, with_mean_shape
 from .figures import draw_curves, draw_sheet
+from .files import write_whole
 from .images import crop, face_box, square_box
 from .loading import engine_for
 from .prediction import predict

@@ -221,7 +221,11 @@ class Tracker:
         self._time = time
         lost = self._follow(image)
         self._lost = [track for track in self._lost if time - track.seen <= MEMORY] + lost
-        self._detect(image, first, bool(lost))
+        try:
+            self._detect(image, first, bool(lost))
+        except BaseException:  # Ctrl-C, or no memory: the next frame is looked through as a whole in its place
+            self._size = None if first else self._size
+            raise
         return self._result(clock.perf_counter() - start)
 
     def _smallest(self) -> float:
@@ -231,8 +235,7 @@ class Tracker:
         """Find the tracked faces again, in one batch; return those that are lost."""
         before = self._tracks
         inside = meet(np.array([track.box for track in before]).reshape(-1, 4), image)
-        seen = [track for track, meets in zip(before, inside, strict=True) if meets]
-        self._tracks = []
+        seen, followed = [track for track, meets in zip(before, inside, strict=True) if meets], []
         if seen:
             expected = []
             for track in seen:
@@ -243,8 +246,9 @@ class Tracker:
             for index in distinct(faces.boxes, faces.confidence, self._lost_below):
                 points, confidence = faces.points[index].astype(np.float64), float(faces.confidence[index])
                 seen[index].move(points, faces.scores[index], confidence, True, self._time)
-                self._tracks.append(seen[index])
-        return [track for track in before if track not in self._tracks]
+                followed.append(seen[index])
+        self._tracks = followed  # (now, as the network may have been interrupted)
+        return [track for track in before if track not in followed]
 
     def _detect(self, image: np.ndarray, first: bool, lost: bool) -> None:
         """Look through the windows that are due: all of the first frame, and one at once where a face was lost."""
@@ -268,11 +272,13 @@ class Tracker:
             windows = [(_neighbourhood(image, box), LEAST_SHRINKING * box[2]) for box in unseen]
             windows += [(_window(image, q, large), large if q is None else smallest) for q in quarters]
         how = self._min_confidence, self.engine, self._finder, self._shape, self._any_angle
+        least = LEAST_SHRINKING * smallest  # (near a face that was lost smaller ones are found)
         for window, smallest in windows:
-            self._take(_detect_in(image, window, [track.box for track in self._tracks], smallest, *how))
+            self._take(_detect_in(image, window, [track.box for track in self._tracks], smallest, *how), least)
 
-    def _take(self, found: Faces) -> None:
-        """Detected faces that are not tracked yet: those that were lost, and new ones."""
+    def _take(self, found: Faces, least: float = 0.0) -> None:
+        """Detected faces that are not tracked yet: those that were lost, and new ones with boxes of at least so many
+        pixels."""
         pairs = [(track.common(box, self._time), i, track) for i, box in enumerate(found.boxes) for track in self._lost]
         again: dict[int, int] = {}  # which face has which identity
         for common, index, track in sorted(pairs, key=lambda pair: -pair[0]):  # the surest first
@@ -281,6 +287,8 @@ class Tracker:
         self._lost = [track for track in self._lost if track.identity not in again.values()]
         faces = zip(found.points, found.scores, found.confidence, strict=True)
         for index, (points, scores, confidence) in enumerate(faces):
+            if index not in again and found.boxes[index, 2] < least:
+                continue
             identity = again[index] if index in again else next(self._identities)
             smooth = OneEuroFilter(self._smoothing) if self._smoothing else None
             points = points.astype(np.float64)
@@ -306,7 +314,7 @@ def _window(image: np.ndarray, quarter: tuple[int, int] | None, shared: float) -
     whole = np.array(image.shape[1::-1])
     if quarter is None:
         return np.array([0, 0, *whole])
-    size = np.minimum(np.ceil((whole + shared) / 2).astype(int), whole)
+    size = np.ceil(np.minimum((whole + shared) / 2, whole)).astype(int)
     return np.array([*(whole - size) * quarter, *size])
 
 

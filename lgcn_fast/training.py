@@ -30,11 +30,12 @@ from lgcn_fast_kernels import INSTRUCTIONS
 
 from .augmentation import NONE
 from .batches import AugmentedCrops, EpochBatches
-from .checkpoints import load_start, load_teacher, load_tensors, save_model, save_tensors, weights_path, write_whole
+from .checkpoints import load_start, load_teacher, load_tensors, save_model, save_tensors, weights_path
 from .config import LGCNConfig
 from .crops import CropCache, mean_shape
 from .datasets import is_validation
 from .evaluation import landmark_errors
+from .files import write_whole
 from .heatmaps import to_heatmap
 from .label_shifts import measured_shifts
 from .losses import distillation_loss, lgcn_loss, readable

@@ -4,7 +4,7 @@ import csv
 from io import BytesIO, StringIO
 from pathlib import Path
 
-from .checkpoints import write_whole
+from .files import write_whole
 
 COLUMNS = ("epoch", "loss", "validation_error", "learning_rate", "samples_per_s", "minutes")
 

@@ -129,9 +129,9 @@ class VideoReader:
         count = self._count
         if self.live:
             raise OSError(f"{self._name}: expected another frame after {count}, got none: it is gone")
-        # (Some containers say how long they are, not how many frames that makes: there both must fall short.)
+        # (Some containers say how long they are, not how many frames that makes, or how long their sound is.)
         expected = (1 - MISSING) * (self.frame_count or 0) - 1
-        short = max(count, self._last * self.fps + 1) < expected and not (self._path and _is_whole_mp4(self._path))
+        short = max(count, self._last * self.fps + 1) < expected and (not self._path or _is_cut(self._path))
         if short or (self.frame_count and not count):
             raise OSError(f"{self._name}: expected {self.frame_count} frames, got {count}: the file ends in the middle")
 
@@ -148,6 +148,22 @@ def _opencv_name(path: Path) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{path!r}: expected a file name in UTF-8, got another encoding; rename it") from None
     return name
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a file that gives fewer frames than it announces was cut off, as far as its container tells: AVI counts
+    the frames themselves, MP4 and Matroska say how many bytes they have, others nothing."""
+    with path.open("rb") as file:
+        start, size = file.read(4096), os.fstat(file.fileno()).st_size
+    if start[4:8] == b"ftyp":
+        return not _is_whole_mp4(path)
+    segment = start.find(b"\x18\x53\x80\x67") + 4  # what holds all else of a Matroska file
+    if start.startswith(b"\x1a\x45\xdf\xa3") and 4 <= segment < len(start):
+        length = 9 - start[segment].bit_length()  # of the number that follows, whose highest bit says how long it is
+        announced = int.from_bytes(start[segment : segment + length], "big") - (1 << 7 * length)
+        unknown = announced == (1 << 7 * length) - 1
+        return not unknown and segment + length + announced > size
+    return start.startswith(b"RIFF")
 
 
 def _is_whole_mp4(path: Path) -> bool:
@@ -175,8 +191,9 @@ def newest(frames: Iterable) -> Iterator:
     """The newest frame of a live source each time that one is asked for; those that came in between are dropped.
 
     A thread reads the source as fast as it delivers and keeps one frame. It ends with the iteration (leave it early
-    with `close`, which waits for the source's next frame; Ctrl-C while a frame is awaited does not, as a source that
-    stalls may take half a minute). What the source raises is raised here, after its last frame.
+    with `close`, which waits for the source's next frame; Ctrl-C while a frame is awaited is raised at once, but the
+    program ends when the source delivers: one that stalls may take half a minute). What the source raises is raised
+    here, after its last frame.
 
     Args:
         frames: a live source, as `VideoReader`; it is read in another thread.

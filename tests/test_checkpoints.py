@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lgcn_fast import LGCN, LGCNConfig
-from lgcn_fast.checkpoints import load_card, load_model, save_model, write_whole
+from lgcn_fast.checkpoints import load_card, load_model, save_model
+from lgcn_fast.files import write_whole
 
 CONFIG = LGCNConfig(filters=4, num_landmarks=3, side_channels=2, local_kernels=(3,), global_layers=1)
 

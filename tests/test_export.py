@@ -110,15 +110,33 @@ def test_mistakes_are_named(tmp_path, monkeypatch, random):
     with pytest.raises(ValueError, match="format: expected one of onnx, pt2, got 'tflite'"):
         export.export(model, path, "tflite")
     with pytest.raises(ValueError, match="shape: expected a shape model of 3 landmarks, got one of 5"):
-        export.export(model, path, "pt2", shape=ShapeModel.fit(random.normal(size=(9, 5, 2))))
+        export.export(model, path.with_suffix(".pt2"), "pt2", shape=ShapeModel.fit(random.normal(size=(9, 5, 2))))
     with pytest.raises(ValueError, match="model: expected one of lgcn-"):
-        export.export("no-such-model", path, "pt2")
+        export.export("no-such-model", path.with_suffix(".pt2"), "pt2")
     with pytest.raises(FileNotFoundError, match=r"model\.pt2'"):
         export.export(model, tmp_path / "no such folder" / "model.pt2", "pt2")
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(ValueError, match=r"got no onnxscript \(pip install onnx onnxscript onnxruntime\)"):
         export.export(model, path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    own, shape = tmp_path / "own.safetensors", tmp_path / "shape.safetensors"
+    for path, source in ((own, "lgcn-finder"), (shape, "shape-68")):
+        path.write_bytes((WEIGHTS / f"{source}.safetensors").read_bytes())
+    before = own.read_bytes(), shape.read_bytes()
+    for path in (own, shape):
+        with pytest.raises(ValueError, match="path: expected another file than those that are read, got"):
+            export.export(own, path, "pt2", shape)
+    assert (own.read_bytes(), shape.read_bytes()) == before
+    for path, message in (
+        (tmp_path, "path: expected a file to write, got the folder"),
+        (Path("."), r"path: expected a file to write, got the folder \."),
+        (tmp_path / "a.onnx", "path: expected a name for the format 'pt2', got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export.export(own, path, "pt2")
 
 
 @formats

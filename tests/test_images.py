@@ -1,6 +1,8 @@
+import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -167,6 +169,20 @@ def test_square_box_keeps_the_centre():
 def test_boxes_beside_the_image_are_named(shape, box):
     with pytest.raises(ValueError, match=r"box: expected a box that meets the image of 40 x 30 pixels, got x="):
         crop(np.zeros(shape, np.uint8), np.array(box), 8)
+
+
+def test_a_full_disk_leaves_the_picture_that_was_there(tmp_path, monkeypatch):
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "a.png"
+    path.write_bytes(b"before")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.png'"):
+        write_image(path, np.zeros((4, 4, 3), np.uint8))
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("box", [[93.0, 79, 108, 108], [93, 79, 108, 140], [[93, 79, 108, 108]], [93, 79, 108]])

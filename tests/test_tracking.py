@@ -152,6 +152,31 @@ def test_after_a_gap_a_face_elsewhere_is_another_one(engine, face):
     assert found[-1].ids.tolist() == [1]
 
 
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_an_update_that_was_interrupted_loses_nobody(engine, face, monkeypatch, error):
+    def stop(*_, **__):
+        raise error
+
+    tracker = Tracker(engine)
+    for name, time in (("detect", 0), ("fitted_faces", 1 / FPS)):
+        with monkeypatch.context() as interrupted:
+            interrupted.setattr(tracking, name, stop)
+            with pytest.raises(error):
+                tracker.update(face, time)
+        assert tracker.update(face, time).ids.tolist() == [0]
+
+
+def test_small_faces_near_one_that_was_lost_are_not_taken(engine, face):
+    """They are looked for, as it may have become smaller."""
+    tracker = Tracker(engine, min_face=100)
+    small = cv2.resize(face, None, fx=0.45, fy=0.45, interpolation=cv2.INTER_AREA)
+    beside = np.full_like(face, 128)
+    beside[60 : 60 + len(small), 150 : 150 + small.shape[1]] = small
+    assert len(lgcn_fast.detect(beside, min_face=45)) == 1
+    assert len(tracker.update(face, 0)) == 1
+    assert [len(tracker.update(beside, index / FPS)) for index in range(1, 20)] == [0] * 19
+
+
 def test_the_surest_pairs_of_faces_come_first(engine, face):
     """A face that turns up near where another was seen last does not take its identity, if that is there as well."""
     tracker = Tracker(engine)

@@ -591,6 +591,18 @@ def test_a_video_that_is_at_its_end_has_no_more_frames(tmp_path, pictures, suffi
         assert not list(frames)
 
 
+@pytest.mark.parametrize("suffix", CODECS)
+def test_sound_that_goes_on_is_no_damage(tmp_path, pictures, suffix):
+    """Where it is longer than the pictures, most containers announce as many frames as would be as long."""
+    with VideoReader(write(tmp_path / f"clip{suffix}", pictures)) as frames:
+        frames.frame_count = 20
+        if suffix == ".avi":  # it counts frames
+            with pytest.raises(OSError, match="expected 20 frames, got 12"):
+                list(frames)
+        else:
+            assert len(list(frames)) == len(pictures)
+
+
 def test_a_video_without_a_frame_is_damaged(tmp_path, pictures):
     content = bytearray(write(tmp_path / "whole.mp4", pictures).read_bytes())
     start = content.find(b"mdat") + 4
