@@ -131,7 +131,8 @@ def face_votes(
     offsets = np.asarray(offsets)
     if not np.issubdtype(offsets.dtype, np.integer):
         raise ValueError(f"offsets: expected whole pixels, got {offsets.dtype}")
-    return _native.face_votes(_contiguous(heatmaps), offsets.astype(np.int64), list(voters), step, num_threads)
+    offsets = offsets.astype(np.int64, copy=False)
+    return _native.face_votes(_contiguous(heatmaps), offsets, list(voters), step, num_threads)
 
 
 def _contiguous(heatmaps: np.ndarray) -> np.ndarray:

@@ -94,9 +94,16 @@ def _detector(options: argparse.Namespace) -> tuple[Callable[[np.ndarray], Faces
     """`detect` as asked for, its engine and its finder."""
     engine = engine_of(options)
     finder, shape = finder_for(options.finder, engine), shape_for(options.shape, engine.config.num_landmarks)
-    names = ("min_face", "min_confidence", "any_angle")
-    rest = {name: getattr(options, name) for name in names}
-    return partial(detect, model=engine, finder=finder, shape=shape, **rest), engine, finder
+    find = partial(
+        detect,
+        min_face=options.min_face,
+        min_confidence=options.min_confidence,
+        model=engine,
+        finder=finder,
+        shape=shape,
+        any_angle=options.any_angle,
+    )
+    return find, engine, finder
 
 
 def _run_detect(options: argparse.Namespace) -> int:

@@ -83,7 +83,7 @@ def write_image(path: Path | str, image: np.ndarray) -> None:
     encoded, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     if not encoded:
         raise ValueError(f"{path}: expected a picture that fits the format, got {image.shape}")
-    write_whole(path, data.tobytes())
+    write_whole(path, data.data)
 
 
 def check_picture(image: np.ndarray) -> None:

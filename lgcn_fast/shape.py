@@ -102,13 +102,11 @@ class ShapeModel:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path}: expected a shape model ({FORMAT}), got {metadata.get('format')!r}")
         try:
-            mean, modes, variances = (tensors[name].numpy() for name in ("mean", "modes", "variances"))
+            return cls(*(tensors[name].numpy() for name in ("mean", "modes", "variances")))
         except KeyError as error:
             raise ValueError(f"{path}: expected mean, modes and variances, got no {error.args[0]}") from None
         except TypeError as error:  # (NumPy has no bfloat16)
             raise ValueError(f"{path}: expected float64, got {error}") from None
-        try:
-            return cls(mean, modes, variances)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

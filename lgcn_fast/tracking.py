@@ -224,7 +224,8 @@ class Tracker:
         try:
             self._detect(image, first, bool(lost))
         except BaseException:  # Ctrl-C, or no memory: the next frame is looked through as a whole in its place
-            self._size = None if first else self._size
+            if first:
+                self._size = None
             raise
         return self._result(clock.perf_counter() - start)
 
