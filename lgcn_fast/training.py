@@ -39,7 +39,7 @@ from .files import write_whole
 from .heatmaps import to_heatmap
 from .label_shifts import measured_shifts
 from .losses import distillation_loss, lgcn_loss, readable
-from .model import LGCN, checked_device, cudnn_benchmark
+from .model import LGCN, ConvBlock, activated, checked_device, cudnn_benchmark
 from .operators import gaussian_sum_banded, gaussian_sum_native
 from .optimiser import set_rate
 from .peaks import PEAK_RADIUS, peak_centroids
@@ -88,6 +88,11 @@ class Trainer:
             start, knows_landmarks = load_start(options.init, options.config)
             self.model.load_state_dict(start.state_dict())
         self.model.kernel_convolution.operator = operator = fastest_operator(self.device)
+        if options.compiled:
+            compiled = torch.compile(activated, dynamic=False)
+            for block in self.model.modules():
+                if isinstance(block, ConvBlock):
+                    block.activation = compiled
         self.model.to(self.device, memory_format=fastest_memory_format(self.device, options.config))
         self.teacher, self.teacher_digest = None, None
         if options.teacher:

@@ -27,6 +27,8 @@ class TrainingOptions:
     device: str = "cpu"
     amp: bool | None = None
     """bf16 autocast. None: on a GPU, and on a processor that has instructions for it; elsewhere it is slow."""
+    compiled: bool = False
+    """Compile what follows each convolution (`torch.compile`)."""
     workers: int = 0
     """Processes that prepare batches; 0: none beside this one."""
 

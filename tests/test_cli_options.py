@@ -165,7 +165,7 @@ def test_train(monkeypatch, tmp_path):
         *("--network", "32", "--recipe", "polish", "--init", "i", "--teacher", "t", "--epochs", "9"),
         *("--time-budget", "1.5", "--share", "a=0.25", "--share", "b=0", "--dropout", "0.3", "--batch-size", "6"),
         *("--repeats", "2", "--warp", "0.5", "--loss", "cross-entropy", "--seed", "8", "--device", "cpu", "--no-amp"),
-        *("--workers", "4"),
+        *("--compile", "--workers", "4"),
     ]
     (out, options, budget), _ = call_made_by("train", "faces.npz", *words, "--out", tmp_path)
     polish = RECIPES["polish"]
@@ -182,6 +182,7 @@ def test_train(monkeypatch, tmp_path):
         shares={"a": 0.25, "b": 0.0},
         device="cpu",
         amp=False,
+        compiled=True,
         workers=4,
     )
 

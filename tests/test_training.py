@@ -17,6 +17,7 @@ from lgcn_fast.crops import CropCache
 from lgcn_fast.images import read_image
 from lgcn_fast.landmarks import SCHEMES
 from lgcn_fast.losses import distillation_loss, lgcn_loss
+from lgcn_fast.model import ScaledBatchNorm2d, activated
 from lgcn_fast.recipes import RECIPES
 from lgcn_fast.recorded_step import RecordedStep
 from lgcn_fast.training import Trainer
@@ -528,6 +529,31 @@ def test_trains_on_cuda(cache, tmp_path, amp):
     assert trainer.run()
     assert trainer.log[-1]["loss"] < trainer.log[0]["loss"]
     assert Trainer(cache, tmp_path, replace(OPTIONS, epochs=10, device="cuda", amp=amp)).epoch == 10
+
+
+@pytest.mark.filterwarnings("default")  # of the compiler, about the rest of PyTorch
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_steps_are_the_same(cache, tmp_path, device):
+    options = replace(OPTIONS, config=replace(CONFIG, dropout=0.0), device=device, amp=False)
+    plain, compiled = (Trainer(cache, tmp_path / str(on), replace(options, compiled=on)) for on in (False, True))
+    assert plain.run()
+    assert compiled.run()
+    for one, other in zip(plain.log, compiled.log, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
+        assert one["validation_error"] == pytest.approx(other["validation_error"], rel=5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_recorded_dropout_is_drawn_anew():
+    """By each replay, compiled or not."""
+    device, norm = torch.device("cuda"), ScaledBatchNorm2d(64, 0.1).cuda()
+    images, points = torch.randint(256, (4, 64, 24, 24), dtype=torch.uint8), torch.zeros(4, 1, 68, 2)
+    for activation in (activated, torch.compile(activated)):
+        step = RecordedStep(lambda x, _, activation=activation: activation(x.float(), norm, 0.5).sum().detach(), device)
+        losses = [step(images, points).item() for _ in range(3 * recorded_step.WARM_UP)]
+        assert step._replay is not None
+        assert len(set(losses)) == len(losses)
 
 
 @pytest.mark.gpu
