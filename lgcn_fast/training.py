@@ -5,6 +5,7 @@ an interrupted epoch is simply run again. (To the last bit on a CPU; CUDA's kern
 """
 
 import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -125,12 +126,8 @@ class Trainer:
             self._restore()
         elif trained := self.model if knows_landmarks else self.teacher:
             self.label_shifts = measured_shifts(cache, trained)
-        crops = AugmentedCrops(cache, recipe.augmentation, options.config.input_size, options.seed, self.label_shifts)
-        workers = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
-        pinned = self.device.type == "cuda"
-        # (With a generator of its own it draws nothing from that of the dropout, which would differ in a resumed run.)
-        self.loader = DataLoader(
-            crops, batch_sampler=self.batches, pin_memory=pinned, generator=torch.Generator(), **workers
+        self.crops = AugmentedCrops(
+            cache, recipe.augmentation, options.config.input_size, options.seed, self.label_shifts
         )
 
     @cudnn_benchmark()
@@ -157,25 +154,43 @@ class Trainer:
 
     def _run(self, time_budget: float | None) -> bool:
         reuse_freed_memory()
-        start = time.monotonic()
         for name in FILES:
             for part in self.folder.glob(f"{name}.*.part"):  # left behind where a run was killed while it wrote
                 if time.time() - part.stat().st_mtime > 60:
                     part.unlink()
         self._write_log()
+        loader = self._loader()
+        try:
+            return self._run_epochs(loader, time_budget)
+        finally:
+            # When Python ends, it waits for workers that are still there, 5 seconds for each where batches are pinned.
+            # Matplotlib keeps its callers, and with them the loader, until somebody collects garbage.
+            del loader
+            gc.collect()
+
+    def _run_epochs(self, loader: DataLoader, time_budget: float | None) -> bool:
+        start = time.monotonic()
         if self.epochs is None:
-            self.epochs = self._plan(time_budget) if time_budget else self.options.recipe.epochs
+            self.epochs = self._plan(loader, time_budget) if time_budget else self.options.recipe.epochs
             self._save()
         update, slowest = RecordedStep(self._update, self.device), 0.0
         while self.epoch < self.epochs:
             if time_budget and slowest and (time.monotonic() - start + slowest) / 60 > time_budget:
                 return False
             began = time.monotonic()
-            self._run_epoch(update)
+            self._run_epoch(loader, update)
             slowest = max(slowest, time.monotonic() - began)
         return True
 
-    def _run_epoch(self, update: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def _loader(self) -> DataLoader:
+        workers = self.options.workers
+        # (With a generator of its own it draws nothing from that of the dropout, which would differ in a resumed run.)
+        return DataLoader(
+            self.crops, batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda", generator=torch.Generator(),
+        )  # fmt: skip
+
+    def _run_epoch(self, loader: DataLoader, update: Callable[[Tensor, Tensor], Tensor]) -> None:
         began = looked = time.monotonic()
         self.batches.epoch = self.epoch
         torch.manual_seed(self.options.seed * 1_000_003 + self.epoch)  # dropout
@@ -183,7 +198,7 @@ class Trainer:
         losses, samples = [], 0
         title = f"epoch {self.epoch + 1}/{self.epochs}"
         total = (self.epochs - self.epoch) * len(self.batches) * self.options.recipe.batch_size
-        with tqdm(self.loader, title, leave=False, unit="batch", mininterval=1, disable=None) as batches:
+        with tqdm(loader, title, leave=False, unit="batch", mininterval=1, disable=None) as batches:
             for batch, (images, points) in enumerate(batches):
                 rate = self._step(update, images, points, self.epoch * len(self.batches) + batch, losses)
                 samples += len(images)
@@ -303,12 +318,12 @@ class Trainer:
             "mean_shape": None if mean is None else mean.round(5).tolist(),
         }
 
-    def _plan(self, time_budget: float) -> int:
+    def _plan(self, loader: DataLoader, time_budget: float) -> int:
         """Number of epochs that fit the budget, from the time of a few steps on a throw-away copy of the state."""
         state = self._state()
         times, losses, update = [], [], RecordedStep(self._update, self.device)
         self.model.train()
-        iterator = iter(self.loader)
+        iterator = iter(loader)
         for step in range(min(PLAN_STEPS, len(self.batches))):
             began = time.monotonic()
             images, points = next(iterator)

@@ -1,6 +1,9 @@
 import csv
+import gc
+import multiprocessing
 import os
 import subprocess
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 
@@ -209,6 +212,20 @@ def test_an_interrupted_run_with_workers_goes_on(cache, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_nothing_of_a_run_stays_behind(cache, tmp_path):
+    """Neither processes, which Python waits for at its end, 5 seconds each where batches are pinned, nor memory."""
+    trainer = Trainer(cache, tmp_path, replace(OPTIONS, workers=1))
+    gc.disable()
+    try:
+        trainer.run()
+        assert multiprocessing.active_children() == []
+        kept = weakref.ref(trainer)
+        del trainer
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 def test_two_runs_do_not_mix_in_one_folder(cache, tmp_path, monkeypatch):
     first, second = Trainer(cache, tmp_path, OPTIONS), Trainer(cache, tmp_path, replace(OPTIONS, seed=1))
     step, refused = Trainer._step, []
@@ -285,7 +302,7 @@ def test_half_of_the_loss_is_against_the_teachers_heatmaps(cache, tmp_path, stri
     save_model(tmp_path / "teacher.safetensors", teacher, {})
     config = replace(CONFIG, dropout=0.0)
     trainer = Trainer(cache, tmp_path, replace(OPTIONS, config=config, teacher=tmp_path / "teacher.safetensors"))
-    images, points = next(iter(trainer.loader))
+    images, points = next(iter(trainer._loader()))
     with torch.no_grad():
         taught = load_model(tmp_path / "teacher.safetensors")(images).output
         heatmaps = deepcopy(trainer.model)(images)
@@ -344,14 +361,14 @@ def test_recipes_that_make_no_sense_are_named():
 
 def test_a_batch_may_be_larger_than_all_faces(cache, tmp_path):
     trainer = Trainer(cache, tmp_path, replace(OPTIONS, recipe=replace(FAST, batch_size=1000, repeats=2), epochs=1))
-    assert len(trainer.loader) == 1
+    assert len(trainer.batches) == 1
     assert trainer.run()
 
 
 def test_a_loss_that_is_no_number_is_named_and_kept_out(cache, tmp_path, monkeypatch):
     trainer = Trainer(cache, tmp_path, OPTIONS)
     trainer.epochs = OPTIONS.epochs
-    trainer._run_epoch(trainer._update)
+    trainer._run_epoch(trainer._loader(), trainer._update)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
     monkeypatch.setattr(training, "lgcn_loss", lambda *_: next(trainer.model.parameters()).sum() * torch.nan)
     with pytest.raises(FloatingPointError, match="loss: expected a finite number, got nan in epoch 2"):
