@@ -40,7 +40,7 @@ from .files import write_whole
 from .heatmaps import to_heatmap
 from .label_shifts import measured_shifts
 from .losses import distillation_loss, lgcn_loss, readable
-from .model import LGCN, ConvBlock, activated, checked_device, cudnn_benchmark
+from .model import LGCN, ConvBlock, ScaledBatchNorm2d, activated, checked_device, cudnn_benchmark
 from .operators import gaussian_sum_banded, gaussian_sum_native
 from .optimiser import set_rate
 from .peaks import PEAK_RADIUS, peak_centroids
@@ -72,8 +72,8 @@ class Trainer:
         """Set a run up, or take an interrupted one in `folder` up again.
 
         Raises:
-            ValueError: cache and configuration do not fit, or `folder` holds a run with other options, crops or another
-                teacher.
+            ValueError: cache and configuration do not fit, nothing to compile with, or `folder` holds a run with other
+                options, crops or another teacher.
         """
         check_cache(cache, options)
         self.cache, self.options, self.folder = cache, options, Path(folder)
@@ -90,7 +90,7 @@ class Trainer:
             self.model.load_state_dict(start.state_dict())
         self.model.kernel_convolution.operator = operator = fastest_operator(self.device)
         if options.compiled:
-            compiled = torch.compile(activated, dynamic=False)
+            compiled = compiled_activation(self.device)
             for block in self.model.modules():
                 if isinstance(block, ConvBlock):
                     block.activation = compiled
@@ -460,6 +460,21 @@ def _locked(descriptor: int) -> bool:
 def fastest_operator(device: torch.device) -> Callable[..., Tensor]:
     """The kernel convolution to train with."""
     return gaussian_sum_native if device.type == "cpu" else gaussian_sum_banded
+
+
+def compiled_activation(device: torch.device) -> Callable[..., Tensor]:
+    """`activated`, compiled for the shapes that come.
+
+    Raises:
+        ValueError: there is nothing to compile it with.
+    """
+    compiled, norm = torch.compile(activated, dynamic=False), ScaledBatchNorm2d(1, 1.0).to(device)
+    try:
+        compiled(torch.zeros(2, 1, 2, 2, device=device), norm, 0.0)
+    except RuntimeError as error:  # of PyTorch's own kinds
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"compiled: expected what torch.compile needs, got {reason}") from None
+    return compiled
 
 
 def fastest_memory_format(device: torch.device, config: LGCNConfig) -> torch.memory_format:

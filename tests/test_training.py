@@ -560,6 +560,15 @@ def test_compiled_steps_are_the_same(cache, tmp_path, device):
         assert one["validation_error"] == pytest.approx(other["validation_error"], rel=5e-2)
 
 
+def test_nothing_to_compile_with_is_named(cache, tmp_path, monkeypatch):
+    def refused(*_):
+        raise RuntimeError("No working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: refused)
+    with pytest.raises(ValueError, match=r"expected what torch.compile needs, got No working C\+\+ compiler found$"):
+        Trainer(cache, tmp_path, replace(OPTIONS, compiled=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")
 def test_recorded_dropout_is_drawn_anew():
