@@ -15,6 +15,7 @@ from timing import run
 
 from lgcn_fast import Engine, Tracker, draw
 from lgcn_fast.drawing import contact_sheet
+from lgcn_fast.images import write_image
 from lgcn_fast.shipped import default_model
 from lgcn_fast.video import Frame, VideoReader, VideoWriter
 
@@ -74,7 +75,7 @@ def clip(name: str, visible: list[range], engine: Engine, sheets: Path) -> dict:
                 latencies.append(1e3 * faces.latency)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     sheet = contact_sheet([tile for _, tile in tiles], [f"frame {index}" for index, _ in tiles], 6)
-    cv2.imwrite(str(sheets / f"{name}.png"), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    write_image(sheets / f"{name}.png", sheet)
     held = np.mean([found[index] for frames in visible for index in frames])
     return {"frames_per_second": len(found) / seconds, "cpu_seconds": cpu, "held": held, **quantiles(latencies)}
 

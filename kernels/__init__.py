@@ -1,9 +1,9 @@
 """Fast functions of lgcn_fast on plain arrays: C++ on several threads, without the GIL.
 
-Each function has the name, the signature and the meaning of its reference in `lgcn_fast.peaks` or
+Each function has the name and the meaning of its reference in `lgcn_fast.peaks` or
 `lgcn_fast.operators`; `Network` and `Fitter` are what `lgcn_fast.Engine` and `lgcn_fast.fitting.NativeFitter` run on.
-All functions take heatmaps (B, N, H, W) float32, of which contiguous ones are not copied; `num_threads=0` is all
-cores, and results do not depend on it. They raise ValueError for another dtype or number of dimensions, heatmaps
+Those of maps take them as (B, N, H, W) float32, of which contiguous ones are not copied, and `num_threads`, of which
+results do not depend; 0 is all cores. They raise ValueError for another dtype or number of dimensions, heatmaps
 without pixels, points that are not finite, or a radius below 0.
 """
 
@@ -16,6 +16,7 @@ from . import _native
 from ._native import Fitter, Network, Shape
 
 __all__ = [
+    "BF16_TOLERANCE",
     "INSTRUCTIONS",
     "INSTRUCTION_SETS",
     "Fitter",
@@ -23,8 +24,10 @@ __all__ = [
     "Shape",
     "face_votes",
     "gaussian_sum",
+    "kernel_taps",
     "local_maxima",
     "peak_centroids",
+    "tolerance_of",
     "window_moments",
 ]
 

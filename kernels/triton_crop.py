@@ -21,7 +21,9 @@ NUM_WARPS = 4
 LIT_BLOCK = 4096
 """Pixels of a face that its program lights at once. Not compared with others."""
 LARGEST_SIDE = 16384
-"""Of a box and of a crop, pixels: keeps 32-bit arithmetic from overflowing."""
+"""Of a crop, pixels: keeps 32-bit arithmetic from overflowing."""
+LARGEST_BOX = 2**15
+"""Pixels of a side, likewise: of the largest face that is predicted, however it leans, 16384 times the root of 2."""
 
 
 @triton.jit
@@ -170,7 +172,7 @@ def crop(
 
     Raises:
         ValueError: another shape, dtype, layout or device, a frame that does not exist, a box that is no square, has
-            more than 16384 pixels a side or does not meet its frame.
+            more than 32768 pixels a side or does not meet its frame.
     """
     if images.ndim not in (3, 4) or images.dtype != torch.uint8 or (images.ndim == 4 and images.shape[3] != 3):
         raise ValueError(f"images: expected (F, H, W) or (F, H, W, 3) uint8, got {described(images)}")
@@ -197,9 +199,9 @@ def _checked_boxes(
     for index in np.flatnonzero((frames < 0) | (frames >= count)):
         raise ValueError(f"frames[{index}]: expected one of {count} frames, got {frames[index]}")
     x, y, side, other_side = boxes.T
-    fits = (side == other_side) & (side > 0) & (side <= LARGEST_SIDE)
+    fits = (side == other_side) & (side > 0) & (side <= LARGEST_BOX)
     for index in np.flatnonzero(~(fits & (x < width) & (y < height) & (x + side > 0) & (y + side > 0))):
-        expected = f"x, y, side, side of a square of at most {LARGEST_SIDE} pixels that meets {width} x {height} pixels"
+        expected = f"x, y, side, side of a square of at most {LARGEST_BOX} pixels that meets {width} x {height} pixels"
         raise ValueError(f"boxes[{index}]: expected {expected}, got {boxes[index].tolist()}")
     return boxes, frames
 

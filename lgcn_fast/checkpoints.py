@@ -190,8 +190,7 @@ def load_card(model: Path | str) -> dict[str, Any]:
         ValueError: an unknown name, or another kind of file.
     """
     path = weights_path(model)
-    _, metadata = load_tensors(path)
-    _check_format(path, metadata)
+    metadata, _ = _header(path)
     try:
         return json.loads(metadata["training"])
     except ValueError as error:
@@ -204,6 +203,13 @@ def load_header(path: Path) -> tuple[LGCNConfig, int]:
     Raises:
         ValueError: another kind of file.
     """
+    metadata, shapes = _header(path)
+    trained = (shape for name, shape in shapes.items() if ".running_" not in name)
+    return LGCNConfig.from_json(metadata["config"]), sum(map(math.prod, trained))
+
+
+def _header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """The metadata of a model, and the shapes of its tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -211,8 +217,7 @@ def load_header(path: Path) -> tuple[LGCNConfig, int]:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
     _check_format(path, metadata)
-    trained = (shape for name, shape in shapes.items() if ".running_" not in name)
-    return LGCNConfig.from_json(metadata["config"]), sum(map(math.prod, trained))
+    return metadata, shapes
 
 
 def _check_format(path: Path, metadata: dict[str, str]) -> None:

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from .datasets import UNREADABLE, Face, is_validation
-from .files import write_whole
+from .files import whole_file
 from .images import check_touches, crop, face_box, square_box, to_crop
 
 MARGIN = 1.6
@@ -167,18 +166,17 @@ def write_cache(
             boxes.append(box)
             groups.append(face.group)
             names.append(name)
-    buffer = BytesIO()
-    np.savez(
-        buffer,
-        jpegs=np.concatenate(blobs),
-        sizes=np.array([len(blob) for blob in blobs]),
-        points=np.stack(points),
-        boxes=np.stack(boxes),
-        groups=np.array(groups),
-        sets=np.array(names),
-        color=np.array(color),
-    )
-    write_whole(path, buffer.getbuffer())
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.savez(
+            file,
+            jpegs=np.concatenate(blobs),
+            sizes=np.array([len(blob) for blob in blobs]),
+            points=np.stack(points),
+            boxes=np.stack(boxes),
+            groups=np.array(groups),
+            sets=np.array(names),
+            color=np.array(color),
+        )
     return len(blobs)
 
 

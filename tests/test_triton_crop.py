@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lgcn_fast import predict, prediction
-from lgcn_fast.images import BRIGHTEST, DARKEST, LARGEST_GAIN, LEAST_CONTRAST, lit, read_image
+from lgcn_fast.images import BRIGHTEST, DARKEST, LARGEST_GAIN, LEAST_CONTRAST, lit, read_image, square_box
 from lgcn_fast.images import crop as images_crop
 from lgcn_fast.prediction import _device_crops, as_network_input, network_input
 
@@ -162,6 +162,13 @@ def test_no_boxes(crop):
     assert crop(images, np.zeros((0, 4), int), 4, frames=[]).shape == (0, 3, 4, 4)
 
 
+def test_the_largest_faces_may_lean(module):
+    """What is cut out around them, to be turned, is larger than they are."""
+    around = square_box((-8000, -8000, 16384, 16384), 2**0.5)
+    boxes, _ = module._checked_boxes(around[None], None, torch.zeros((1, 8, 9), dtype=torch.uint8))
+    np.testing.assert_array_equal(boxes, [around])
+
+
 IMAGES = torch.zeros((1, 8, 9, 3), dtype=torch.uint8)
 
 
@@ -176,7 +183,7 @@ IMAGES = torch.zeros((1, 8, 9, 3), dtype=torch.uint8)
         ({"boxes": np.zeros((1, 4))}, r"boxes: expected \(B, 4\) integers, got \(1, 4\) float64"),
         ({"boxes": np.array([[0, 0, 4, 5]])}, r"boxes\[0\]: expected x, y, side, side .*, got \[0, 0, 4, 5\]"),
         ({"boxes": np.array([[0, 0, 0, 0]])}, r"boxes\[0\]: expected"),
-        ({"boxes": np.array([[0, 0, 16385, 16385]])}, r"boxes\[0\]: expected"),
+        ({"boxes": np.array([[0, 0, 32769, 32769]])}, r"boxes\[0\]: expected"),
         ({"boxes": np.array([[9, 0, 4, 4]])}, r"boxes\[0\]: expected .* that meets 9 x 8 pixels, got"),
         ({"boxes": np.array([[0, -4, 4, 4]])}, r"boxes\[0\]: expected"),
         ({"frames": [0, 0]}, r"frames: expected \(1,\) integers, got \(2,\)"),
