@@ -44,7 +44,7 @@ def weights_path(model: Path | str, name: str = "model") -> Path:
         return shipped
     if not Path(model).is_file():
         names = ", ".join(model_names())
-        raise ValueError(f"{name}: expected one of {names}, or a safetensors file, got {text!r}")
+        raise ValueError(f"{name}: expected one of {names}, or a safetensors file, got {text!r}, no file")
     return Path(model)
 
 

@@ -28,7 +28,7 @@ def add_detect(commands) -> None:
     parser = add_command(commands, _run_detect, "All faces of photos and their landmarks, drawn and as numbers.")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures and faces.json")
-    parser.add_argument("--heatmap", action="store_true", help="draw the combined heatmap of each photo, too")
+    parser.add_argument("--heatmap", action="store_true", help="draw the combined heatmap (of upright faces), too")
     add_style_option(parser)
     add_model_options(parser)
     add_engine_options(parser)
@@ -86,7 +86,7 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-confidence", type=float, default=0.5, metavar="SHARE", help="faces below it are dropped (default: 0.5)"
     )
-    text = "find faces however they are turned (--heatmap shows upright ones); takes two to four times as long"
+    text = "find faces however they are turned; takes two to four times as long"
     parser.add_argument("--any-angle", action="store_true", help=text)
 
 

@@ -86,7 +86,7 @@ def add_train(commands) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU where there is one")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast; default: where it is fast")
-    parser.add_argument("--compile", action="store_true", help="for a GPU: quicker steps, after a minute; wants gcc")
+    parser.add_argument("--compile", action="store_true", help="for long runs on a GPU: quicker steps; needs gcc")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches")
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from array import array
 from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -97,7 +97,7 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
             writer = outputs.enter_context(VideoWriter(options.out, reader.fps)) if options.out else None
             lines = outputs.enter_context(LinesWriter(options.json)) if options.json else None
             if options.show:
-                outputs.callback(cv2.destroyAllWindows)
+                outputs.callback(_close_windows)
             no_bar = True if sys.stderr is None else None  # None: not on a terminal
             bar = outputs.enter_context(tqdm(frames, total=reader.frame_count, unit=" frames", disable=no_bar))
             try:
@@ -123,6 +123,11 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
     if lines:
         print(f"{options.json}: {len(latencies)} lines", file=text)
     return code
+
+
+def _close_windows() -> None:
+    with suppress(cv2.error):  # an OpenCV without windows has none to close
+        cv2.destroyAllWindows()
 
 
 def _is_standard_output(path: Path) -> bool:
