@@ -124,8 +124,7 @@ template <typename T>
 void blur(const Batch& batch, const lgcn::Taps& taps, const lgcn::Multiplier<T>& multiplier, int num_threads,
           float* out) {
     using Blur = lgcn::Blur<T>;
-    const std::int64_t parts =
-        std::max<std::int64_t>(std::min<std::int64_t>(batch.count(), lgcn::thread_count(num_threads)), 1);
+    const std::int64_t parts = std::min<std::int64_t>(batch.count(), lgcn::thread_count(num_threads));
     std::vector<Blur> blurs;
     std::vector<lgcn::Buffer<T>> maps;
     for (std::int64_t part = 0; part < parts; ++part) {

@@ -107,7 +107,8 @@ private:
                       const std::vector<Layer>& context, const Layer& refine) {
         constexpr std::int64_t largest = 1 << 16;  // so that products of them do not overflow
         if (shape.landmarks < 1 || shape.side_channels < 0 || shape.stride < 1 || shape.shuffle < 1 ||
-            shape.shuffle % shape.stride || shape.dilation < 1 || std::max(shape.shuffle, shape.dilation) > largest) {
+            shape.shuffle % shape.stride || shape.dilation < 1 ||
+            std::max({shape.landmarks, shape.side_channels, shape.shuffle, shape.dilation}) > largest) {
             throw py::value_error(
                 "shape: expected positive numbers up to 65536, and a shuffle that is a multiple of the stride");
         }
@@ -118,9 +119,12 @@ private:
                                std::int64_t kernel) {
             const lgcn::Filters f = filters(layer);
             if (f.out == out && f.in == in && (kernel == 0 || f.kernel == kernel)) return;
-            throw py::value_error(std::string(name) + ": expected filters (" + std::to_string(out) + ", " +
-                                  std::to_string(in) + ", k, k), got (" + std::to_string(f.out) + ", " +
-                                  std::to_string(f.in) + ", " + std::to_string(f.kernel) + ", ...)");
+            const auto shape_of = [](std::int64_t o, std::int64_t i, const std::string& k) {
+                return "(" + std::to_string(o) + ", " + std::to_string(i) + ", " + k + ", " + k + ")";
+            };
+            throw py::value_error(std::string(name) + ": expected filters " +
+                                  shape_of(out, in, kernel ? std::to_string(kernel) : "k") + ", got " +
+                                  shape_of(f.out, f.in, std::to_string(f.kernel)));
         };
         if (inputs % (shape.shuffle * shape.shuffle)) {
             throw py::value_error("local[0]: expected inputs for whole images, got " + std::to_string(inputs));

@@ -125,9 +125,14 @@ public:
             step_.store(step + 1, std::memory_order_release);
             return;
         }
-        for (int turns = 0; step_.load(std::memory_order_acquire) == step; ++turns) {
+        int turns = 0;
+        while (step_.load(std::memory_order_acquire) == step) {
             error_.rethrow();
-            if (turns > 10000) std::this_thread::yield();  // Somebody else may need the core to arrive.
+            if (turns < 10000) {
+                ++turns;
+            } else {
+                std::this_thread::yield();  // Somebody else may need the core to arrive.
+            }
         }
     }
 

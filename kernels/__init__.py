@@ -132,7 +132,7 @@ def face_votes(
         (B, S, h, w) float32.
     """
     offsets = np.asarray(offsets)
-    if not np.issubdtype(offsets.dtype, np.integer):
+    if not np.issubdtype(offsets.dtype, np.integer) or not np.can_cast(offsets.dtype, np.int64):
         raise ValueError(f"offsets: expected whole pixels, got {offsets.dtype}")
     offsets = offsets.astype(np.int64, copy=False)
     return _native.face_votes(_contiguous(heatmaps), offsets, list(voters), step, num_threads)

@@ -112,7 +112,9 @@ def _run_train(options: argparse.Namespace) -> int:
         compiled=options.compile,
         workers=options.workers,
     )
-    finished = Trainer(cache, options.out, training).run(options.time_budget)
+    trainer = Trainer(cache, options.out, training)
+    print(f"{options.out}: {len(trainer.chosen)} crops to train on, {len(trainer.validation)} faces to validate with")
+    finished = trainer.run(options.time_budget)
     print(f"{options.out}: {'finished' if finished else 'not finished; the same command goes on'}")
     return 0
 

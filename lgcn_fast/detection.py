@@ -365,16 +365,17 @@ def distinct(boxes: np.ndarray, confidence: np.ndarray, least: float, known: Ite
     """Indices of the faces that are confident enough and no duplicates, not of known boxes either, the most confident
     first."""
     kept: list[int] = []
+    known = np.array([*known], float).reshape(-1, 4)
     for index in np.argsort(-confidence, kind="stable"):
         if confidence[index] < least:
             break
-        if all(overlap(boxes[index], other) <= OVERLAP for other in (*known, *boxes[kept])):
+        if (overlap(boxes[index], np.concatenate([known, boxes[kept]])) <= OVERLAP).all():
             kept.append(int(index))
     return kept
 
 
-def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection of two boxes over their union."""
-    shared = np.minimum(a[:2] + a[2:], b[:2] + b[2:]) - np.maximum(a[:2], b[:2])
-    common = float(np.prod(shared.clip(0)))
-    return common / (float(a[2] * a[3] + b[2] * b[3]) - common)
+def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersections of boxes (..., 4) over their unions, (...)."""
+    shared = np.minimum(a[..., :2] + a[..., 2:], b[..., :2] + b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    common = shared.clip(0).prod(axis=-1)
+    return common / (a[..., 2:].prod(axis=-1) + b[..., 2:].prod(axis=-1) - common)

@@ -40,17 +40,18 @@ def shape_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> Shap
 
 
 @lru_cache(maxsize=8)
-def _loaded_shape(path: Path, version: tuple[int, int] | None) -> ShapeModel:
+def _loaded_shape(path: Path, version: tuple[int, ...] | None) -> ShapeModel:
     return ShapeModel.load(path)
 
 
-def _version(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written anew; None where there is none."""
+def _version(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written anew, or another one stands there (of the same size, and copied with its
+    time); None where there is none."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_size
+    return status.st_dev, status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size
 
 
 def engine_for(
@@ -85,7 +86,7 @@ def finder_for(finder: Engine | LGCN | Path | str | None, engine: Engine) -> Eng
 
 
 @lru_cache(maxsize=8)
-def _kept(path: Path, version: tuple[int, int] | None, *options: str | int) -> Engine:
+def _kept(path: Path, version: tuple[int, ...] | None, *options: str | int) -> Engine:
     return Engine(path, *options)
 
 
@@ -94,7 +95,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_loads.clear)  # whoever held them is not there
 
 
-def _loaded(path: Path, version: tuple[int, int] | None, *options: str | int) -> Engine:
+def _loaded(path: Path, version: tuple[int, ...] | None, *options: str | int) -> Engine:
     """The engine of a file, built by the first of the threads that ask for it, while the others wait."""
     with _loads.setdefault((str(path), options), RLock()):
         return _kept(path, version, *options)

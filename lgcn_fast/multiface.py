@@ -67,7 +67,13 @@ def score_photo(photo: LabelledPhoto, found: Faces, min_face: float) -> PhotoSco
 
     Args:
         min_face: labelled faces with a smaller box do not count, whether found or not.
+
+    Raises:
+        ValueError: labels of another number of landmarks.
     """
+    if photo.points.size and photo.points.shape[1] != found.points.shape[1]:
+        expected, got = found.points.shape[1], photo.points.shape[1]
+        raise ValueError(f"{photo.path}: expected labels of the model's {expected} landmarks, got {got}")
     sides = np.array([face_box(points)[2] for points in photo.points])
     errors = np.full((len(found), len(photo.points)), np.inf)
     for index, points in enumerate(found.points if len(photo.points) else ()):

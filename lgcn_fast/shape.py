@@ -117,12 +117,12 @@ class ShapeModel:
         count = min(count, len(self.modes))
         figure = matplotlib.figure.Figure(figsize=(2.2 * max(count, 1), 2.6), layout="constrained")
         scheme = SCHEMES.get(self.num_landmarks)
-        strokes = scheme.lines if scheme and scheme.lines else [range(self.num_landmarks)]
+        strokes, style = (scheme.lines, "-") if scheme and scheme.lines else ([range(self.num_landmarks)], ".")
         for k, axes in enumerate(figure.subplots(1, max(count, 1), squeeze=False)[0][:count]):
             for step, color in ((-3, "tab:blue"), (3, "tab:red"), (0, "black")):
                 points = self.mean + step * self.variances[k] ** 0.5 * self.modes[k]
                 for stroke in strokes:
-                    axes.plot(*points[list(stroke)].T, color=color, linewidth=1)
+                    axes.plot(*points[list(stroke)].T, style, color=color, linewidth=1)
             axes.set_title(f"mode {k + 1}", fontsize=9)
             axes.set_aspect("equal")
             axes.invert_yaxis()

@@ -157,7 +157,7 @@ def test_prepare(monkeypatch, tmp_path):
 
 def test_train(monkeypatch, tmp_path):
     def trainer(cache, out, options):
-        return SimpleNamespace(run=lambda budget: stop_and_tell(out, options, budget))
+        return SimpleNamespace(chosen=[], validation=[], run=lambda budget: stop_and_tell(out, options, budget))
 
     monkeypatch.setattr(cli_training, "read_cache", lambda path: SimpleNamespace(num_landmarks=5, channels=3))
     monkeypatch.setattr(cli_training, "Trainer", trainer)

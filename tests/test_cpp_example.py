@@ -93,12 +93,18 @@ def test_mistakes_are_named(program, network, tmp_path):
     cut.write_bytes(whole.read_bytes()[:-1])
     other.write_bytes(b"\x89PNG")
     huge = tmp_path / "huge.pgm"
-    huge.write_bytes(b"P5\n60000 60000\n255\n")  # 3.6 GB, of which nothing is there
+    header = b"P5\n60000 60000\n255"
+    huge.write_bytes(header + b"\n")  # 3.6 GB, of which nothing is there
+    (tmp_path / "header.pgm").write_bytes(header)
     assert run(program, network, whole, 0, 0, 4, 3).returncode == 0
     for words, message in (
         ((network, whole, 0, 0, 4), "usage: "),
         ((network, cut, 0, 0, 4, 3), "cut.pgm: expected a complete picture"),
         ((network, huge, 0, 0, 4, 3), "huge.pgm: expected a complete picture"),
+        ((network, tmp_path / "header.pgm", 0, 0, 4, 3), "header.pgm: expected a complete picture"),
+        ((network, tmp_path / "none.pgm", 0, 0, 4, 3), "none.pgm: expected a picture, got no file"),
+        ((network, whole, 0, 0, 4, "3x"), "box: expected four numbers, got '3x'"),
+        ((network, whole, 0, 0, 4, ""), "box: expected four numbers, got ''"),
         ((network, other, 0, 0, 4, 3), "other.png: expected a binary PGM or PPM file"),
         ((network, whole, 4, 0, 4, 3), "box: expected one that meets the picture"),
         ((network, whole, "nan", 0, 4, 3), "box: expected one that meets the picture"),

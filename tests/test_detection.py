@@ -13,7 +13,7 @@ import lgcn_fast
 import lgcn_fast_kernels
 from lgcn_fast import Engine, LGCNConfig, ShapeModel, detect, detection, load_model, peaks, predict
 from lgcn_fast.cli import main
-from lgcn_fast.detection import combined_heatmap, fitted_faces
+from lgcn_fast.detection import OVERLAP, Faces, combined_heatmap, distinct, fitted_faces
 from lgcn_fast.images import face_box, read_image, write_image
 from lgcn_fast.loading import engine_for, shape_for
 from lgcn_fast.model import LGCN
@@ -356,6 +356,13 @@ def test_long_levels_go_in_tiles(monkeypatch, random):
     assert max(widths) <= detection.LONGEST
 
 
+def test_labels_of_another_scheme_are_named(tmp_path):
+    photo = LabelledPhoto(tmp_path / "a.jpg", np.zeros((1, 68, 2)))
+    nobody = Faces(np.empty((0, 5, 2)), np.empty((0, 5)), np.empty(0), np.empty((0, 4)))
+    with pytest.raises(ValueError, match=r"a.jpg: expected labels of the model's 5 landmarks, got 68"):
+        score_photo(photo, nobody, 40)
+
+
 def test_wrong_ballots_are_named():
     heatmaps = np.zeros((1, 2, 4, 4), np.float32)
     with pytest.raises(ValueError, match=r"offsets: expected \(S, 2, 2\)"):
@@ -366,6 +373,29 @@ def test_wrong_ballots_are_named():
         lgcn_fast_kernels.face_votes(heatmaps, np.zeros((1, 2, 2), int), [0], step=0)
     with pytest.raises(ValueError, match=r"offsets: expected numbers of pixels, got one beyond 2\^31"):
         lgcn_fast_kernels.face_votes(heatmaps, np.full((1, 2, 2), -(2**63)), [0])
+    for dtype in (np.uint64, np.float64):
+        with pytest.raises(ValueError, match=f"offsets: expected whole pixels, got {np.dtype(dtype)}"):
+            lgcn_fast_kernels.face_votes(heatmaps, np.zeros((1, 2, 2), dtype), [0])
+
+
+def test_faces_that_are_distinct(random):
+    """As by comparing all pairs, one by one."""
+    boxes = (200 * random.random((60, 4)) + (0, 0, 30, 30)).astype(np.float32)
+    confidence = random.random(60).astype(np.float32)
+
+    def in_common(a, b):
+        width, height = (min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+        common = max(width, 0) * max(height, 0)
+        return common / (a[2] * a[3] + b[2] * b[3] - common)
+
+    for known in ([], list(boxes[:5])):
+        expected = []
+        for index in np.argsort(-confidence):
+            others = [*known, *(boxes[other] for other in expected)]
+            if confidence[index] >= 0.2 and all(in_common(boxes[index], other) <= OVERLAP for other in others):
+                expected.append(index)
+        assert 5 < len(expected) < 40
+        assert distinct(boxes, confidence, 0.2, known) == expected
 
 
 def test_photos_are_scored(face, points):

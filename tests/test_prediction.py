@@ -554,6 +554,21 @@ def test_engines_are_kept_until_the_weights_change():
     assert shipped.precision == "fp32"
 
 
+def test_another_file_in_the_place_of_one_is_read(tmp_path):
+    """Of the same size, with the same time: as after `cp -p`."""
+    path = tmp_path / "best.safetensors"
+    for epoch in (0, 1):
+        new = tmp_path / f"{epoch}.safetensors"
+        save_model(new, LGCN(LGCNConfig.nano(filters=8)), {"epoch": epoch})
+        os.utime(new, (0, 0))
+    found = []
+    for epoch in (0, 1):
+        (tmp_path / f"{epoch}.safetensors").replace(path)
+        assert path.stat().st_mtime == 0
+        found.append(engine_for(path, "cpu", "fp32"))
+    assert found[0] is not found[1]
+
+
 def test_files_that_change_are_read_again(tmp_path, random):
     path = tmp_path / "best.safetensors"
     for filters in (8, 9):  # as training writes a better one

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <fstream>
 #include <locale>
@@ -49,6 +50,7 @@ std::int64_t header_number(std::istream& file) {
 // Reads a binary PGM or PPM file.
 Picture read_picture(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
+    if (!file) throw std::runtime_error(path + ": expected a picture, got no file that can be read");
     char magic[2] = {};
     file.read(magic, 2);
     const bool known = magic[0] == 'P' && (magic[1] == '5' || magic[1] == '6');
@@ -64,18 +66,14 @@ Picture read_picture(const std::string& path) {
         throw std::runtime_error(path + ": expected a binary PGM or PPM file with values up to 255");
     }
     file.get();
-    const std::int64_t size = picture.width * picture.height * picture.channels;
-    // What the header says is only believed where so much is there; of a pipe nobody knows.
-    const std::streamoff start = file.tellg();
-    std::streamoff there = size;
-    if (start >= 0) {
-        there = file.seekg(0, std::ios::end).tellg() - start;
-        file.seekg(start);
+    // Row by row: what the header says is only believed as far as it is there.
+    const std::int64_t row = picture.width * picture.channels;
+    for (std::int64_t y = 0; y < picture.height; ++y) {
+        picture.pixels.resize(static_cast<std::size_t>((y + 1) * row));
+        if (!file.read(reinterpret_cast<char*>(picture.pixels.data() + y * row), row)) {
+            throw std::runtime_error(path + ": expected a complete picture, got one cut short");
+        }
     }
-    if (there < size) throw std::runtime_error(path + ": expected a complete picture, got one cut short");
-    picture.pixels.resize(static_cast<std::size_t>(size));
-    file.read(reinterpret_cast<char*>(picture.pixels.data()), size);
-    if (file.gcount() != size) throw std::runtime_error(path + ": expected a complete picture, got one cut short");
     return picture;
 }
 
@@ -242,6 +240,13 @@ Landmarks fitted(const Network& network, const lgcn::Heatmap& first, std::int64_
     return found;
 }
 
+double number_of(const std::string& word) {
+    char* end = nullptr;
+    const double number = std::strtod(word.c_str(), &end);
+    if (word.empty() || *end) throw std::runtime_error("box: expected four numbers, got '" + word + "'");
+    return number;
+}
+
 void run(const std::string& model, const std::string& path, const std::array<double, 4>& where, bool fit) {
     const Picture picture = read_picture(path);
     const Box box = square_box(where, picture);
@@ -280,7 +285,7 @@ int main(int argc, char** argv) {
     }
     try {
         std::array<double, 4> box;
-        for (std::size_t i = 0; i < 4; ++i) box[i] = std::stod(words[3 + i]);
+        for (std::size_t i = 0; i < 4; ++i) box[i] = number_of(words[3 + i]);
         run(words[1], words[2], box, fit);
     } catch (const std::exception& error) {
         std::fprintf(stderr, "%s: %s\n", argv[0], error.what());
