@@ -396,3 +396,17 @@ def test_faces_of_real_clips_are_held(engine, data, name, visible):
         held = [found[index] for index in span if len(found[index])]
         assert len(held) >= 0.98 * len(span)
         assert len({faces.ids[0] for faces in held}) == 1
+
+
+def test_a_crowd_that_is_lost_is_looked_for_everywhere_at_once(engine, face, searched):
+    crowd = np.tile(cv2.resize(face, (160, 160)), (5, 8, 1))
+    tracker = Tracker(engine, min_face=50)
+    tracker.update(crowd, 0.0)
+    found = tracker.update(crowd, 1 / FPS)
+    assert len(found) >= 35
+    searched.clear()
+    assert len(tracker.update(blank(crowd), 2 / FPS)) == 0
+    assert searched[0] == crowd.shape[1::-1]
+    assert len(searched) == 2
+    again = [tracker.update(crowd, time / FPS) for time in (3, 4, 5)][-1]
+    assert len(set(found.ids) & set(again.ids)) >= 35
