@@ -112,7 +112,7 @@ def _draw_lines(picture: np.ndarray, face: np.ndarray) -> None:
 
 def _draw_points(picture: np.ndarray, face: np.ndarray, colors: list[tuple[int, int, int]]) -> None:
     scheme = SCHEMES.get(len(face))
-    share = 130 if scheme and scheme.lines else 60  # few points without lines between them are seen less
+    share = 130 if scheme and scheme.lines else 30  # few points without lines between them are seen less
     radius = round(max(_extent(picture, face) / share, 0.35) * 2**_SUBPIXEL_BITS)
     visible = np.isfinite(face).all(axis=1)
     for (x, y), color, shown in zip(_fixed(face).tolist(), colors, visible, strict=True):
