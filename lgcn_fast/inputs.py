@@ -4,6 +4,7 @@ from contextlib import suppress
 from math import isfinite
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from array_api_compat import array_namespace
@@ -52,7 +53,24 @@ def as_images(batch: Any, name: str = "batch") -> list[np.ndarray]:
         hint = f"of it: {of_pillow}" if hasattr(batch, "convert") else f"of a file: {of_file}"
         got = f"{type(batch).__name__} ({hint})"
         raise ValueError(f"{name}: expected a NumPy array, torch tensor or list of them, got {got}")
-    return list(_in_bytes_range(np.ascontiguousarray(channels_last(batch, name)), name))
+    return list(_in_bytes_range(_contiguous(channels_last(batch, name)), name))
+
+
+def _contiguous(images: np.ndarray) -> np.ndarray:
+    """`np.ascontiguousarray` of (B, H, W) or (B, H, W, 3).
+
+    NumPy copies pixel by pixel where the colours lie otherwise than side by side, in views such as `frame[..., ::-1]`
+    (BGR), `image[..., :3]` (RGBA) or of planes: a frame of 1920 x 1080 takes 12 ms, OpenCV 0.2, each colour alone 2.
+    """
+    if images.ndim == 3 or images.strides[2] == 3 * images.strides[3]:
+        return np.ascontiguousarray(images)
+    backwards = images[..., ::-1]
+    if images.dtype == np.uint8 and backwards.flags.c_contiguous:
+        return cv2.cvtColor(backwards.reshape(-1, *images.shape[2:]), cv2.COLOR_BGR2RGB).reshape(images.shape)
+    copy = np.empty(images.shape, images.dtype)
+    for colour in range(3):
+        copy[..., colour] = images[..., colour]
+    return copy
 
 
 def one_image(image: Any, name: str) -> np.ndarray:

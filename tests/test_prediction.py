@@ -452,6 +452,21 @@ def test_threads_that_call_first_build_one_engine(tmp_path, monkeypatch, kind):
     assert len(built) == 1
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("size", [(1, 4, 1), (2, 5, 7), (3, 4, 9)])
+def test_views_of_any_layout_are_what_they_show(dtype, size, random):
+    rgba = (255 * random.random((*size, 4))).astype(dtype)
+    rgb = np.ascontiguousarray(rgba[..., :3])
+    planes = np.ascontiguousarray(rgb.transpose(0, 3, 1, 2))
+    gray_as_colours = np.broadcast_to(rgb[..., :1], rgb.shape)
+    views = [rgb, rgb[..., ::-1], rgba[..., :3], rgba[..., 2::-1], planes.transpose(0, 2, 3, 1), gray_as_colours]
+    for view in [*views, rgb[:, :, ::-1], rgb[:, ::-1, ::-1, ::-1], rgb[:, ::2], np.asfortranarray(rgb)]:
+        for image, expected in zip(as_images(view), view, strict=True):
+            assert image.flags.c_contiguous
+            assert image.dtype == dtype
+            np.testing.assert_array_equal(image, expected)
+
+
 def test_an_image_may_have_one_row():
     assert [image.shape for image in as_images(np.zeros((1, 50, 3), np.uint8))] == [(1, 50, 3)]
 
