@@ -44,7 +44,8 @@ class Recipe:
         if self.muon_rate:
             return Muon(model, dtype=dtype)
         weight = next(model.parameters())
-        # The authors' toolkit scales the gradient by 1 - momentum before adding it: "unit gain".
+        # The authors' toolkit scales the gradient by 1 - momentum before adding it: "unit gain". (But for the first
+        # step, of which PyTorch takes all.)
         rate = recordable_rate(1.0, weight)
         return optim.SGD(model.parameters(), rate, momentum=0.9, dampening=0.9, fused=weight.is_cuda)
 
