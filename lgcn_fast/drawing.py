@@ -131,7 +131,13 @@ def _draw_box(picture: np.ndarray, face: np.ndarray, caption: str) -> None:
     x, y, side, _ = square_box(face_box(face)).tolist()
     extent = min(side, max(picture.shape[:2]))
     cv2.rectangle(picture, (x, y), (x + side - 1, y + side - 1), LABEL_COLOR, max(round(extent / 250), 1))
-    write_text(picture, caption, (x, y - 4), max(extent / 300, 0.4), LABEL_COLOR)
+    if caption:
+        size = max(extent / 300, 0.4)
+        # Above the box, or as near as it can be read: where the picture cuts a face, its box begins outside.
+        (width, height), below = cv2.getTextSize(caption, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
+        left = min(max(x, 2), max(picture.shape[1] - width - 2, 0))
+        low = min(max(y - 4, height + 4), max(picture.shape[0] - below - 2, 0))
+        write_text(picture, caption, (left, low), size, LABEL_COLOR)
 
 
 def _caption(faces: Landmarks | np.ndarray, index: int) -> str:
@@ -175,8 +181,11 @@ def write_text(
     picture: np.ndarray, text: str, at: tuple[int, int], size: float = 0.45, color: tuple[int, int, int] = (255,) * 3
 ) -> None:
     """Write a line of text into a picture (H, W, 3), its lower left corner at x, y; black around it."""
-    for shade, thickness in (((0, 0, 0), 3), (color, 1)):
-        cv2.putText(picture, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, shade, thickness, cv2.LINE_AA)
+    # (Not with thicker letters below: OpenCV 5 draws those further apart.)
+    (x, y), width = at, max(round(size), 1)
+    around = [(x + dx, y + dy) for dx in (-width, width) for dy in (-width, width)]
+    for place, shade in [*((place, (0, 0, 0)) for place in around), (at, color)]:
+        cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, shade, 1, cv2.LINE_AA)
 
 
 def contact_sheet(tiles: list[np.ndarray], captions: list[str], columns: int) -> np.ndarray:

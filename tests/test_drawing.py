@@ -47,6 +47,21 @@ def test_colors(faces):
     np.testing.assert_array_equal(draw(black, faces, ["points", "lines"]), plain)
 
 
+@pytest.mark.parametrize("shift", [(0, -100), (-130, -100), (130, 0)])
+def test_captions_are_inside_the_picture(faces, shift):
+    """Where the face is not."""
+    cut = faces.points + shift
+    drawn = draw(
+        np.zeros((250, 250), np.uint8),
+        Faces(cut, *(getattr(faces, n) for n in ("scores", "confidence", "boxes"))),
+        "boxes",
+    )
+    alone = draw(np.zeros((250, 250), np.uint8), cut, "boxes")
+    caption = np.argwhere((drawn != alone).any(axis=-1))
+    assert len(caption) > 100
+    assert (np.ptp(caption, axis=0) >= (8, 20)).all()
+
+
 def test_confidence_is_red_to_green():
     points = np.array([[[20, 20], [60, 20], [100, 20.0]]])
     drawn = draw(np.zeros((50, 120, 3), np.uint8), Landmarks(points, np.array([[0, 0.5, 1]])), style="confidence")

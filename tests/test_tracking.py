@@ -410,3 +410,12 @@ def test_a_crowd_that_is_lost_is_looked_for_everywhere_at_once(engine, face, sea
     assert len(searched) == 2
     again = [tracker.update(crowd, time / FPS) for time in (3, 4, 5)][-1]
     assert len(set(found.ids) & set(again.ids)) >= 35
+
+
+def test_a_face_that_moves_by_most_of_its_side_from_frame_to_frame_is_the_same(engine, face):
+    """But not one that is a whole side away, as after a cut."""
+    wide = cv2.copyMakeBorder(face, 0, 0, 0, 300, cv2.BORDER_REPLICATE)
+    tracker = Tracker(engine, min_face=60)
+    found = [tracker.update(moved(wide, 75 * (index % 2)), index / 10) for index in range(8)]
+    assert [list(faces.ids) for faces in found] == [[0]] * 8
+    assert list(tracker.update(moved(wide, 240), 0.8).ids) == [1]
