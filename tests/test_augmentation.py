@@ -8,6 +8,7 @@ import torch
 from lgcn_fast.augmentation import FIXED_VARIANTS, NONE, Augmentation, augment
 from lgcn_fast.batches import AugmentedCrops, EpochBatches
 from lgcn_fast.crops import CropCache
+from lgcn_fast.datasets import is_validation
 from lgcn_fast.landmarks import SCHEMES
 from lgcn_fast.loading import shape_for
 from lgcn_fast.recipes import RECIPES
@@ -173,3 +174,40 @@ def test_an_epoch_of_the_paper_sees_all_variants_of_a_crop(random):
     assert len(keys) == FIXED_VARIANTS
     assert len({crops[key][0].numpy().tobytes() for key in keys}) == FIXED_VARIANTS
     assert len({crops[key][1].numpy().tobytes() for key in keys}) == FIXED_VARIANTS
+
+
+def test_noise_does_not_make_white_black(random):
+    white = np.full((180, 180), 250, np.uint8)
+    noisy = Augmentation(noise=40, contrast=0.1)
+    changed = [augment(white, np.zeros((1, 2)), BOX, 96, noisy, None, random)[0] for _ in range(60)]
+    assert max(image.max() for image in changed) == 255
+    assert np.mean([image < 60 for image in changed]) < 1e-3
+
+
+def test_each_draw_and_each_seed_is_another(random):
+    image, points = random.integers(0, 256, (180, 180), np.uint8), random.uniform(50, 130, (2, 68, 2))
+    names = np.array(["g"] * 2)
+    cache = CropCache([image] * 2, points.astype(np.float32), np.tile(BOX, (2, 1)), names, names)
+    keys = [(seed, draw, index) for seed in (0, 1) for draw in (0, 1) for index in (0, 1)]
+    images = [AugmentedCrops(cache, Augmentation(), 96, seed)[draw, index][0] for seed, draw, index in keys * 2]
+    assert all(torch.equal(*pair) for pair in zip(images[:8], images[8:], strict=True))
+    assert len({image.numpy().tobytes() for image in images}) == 8
+
+
+def test_each_epoch_and_each_seed_has_an_order_of_its_own():
+    orders = set()
+    for seed in (0, 1):
+        batches = EpochBatches(np.arange(40), np.ones(40), 8, seed)
+        for batches.epoch in (0, 1):
+            orders.add(tuple(index for batch in batches for _, index in batch))
+    assert len(orders) == 4
+
+
+def test_warps_are_learned_from_no_validation_face(random):
+    names = [f"photo{i}" for i in range(60)]
+    groups = np.array(sorted(names, key=is_validation)[-2:] + names[:1])
+    assert [is_validation(group) for group in groups] == [True, True, False]
+    faces = (shape_for(None, 68).mean * 30 + 89.5 + random.normal(0, 1, (3, 68, 2))).astype(np.float32)
+    images = list(random.integers(0, 256, (3, 180, 180), np.uint8))
+    cache = CropCache(images, faces, np.tile(BOX, (3, 1)), groups, np.array(["s"] * 3))
+    assert AugmentedCrops(cache, replace(NONE, warp=0.5), 96, 0).shape is None

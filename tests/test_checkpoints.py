@@ -131,3 +131,9 @@ def test_loading_keeps_random_numbers_and_does_not_depend_on_defaults():
     assert torch.equal(torch.get_rng_state(), before)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+
+
+def test_loading_leaves_random_numbers_alone():
+    before = torch.get_rng_state()
+    load_model("lgcn-finder")
+    assert torch.equal(torch.get_rng_state(), before)

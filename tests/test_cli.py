@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgcn_fast import __version__, cli, cli_training, predict
+from lgcn_fast import Landmarks, __version__, cli, cli_training, predict
 from lgcn_fast.checkpoints import load_card, model_names
 from lgcn_fast.cli import main
 from lgcn_fast.crops import BACKGROUND_CROPS
@@ -320,3 +321,31 @@ def test_networks_by_name(name, filters, stride):
     config = cli_training._network(name, 5, in_channels=3, dropout=0.25)
     assert (config.filters, config.stride, config.num_landmarks, config.in_channels) == (filters, stride, 5, 3)
     assert config.dropout == 0.25
+
+
+def test_heatmaps_do_not_overwrite_the_input(tmp_path, demo_picture):
+    files = [tmp_path / "a.jpg", tmp_path / "a_heatmap.png"]
+    for file in files:
+        file.write_bytes(demo_picture.read_bytes())
+    assert main(["detect", *map(str, files), "--heatmap", "--out", str(tmp_path)]) == 0
+    assert all(file.read_bytes() == demo_picture.read_bytes() for file in files)
+
+
+def test_small_pictures_are_enlarged_with_their_points(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(cli, "draw", lambda image, faces, *_: drawn.append(faces.points) or image)
+    corners = Landmarks(np.array([[[-0.5, -0.5], [49.5, 99.5]]]), np.ones((1, 2)))
+    cli._write_picture(tmp_path / "a.png", np.zeros((100, 50, 3), np.uint8), corners)
+    assert read_image(tmp_path / "a.png").shape == (600, 300)
+    np.testing.assert_array_equal(drawn, [[[[-0.5, -0.5], [299.5, 599.5]]]])
+
+
+def test_signals_are_handled_as_before(tmp_path):
+    ends = signal.SIGTERM, signal.SIGINT
+    before = [signal.getsignal(end) for end in ends]
+    assert main(["predict", str(tmp_path / "none.jpg"), "--out", str(tmp_path)]) == 2
+    assert [signal.getsignal(end) for end in ends] == before
+
+
+def test_names_of_sets_may_hold_an_equals_sign():
+    assert cli_training._share("a=b/c=0.25") == ("a=b/c", 0.25)

@@ -3,9 +3,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lgcn_fast.crops import BACKGROUND_CROPS, CROP_SIZE, MARGIN, background_crops, face_crop, read_cache, write_cache
-from lgcn_fast.datasets import Face, read_faces
-from lgcn_fast.images import face_box
+from lgcn_fast.crops import (
+    BACKGROUND_CROPS,
+    CROP_SIZE,
+    MARGIN,
+    CropCache,
+    background_crops,
+    face_crop,
+    read_cache,
+    training_shapes,
+    write_cache,
+)
+from lgcn_fast.datasets import Face, is_validation, read_faces
+from lgcn_fast.images import face_box, write_image
 
 
 def face(random, group="g", size=(200, 220), count=5):
@@ -131,3 +141,31 @@ def test_labels_beside_the_picture_are_named(tmp_path, random):
     with pytest.raises(ValueError, match="there, its labels: expected a box that meets the image of 220 x 200 pixels"):
         write_cache(tmp_path / "c.npz", {"a": [face(random), outside]})
     assert not list(tmp_path.iterdir())
+
+
+def test_colours_stay_what_they_are(tmp_path, random):
+    picture = np.full((200, 220, 3), (200, 30, 60), np.uint8)
+    write_image(tmp_path / "red.png", picture)
+    write_cache(tmp_path / "c.npz", {"a": [replace(face(random), source=tmp_path / "red.png")]}, color=True)
+    np.testing.assert_allclose(read_cache(tmp_path / "c.npz").images[0][90, 90], (200, 30, 60), atol=4)
+
+
+def test_training_shapes_are_those_of_the_sets_without_validation(random):
+    groups = np.array([f"photo{i}" for i in range(60)])
+    held_out = np.array([is_validation(group) for group in groups])
+    assert 0 < held_out.sum() < 30
+    points, sets = random.normal(size=(60, 5, 2)), np.array(["a", "b"] * 30)
+    cache = CropCache([], points, np.zeros((60, 4)), groups, sets)
+    np.testing.assert_array_equal(training_shapes(cache), points[~held_out])
+    np.testing.assert_array_equal(training_shapes(cache, ["b"]), points[~held_out & (sets == "b")])
+    with pytest.raises(ValueError, match="sets: expected some of a, b, got a, c"):
+        training_shapes(cache, ["a", "c"])
+
+
+def test_a_digest_is_of_all_that_is_in_a_cache(tmp_path, random):
+    write_cache(tmp_path / "c.npz", {"a": [face(random, "g1"), face(random, "g2")]})
+    cache = read_cache(tmp_path / "c.npz")
+    changed = [replace(cache, **{name: part[::-1]}) for name, part in vars(cache).items() if name != "sets"]
+    changed.append(replace(cache, sets=np.array(["a", "b"])))
+    assert len({other.digest() for other in (cache, *changed)}) == 6
+    assert read_cache(tmp_path / "c.npz").digest() == cache.digest()

@@ -504,3 +504,26 @@ print(peak)
 def test_memory_is_bounded(demo_picture):
     """24 megapixels, its border's faces down to 40 pixels looked for."""
     subprocess.run([sys.executable, "-c", MEMORY, demo_picture], check=True)
+
+
+def test_hypotheses_near_each_other_are_one():
+    """The one with most votes; another size is another face."""
+    found = np.array([[0.5, 100, 100, 80], [0.9, 110, 100, 80], [0.6, 110, 100, 300], [0.7, 400, 100, 80]])
+    np.testing.assert_array_equal(detection._apart(found), found[[1, 3, 2]])
+
+
+def test_confidence_by_hand():
+    """Of the inner landmarks, lowered by what the shape model finds unlikely, and by the residual."""
+    certainties = np.r_[np.zeros(17), np.full(51, 0.8)][None].repeat(3, axis=0)
+    coefficients = np.array([0, detection.PLAUSIBLE, 0])[:, None] * np.ones(20)
+    residuals = np.array([0, 0, detection.RESIDUAL])
+    found = detection.confidence_of(detection.Fit(None, None, coefficients, certainties, residuals))
+    np.testing.assert_allclose(found, 0.8 * np.exp([0, -1, -1]))
+
+
+def test_faces_that_wander_out_of_the_photo_are_given_up(face, monkeypatch):
+    def beside(points, mean):
+        return np.tile([-900.0, 0, 100, 100], (len(points), 1)), np.zeros(len(points))
+
+    monkeypatch.setattr(detection, "upright_boxes", beside)
+    assert len(detect(face)) == 0

@@ -162,3 +162,18 @@ def test_heatmaps_are_those_of_the_upright_face(demo_picture, angle):
     outside = np.ones(face.shape[:2], bool)
     outside[max(top - 20, 0) : top + side + 20, max(left - 20, 0) : left + side + 20] = False
     np.testing.assert_array_equal(drawn[outside], face[outside])
+
+
+def test_heatmaps_of_faces_that_overlap(picture, faces):
+    """The higher one is seen, whichever comes last."""
+    both = np.concatenate([faces.points, faces.points + np.float32([60, 0])])
+    np.testing.assert_array_equal(draw(picture, both, "heatmaps"), draw(picture, both[::-1], "heatmaps"))
+
+
+def test_each_face_has_the_colors_of_its_own_scores():
+    faces = Landmarks(np.array([[(20, 20.0), (20, 40)], [(60, 20), (60, 40)]]), np.array([[0.0, 0], [1, 1]]))
+    black = np.zeros((50, 80, 3), np.uint8)
+    drawn = draw(black, faces, "confidence").astype(int)
+    assert drawn[20, 20, 0] > 100 > drawn[20, 20, 1]
+    assert drawn[20, 60, 1] > 100 > drawn[20, 60, 0]
+    np.testing.assert_array_equal(draw(black, faces, ["points", "confidence"]), drawn)

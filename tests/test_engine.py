@@ -282,3 +282,8 @@ for threads in (1, 2):
         print("lacking")
 """)
     assert printed.splitlines() == ["lacking"] * 2
+
+
+def test_remembers_what_was_asked_for():
+    assert Engine("lgcn-finder", "cpu").options == ("cpu", "auto", 0)
+    assert Engine("lgcn-finder", "cpu", "fp32", 1).options == ("cpu", "fp32", 1)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lgcn_fast import Engine, predict
+from lgcn_fast import Engine, figures, predict
 from lgcn_fast.datasets import Face
 from lgcn_fast.evaluation import Evaluation, evaluate, landmark_errors, summary, with_mean_shape
 from lgcn_fast.figures import draw_sheet
@@ -139,3 +139,24 @@ def test_faces_of_one_name_are_all_reported():
     assert list(evaluation.by_face()) == ["name", "name (2)", "name (3)"]
     evaluation.labelled[1, 36] = np.nan  # an eye corner
     assert [error is None for error in evaluation.by_face().values()] == [False, True, False]
+
+
+def test_a_sheet_goes_from_the_best_to_the_worst(random, tmp_path, monkeypatch):
+    captions, labelled = [], np.stack([random.uniform(10, 50, (68, 2))] * 5)
+    predicted = labelled + np.array([3, 1, 2, 5, 4])[:, None, None]
+    labelled[4, 36] = np.nan  # which cannot be measured
+    sheet = figures.contact_sheet
+    monkeypatch.setattr(figures, "contact_sheet", lambda *parts: captions.extend(parts[1]) or sheet(*parts))
+    evaluation = Evaluation(faces_of(labelled), predicted, labelled, "inter-ocular")
+    draw_sheet(evaluation, tmp_path / "sheet.png")
+    assert captions == [f"{100 * error:.2f} %" for error in evaluation.errors()[[1, 2, 0, 3]]]
+
+
+def test_the_size_of_a_face_is_the_mean_of_width_and_height():
+    labelled = shapes(1) * (1, 0.4)  # 50 wide and 20 high
+    np.testing.assert_allclose(landmark_errors(labelled + np.array([3, 4]), labelled, "face-size"), [5 / 35])
+
+
+def test_a_baseline_is_normalised_alike():
+    evaluation = Evaluation([], shapes(), shapes(), "face-size")
+    assert with_mean_shape(evaluation, np.zeros((68, 2))).normalisation == "face-size"

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lgcn_fast.images import (
     BRIGHTEST,
@@ -318,3 +319,20 @@ def test_pictures_that_do_not_fit_into_memory_are_not_called_broken(tmp_path):
     write_image(tmp_path / "large.png", np.zeros((8000, 8000, 3), np.uint8))
     command = [sys.executable, "-c", LITTLE_MEMORY, tmp_path / "small.png", tmp_path / "large.png"]
     subprocess.run(command, check=True)
+
+
+def test_pictures_are_turned_as_the_camera_was(tmp_path):
+    picture, exif = np.zeros((24, 48, 3), np.uint8), Image.Exif()
+    picture[:, :24] = 255
+    exif[0x0112] = 6  # a quarter clockwise: what is left in the file is up
+    Image.fromarray(picture).save(tmp_path / "a.jpg", exif=exif)
+    for image in (read_image(tmp_path / "a.jpg"), read_image(tmp_path / "a.jpg", color=True)[..., 0]):
+        assert image.shape == (48, 24)
+        assert image[:20].min() > 200 > 50 > image[28:].max()
+
+
+def test_turned_crops_that_shrink_do_not_alias():
+    """Black and white pixels in turn are gray from afar."""
+    board = (255 * (np.indices((800, 800)).sum(axis=0) % 2)).astype(np.uint8)
+    for angle in (0.0, 0.3, 2.0):
+        assert upright_crop(board, np.array([100, 100, 600, 600]), angle, 96).std() < 20

@@ -27,3 +27,16 @@ def test_shifts_of_labels_are_found_in_a_picture_and_its_mirror_image(demo_pictu
     assert shifts["none"] == pytest.approx(0, abs=0.015)
     assert shifts["right"] - shifts["none"] == pytest.approx(0.02, abs=0.002)
     assert shifts["left"] - shifts["none"] == pytest.approx(-0.03, abs=0.005)
+
+
+def test_shifts_where_one_half_of_the_face_is_labelled(demo_picture):
+    """What the network sees in the mirror image are the other half's landmarks."""
+    image = crop(read_image(demo_picture), FACE, 96)
+    points = predict(image, model="lgcn-nano", fit=False).points[0]
+    labels = np.stack([points, points + np.array([2.4, 0])]).astype(np.float32)
+    labels[1, 24:36] = labels[0, 5:68] = np.nan
+    sets = np.array(["none", "right"])
+    boxes = np.tile(np.array([0, 0, 96, 96], np.float32), (2, 1))
+    shifts = measured_shifts(CropCache([image] * 2, labels, boxes, sets, sets), load_model("lgcn-nano"))
+    assert shifts["none"] == pytest.approx(0, abs=0.03)
+    assert shifts["right"] == pytest.approx(0.025, abs=0.02)

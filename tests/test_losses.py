@@ -91,3 +91,10 @@ def test_probabilities_leave_room_for_the_background(random):
     heatmaps = probabilities(torch.from_numpy(random.normal(size=(2, 3, 4, 5))))
     assert (heatmaps > 0).all()
     assert (heatmaps.sum(1) < 1).all()
+
+
+def test_cross_entropy_leaves_landmarks_without_a_label_out():
+    """The second one neither competes nor takes from the background, which weighs as much as the first."""
+    target = torch.tensor([[[[0.25]], [[0.5]]]])
+    value = cross_entropy(torch.zeros(1, 2, 1, 1), target, torch.tensor([[2.0, 0.0]]))
+    assert value.item() == pytest.approx(0.05 * 2 * math.log(2))

@@ -667,3 +667,15 @@ assert peak() < before + 2, f"{before} MB before 10,000 calls, {peak()} MB behin
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_small_and_does_not_grow():
     subprocess.run([sys.executable, "-c", MEMORY], check=True)
+
+
+@pytest.mark.parametrize(("bias", "score"), [(300, 1), (-300, 0)])
+def test_scores_are_shares_whatever_the_heatmaps_hold(gray, bias, score):
+    model = LGCN(LGCNConfig.nano(filters=8, num_landmarks=5))
+    torch.nn.init.constant_(model.main.bias, bias)
+    np.testing.assert_array_equal(predict(gray, model=model, fit=False).scores, score)
+
+
+def test_boxes_that_are_thin_are_squares_all_the_same(gray):
+    thin, square = predict(gray, [[47.5, 0, 1, 96]], "lgcn-finder"), predict(gray, [[0, 0, 96, 96]], "lgcn-finder")
+    np.testing.assert_array_equal(thin.points, square.points)

@@ -134,3 +134,8 @@ def test_processors_have_a_name_in_any_language(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("LC_ALL", "fr_FR.UTF-8")
     assert report.cpu_name().startswith(f"Abacus 7, {os.cpu_count()} cores")
+
+
+def test_failures_are_counted_in_faces():
+    row = {"68 points": {"median": 2.5, "failures": 2.0, "faces": 350}, "51 points": {"median": 1.25}}
+    assert report._cells(row) == ["2.50 / 1.25", "7"]

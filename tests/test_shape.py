@@ -138,3 +138,19 @@ def test_shipped_model_is_a_face():
     eyes, mouth = model.mean[36:48].mean(axis=0), model.mean[48:].mean(axis=0)
     assert eyes[1] < 0 < mouth[1]
     assert model.mean[36, 0] < model.mean[45, 0]
+
+
+def test_variances_by_hand(random):
+    """Along two modes at right angles, however far; as many as make the share."""
+    base = random.normal(size=(10, 2))
+    base -= base.mean(axis=0)
+    base /= np.sqrt((base**2).sum(axis=1).mean())
+    frame = np.column_stack([similarity_basis(base).reshape(4, -1).T, random.normal(size=(20, 2))])
+    modes = np.linalg.qr(frame)[0].T[4:].reshape(2, 10, 2)
+    steps = np.array([(0.8, 0), (-0.8, 0), (0, 0.4), (0, -0.4)])
+    shapes = base + np.tensordot(steps, modes, 1)
+    model = ShapeModel.fit(shapes)
+    np.testing.assert_allclose(model.mean, base, atol=1e-9)
+    np.testing.assert_allclose(model.variances, [0.32, 0.08])
+    np.testing.assert_allclose(np.abs((model.modes * modes).sum(axis=(1, 2))), 1)
+    assert [len(ShapeModel.fit(shapes, share).modes) for share in (0.1, 0.79, 0.81, 1.0)] == [1, 1, 2, 2]

@@ -419,3 +419,39 @@ def test_a_face_that_moves_by_most_of_its_side_from_frame_to_frame_is_the_same(e
     found = [tracker.update(moved(wide, 75 * (index % 2)), index / 10) for index in range(8)]
     assert [list(faces.ids) for faces in found] == [[0]] * 8
     assert list(tracker.update(moved(wide, 240), 0.8).ids) == [1]
+
+
+def test_reset_forgets_lost_faces_too(engine, face):
+    tracker = Tracker(engine)
+    assert tracker.update(face, 0).ids.tolist() == [0]
+    assert len(tracker.update(blank(face), 0.1)) == 0
+    tracker.reset()
+    assert tracker.update(face, 0).ids.tolist() == [1]
+
+
+def test_boxes_are_those_of_the_smoothed_points(engine, face, random):
+    for faces in track(Tracker(engine, smoothing=4), [noisy(face, 6, random) for _ in range(6)]):
+        np.testing.assert_allclose(faces.boxes[0], tracking.face_box(faces.points[0]), atol=1e-3)
+
+
+def test_windows_show_neither_known_faces_nor_parts(engine, face):
+    """A face that the window cuts is another window's, or cut by the image itself."""
+    how = 40, 0.5, engine, tracking.finder_for(None, engine), tracking.shape_for(None, 68), False
+
+    def found(image, x, width, known=()):
+        return len(tracking._detect_in(image, np.array([x, 0, width, 300]), list(known), *how))
+
+    beside, (box,) = np.hstack([blank(face), face]), lgcn_fast.detect(face, model=engine).boxes
+    assert found(beside, 200, 400) == 1
+    assert found(beside, 200, 400, [box + np.array([300, 0, 0, 0])]) == 0
+    assert found(beside, 200, 400, [box]) == 1
+    for cut in (range(110, 300), range(180)):
+        part = face[:, list(cut)]
+        assert found(part, 0, len(cut)) == 1
+        assert found(face, cut[0], len(cut)) == 0
+
+
+def test_smoothing_may_be_off(engine, face, random):
+    frames = [noisy(face, 6, random) for _ in range(3)]
+    off, none = (track(Tracker(engine, smoothing=how), frames)[-1].points for how in (0, None))
+    np.testing.assert_array_equal(off, none)

@@ -621,3 +621,16 @@ def test_the_optimisers_state_lies_in_memory_as_the_parameters_when_a_run_goes_o
     for parameter, slots in state.items():
         for slot, tensor in slots.items():
             assert slot == "step" or tensor.stride() == parameter.stride(), slot
+
+
+def test_sets_weigh_in_the_validation_by_their_shares(cache, tmp_path, monkeypatch):
+    """And lost faces as three times the median."""
+    cache = replace(cache, sets=np.array(["clean", "noisy"] * 30))
+    trainer = Trainer(cache, tmp_path, replace(OPTIONS, shares={"noisy": 0.25}))
+    noisy = cache.sets[trainer.validation] == "noisy"
+    errors = np.where(noisy, 0.2, 0.1)
+    errors[0] = 50
+    assert 0 < noisy.sum() < len(noisy) <= 32
+    monkeypatch.setattr(training, "landmark_errors", lambda found, labelled: errors.copy())
+    expected = np.average(np.minimum(errors, 3 * np.median(errors)), weights=np.where(noisy, 0.25, 1))
+    assert trainer.validate() == pytest.approx(expected)

@@ -20,6 +20,7 @@ from conftest import FPS
 
 from lgcn_fast import Tracker, cli_video, video
 from lgcn_fast.cli import main
+from lgcn_fast.tracking import TrackedFaces
 from lgcn_fast.video import CODECS, LinesWriter, VideoReader, VideoWriter, newest
 
 
@@ -643,3 +644,18 @@ raise RuntimeError("bug")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.endswith("RuntimeError: bug\n")
+
+
+def test_a_line_holds_milliseconds():
+    parts = np.empty((0, 68, 2)), np.empty((0, 68)), np.empty(0), np.empty((0, 4)), np.empty(0), np.empty(0)
+    faces = TrackedFaces(*parts, time=0.5, latency=0.0125)
+    expected = {"frame": 3, "time": 0.5, "size": [9, 8], "latency_ms": 12.5, "faces": []}
+    assert cli_video._record(3, video.Frame(np.zeros((8, 9, 3), np.uint8), 0.5), faces) == expected
+
+
+def test_time_stamps_that_do_not_rise_are_made_up(clip, pictures, monkeypatch):
+    stamps = iter([(pictures[0], time) for time in (0.0, 0.0, -5.0, 0.5, 0.4)])
+    with VideoReader(clip) as reader:
+        reader.frame_count = None
+        monkeypatch.setattr(reader, "_read", lambda: next(stamps, (None, 0)))
+        assert [frame.time for frame in reader] == pytest.approx([0, 0.04, 0.08, 0.5, 0.54])
