@@ -49,7 +49,7 @@ NEARBY, NEARBY_RATIO, NEARBY_TIME = 0.75, 1.4, 0.3
 many seconds: quick moves, few frames a second. (In six sequences of 8 to 15 frames a second, of faces that move to and
 fro, it takes 181 wrong identities down to 18. More of it takes the next face, after a cut, for the one before.)"""
 WINDOW_WORK = 20
-"""What each window takes besides, as areas of the smallest faces: on two cores (Zen 4) 4 ms with lgcn-finder."""
+"""What each window takes besides, as areas of the smallest faces: some 4 ms of a core (Zen 4, lgcn-finder)."""
 NEIGHBOURHOOD = 2.5
 """Side of the square in which a face that was just lost is looked for, over that of its box."""
 
