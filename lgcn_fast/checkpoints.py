@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -69,10 +71,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: not a safetensors file; names it.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, to be read; ValueError where it is none, or while it is read."""
     try:
         Path(path).open("rb").close()  # (safetensors says of all that it cannot open that it is not there)
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
 
@@ -210,12 +219,9 @@ def load_header(path: Path) -> tuple[LGCNConfig, int]:
 
 def _header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
     """The metadata of a model, and the shapes of its tensors."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     _check_format(path, metadata)
     return metadata, shapes
 

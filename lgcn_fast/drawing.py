@@ -12,7 +12,7 @@ from .detection import Faces
 from .engine import Engine
 from .images import face_box, from_crop, square_box, touches, turned, upright_boxes
 from .inputs import one_image
-from .landmarks import SCHEMES
+from .landmarks import lines_of
 from .loading import engine_for, packaged_shape
 from .model import LGCN
 from .prediction import Landmarks, network_input
@@ -104,15 +104,14 @@ def _fixed(points: np.ndarray) -> np.ndarray:
 
 
 def _draw_lines(picture: np.ndarray, face: np.ndarray) -> None:
-    scheme, visible, fixed = SCHEMES.get(len(face)), np.isfinite(face).all(axis=1), _fixed(face)
+    visible, fixed = np.isfinite(face).all(axis=1), _fixed(face)
     thickness = max(round(_extent(picture, face) / 250), 1)
-    lines = [fixed[[index for index in stroke if visible[index]]] for stroke in (scheme.lines if scheme else ())]
+    lines = [fixed[[index for index in stroke if visible[index]]] for stroke in lines_of(len(face))]
     cv2.polylines(picture, lines, False, LINE_COLOR, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
 
 
 def _draw_points(picture: np.ndarray, face: np.ndarray, colors: list[tuple[int, int, int]]) -> None:
-    scheme = SCHEMES.get(len(face))
-    share = 130 if scheme and scheme.lines else 30  # few points without lines between them are seen less
+    share = 130 if lines_of(len(face)) else 30  # few points without lines between them are seen less
     radius = round(max(_extent(picture, face) / share, 0.35) * 2**_SUBPIXEL_BITS)
     visible = np.isfinite(face).all(axis=1)
     for (x, y), color, shown in zip(_fixed(face).tolist(), colors, visible, strict=True):

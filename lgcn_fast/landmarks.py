@@ -57,3 +57,9 @@ SCHEMES = {
     15: Scheme(mirror=_mirror_of_kaggle(), eye_corners=(3, 5), outline=(), lines=()),
 }  # fmt: skip
 """Known schemes by their number of landmarks."""
+
+
+def lines_of(num_landmarks: int) -> tuple[tuple[int, ...], ...]:
+    """The lines that are drawn through landmarks, see `Scheme`; none where nobody knows them."""
+    scheme = SCHEMES.get(num_landmarks)
+    return scheme.lines if scheme else ()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .checkpoints import load_tensors, save_tensors
-from .landmarks import SCHEMES
+from .landmarks import SCHEMES, lines_of
 
 FORMAT = "lgcn_fast-shape-1"
 ALIGNMENTS = 10
@@ -116,8 +116,8 @@ class ShapeModel:
 
         count = min(count, len(self.modes))
         figure = matplotlib.figure.Figure(figsize=(2.2 * max(count, 1), 2.6), layout="constrained")
-        scheme = SCHEMES.get(self.num_landmarks)
-        strokes, style = (scheme.lines, "-") if scheme and scheme.lines else ([range(self.num_landmarks)], ".")
+        lines = lines_of(self.num_landmarks)
+        strokes, style = (lines, "-") if lines else ([range(self.num_landmarks)], ".")
         for k, axes in enumerate(figure.subplots(1, max(count, 1), squeeze=False)[0][:count]):
             for step, color in ((-3, "tab:blue"), (3, "tab:red"), (0, "black")):
                 points = self.mean + step * self.variances[k] ** 0.5 * self.modes[k]
