@@ -145,7 +145,8 @@ def weak_peaks(model, random) -> tuple[np.ndarray, np.ndarray]:
     for face in range(len(heatmaps)):
         for landmark in range(0, 68, 2):
             x, y = pixels[face, landmark]
-            heatmaps[face, landmark, y, x + (3 if near[face, landmark] else 8)] = 0.02
+            inwards = 1 if x < 48 else -1  # (a wide face may end less than 8 pixels from the border)
+            heatmaps[face, landmark, y, x + inwards * (3 if near[face, landmark] else 8)] = 0.02
     return heatmaps, near[:, ::2]
 
 
