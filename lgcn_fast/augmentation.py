@@ -1,6 +1,7 @@
 """Augmentation: a random similarity transform, another shape of the face and some light, on the way from a cached crop
 to the network's input."""
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,11 +41,13 @@ class Augmentation:
     contrast: float = 0.0
     """Largest relative change of contrast; half of it, of the value range, the largest change of brightness."""
     blur: float = 0.0
-    """Largest standard deviation of a Gaussian blur, pixels; one image in four."""
+    """Largest standard deviations of a Gaussian blur, along some direction and across it, pixels; one image in four."""
     noise: float = 0.0
     """Largest standard deviation of noise, gray levels; one image in four."""
     occlusion: float = 0.0
     """Largest side of a rectangle that hides a part, as a share of the image; every second image."""
+    compression: float = 0.0
+    """Largest loss of quality by JPEG, of 100; one image in four."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.warp <= 1:
@@ -163,7 +166,7 @@ def _pixels(size: int) -> np.ndarray:
 
 def _relight(image: np.ndarray, augmentation: Augmentation, random: Generator) -> np.ndarray:
     if augmentation.blur and random.random() < 0.25:
-        image = cv2.GaussianBlur(image, (0, 0), random.uniform(0.3, max(augmentation.blur, 0.31)))
+        image = _blurred(image, *random.uniform(0.3, max(augmentation.blur, 0.31), 2), random.uniform(0, np.pi))
     image = image.astype(np.float32)
     if augmentation.contrast:
         gain = 1 + random.uniform(-1, 1) * augmentation.contrast
@@ -176,4 +179,18 @@ def _relight(image: np.ndarray, augmentation: Augmentation, random: Generator) -
         image[y : y + height, x : x + width] = random.uniform(0, 255)
     if augmentation.noise and random.random() < 0.25:
         image += random.normal(0, random.uniform(0, augmentation.noise), image.shape)
-    return np.rint(np.clip(image, 0, 255)).astype(np.uint8)
+    image = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
+    if augmentation.compression and random.random() < 0.25:
+        quality = round(100 - random.uniform(0, augmentation.compression))
+        data = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, quality))[1]
+        image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    return image
+
+
+def _blurred(image: np.ndarray, along: float, across: float, angle: float) -> np.ndarray:
+    """A picture out of focus or in motion: a Gaussian with other standard deviations along a direction than across."""
+    radius = math.ceil(3 * max(along, across))
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    cos, sin = math.cos(angle), math.sin(angle)
+    kernel = np.exp(-(((x * cos + y * sin) / along) ** 2 + ((y * cos - x * sin) / across) ** 2) / 2)
+    return cv2.filter2D(image, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REPLICATE)

@@ -75,17 +75,17 @@ _FAST = Recipe(
     "fast",
     batch_size=8,
     epochs=100,
-    augmentation=Augmentation(shift=0.05, contrast=0.3, blur=1.0, noise=10.0, occlusion=0.4),
+    augmentation=Augmentation(shift=0.05, contrast=0.3, blur=4.0, noise=10.0, occlusion=0.4, compression=85.0),
     ema_decay=0.998,
     clip_norm=20.0,
     muon_rate=4e-3,
 )
-# A trained network goes on with half the rate and half of what spoils the pictures.
+# A trained network goes on with half the rate and half of what noise and occlusion spoil.
 _POLISH = replace(
     _FAST,
     name="polish",
     epochs=30,
-    augmentation=replace(_FAST.augmentation, blur=0.5, noise=5.0, occlusion=0.2),
+    augmentation=replace(_FAST.augmentation, noise=5.0, occlusion=0.2),
     muon_rate=2e-3,
 )
 
@@ -94,7 +94,7 @@ _SCENE = replace(
     _FAST,
     name="scene",
     batch_size=16,
-    augmentation=replace(_FAST.augmentation, scale=0.4, shift=0.1, blur=0.6),
+    augmentation=replace(_FAST.augmentation, scale=0.4, shift=0.1, blur=0.6, compression=0.0),
     muon_rate=6e-3,
 )
 
