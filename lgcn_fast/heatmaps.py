@@ -16,7 +16,8 @@ def to_heatmap(points: Tensor, stride: int) -> Tensor:
 
 
 def bilinear_lines(coordinates: Tensor, length: int, visible: Tensor) -> Tensor:
-    """One-hot lines, each spread linearly over the two pixels around a coordinate; zero where not visible.
+    """One-hot lines, each spread linearly over the two pixels around a coordinate (beyond the centre of the first or
+    last one it is in that pixel); zero where not visible.
 
     Args:
         coordinates: (...), pixels.
@@ -26,12 +27,13 @@ def bilinear_lines(coordinates: Tensor, length: int, visible: Tensor) -> Tensor:
     Returns:
         (..., length) float32; sums to 1 where visible.
     """
-    distance = (torch.nan_to_num(coordinates)[..., None] - torch.arange(length, device=coordinates.device)).abs()
+    coordinates = torch.nan_to_num(coordinates).clamp(0, length - 1)
+    distance = (coordinates[..., None] - torch.arange(length, device=coordinates.device)).abs()
     return (1 - distance).clamp(min=0) * visible[..., None]
 
 
 def visibility(points: Tensor, height: int, width: int) -> Tensor:
-    """V of Eq. 3: which points are labelled and lie within the image.
+    """V of Eq. 3: which points are labelled and lie in a pixel of the image.
 
     Args:
         points: (..., 2), pixels, NaN without a label.
@@ -40,7 +42,7 @@ def visibility(points: Tensor, height: int, width: int) -> Tensor:
         (...) bool.
     """
     x, y = points.unbind(-1)
-    return (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
 
 
 def ground_truth(points: Tensor, height: int, width: int) -> Tensor:

@@ -16,14 +16,22 @@ def test_bilinear_weights_by_hand():
     torch.testing.assert_close(heatmap, expected)
 
 
-@pytest.mark.parametrize("point", [(0, 0), (4, 3), (4, 0.5), (0.001, 3)])
+@pytest.mark.parametrize("point", [(0, 0), (4, 3), (4, 0.5), (0.001, 3), (-0.49, 3.49)])
 def test_visible_points_sum_to_one_up_to_the_border(point):
     assert ground_truth(torch.tensor([[[point]]]), 4, 5).sum() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("point", [(-0.01, 1), (4.01, 1), (1, -1), (1, 3.5), (NAN, 1), (NAN, NAN)])
+@pytest.mark.parametrize("point", [(-0.51, 1), (4.51, 1), (1, -0.51), (1, 3.51), (NAN, 1), (NAN, NAN)])
 def test_points_outside_or_without_label_leave_nothing(point):
     assert ground_truth(torch.tensor([[[point]]]), 4, 5).sum() == 0
+
+
+def test_point_in_the_outer_half_of_a_border_pixel_is_in_that_pixel():
+    """The first and last row of an image are there, on heatmaps that are coarser too."""
+    corners = to_heatmap(torch.tensor([[[[0.0, 0.0]]], [[[9.0, 7.0]]]]), 2)
+    heatmaps = ground_truth(corners, 4, 5)[:, 0]
+    assert heatmaps[0, 0, 0] == heatmaps[1, 3, 4] == 1
+    assert torch.equal(loss_weights(corners, 4, 5), torch.full((2, 1), 1.6))
 
 
 def test_faces_add_up():
