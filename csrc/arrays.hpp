@@ -25,14 +25,16 @@ using Heatmaps = Array<float>;
 using Points = Array<double>;
 using Offsets = Array<std::int64_t>;
 
+// The shape of an array as NumPy writes it, for messages.
+inline std::string shape_of(const py::array& array) { return py::str(array.attr("shape")); }
+
 struct Batch {
     const float* data;
     py::ssize_t faces, landmarks, height, width;
 
     explicit Batch(const Heatmaps& heatmaps) {
         if (heatmaps.ndim() != 4) {
-            throw py::value_error("heatmaps: expected (B, N, H, W), got " + std::to_string(heatmaps.ndim()) +
-                                  " dimensions");
+            throw py::value_error("heatmaps: expected (B, N, H, W), got " + shape_of(heatmaps));
         }
         faces = heatmaps.shape(0);
         landmarks = heatmaps.shape(1);
@@ -54,7 +56,8 @@ inline const double* checked_centres(const Points& centres, const Batch& batch) 
     if (centres.ndim() != 3 || centres.shape(0) != batch.faces || centres.shape(1) != batch.landmarks ||
         centres.shape(2) != 2) {
         throw py::value_error("centres: expected (" + std::to_string(batch.faces) + ", " +
-                              std::to_string(batch.landmarks) + ", 2), one point for each heatmap");
+                              std::to_string(batch.landmarks) + ", 2), one point for each heatmap, got " +
+                              shape_of(centres));
     }
     const double* data = centres.data();
     if (!std::all_of(data, data + centres.size(), [](double v) { return std::isfinite(v); })) {
@@ -80,7 +83,7 @@ void with_multiplier(const std::string& name, const Use& use) {
 
 inline lgcn::Taps checked_taps(const Points& taps) {
     if (taps.ndim() != 2 || taps.shape(0) == 0 || taps.shape(1) % 2 == 0) {
-        throw py::value_error("taps: expected (S, kernel_size) with an odd size");
+        throw py::value_error("taps: expected (S, kernel_size) with an odd size, got " + shape_of(taps));
     }
     return {taps.data(), taps.shape(0), taps.shape(1)};
 }
@@ -88,9 +91,12 @@ inline lgcn::Taps checked_taps(const Points& taps) {
 inline lgcn::Ballot checked_ballot(const Offsets& offsets, const std::vector<std::int64_t>& voters, std::int64_t step,
                                    std::int64_t landmarks) {
     if (offsets.ndim() != 3 || offsets.shape(1) != landmarks || offsets.shape(2) != 2)
-        throw py::value_error("offsets: expected (S, " + std::to_string(landmarks) + ", 2)");
-    if (std::any_of(voters.begin(), voters.end(), [&](std::int64_t i) { return i < 0 || i >= landmarks; }))
-        throw py::value_error("voters: expected landmarks from 0 to " + std::to_string(landmarks - 1));
+        throw py::value_error("offsets: expected (S, " + std::to_string(landmarks) + ", 2), got " + shape_of(offsets));
+    const auto unknown =
+        std::find_if(voters.begin(), voters.end(), [&](std::int64_t i) { return i < 0 || i >= landmarks; });
+    if (unknown != voters.end())
+        throw py::value_error("voters: expected landmarks from 0 to " + std::to_string(landmarks - 1) + ", got " +
+                              std::to_string(*unknown));
     constexpr std::int64_t largest = std::int64_t{1} << 31;  // so that nothing overflows
     const std::int64_t* data = offsets.data();
     if (std::any_of(data, data + offsets.size(), [&](std::int64_t v) { return v < -largest || v > largest; }))

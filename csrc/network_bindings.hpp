@@ -119,12 +119,12 @@ private:
                                std::int64_t kernel) {
             const lgcn::Filters f = filters(layer);
             if (f.out == out && f.in == in && (kernel == 0 || f.kernel == kernel)) return;
-            const auto shape_of = [](std::int64_t o, std::int64_t i, const std::string& k) {
+            const auto four = [](std::int64_t o, std::int64_t i, const std::string& k) {
                 return "(" + std::to_string(o) + ", " + std::to_string(i) + ", " + k + ", " + k + ")";
             };
             throw py::value_error(std::string(name) + ": expected filters " +
-                                  shape_of(out, in, kernel ? std::to_string(kernel) : "k") + ", got " +
-                                  shape_of(f.out, f.in, std::to_string(f.kernel)));
+                                  four(out, in, kernel ? std::to_string(kernel) : "k") + ", got " +
+                                  four(f.out, f.in, std::to_string(f.kernel)));
         };
         if (inputs % (shape.shuffle * shape.shuffle)) {
             throw py::value_error("local[0]: expected inputs for whole images, got " + std::to_string(inputs));
@@ -139,7 +139,8 @@ private:
         const auto& [weight, bias] = layer;
         if (weight.ndim() != 4 || weight.shape(2) != weight.shape(3) || weight.shape(2) % 2 == 0 || bias.ndim() != 1 ||
             bias.shape(0) != weight.shape(0)) {
-            throw py::value_error("layer: expected filters (out, in, k, k) with odd k and biases (out,)");
+            throw py::value_error("layer: expected filters (out, in, k, k) with odd k and biases (out,), got " +
+                                  shape_of(weight) + " and " + shape_of(bias));
         }
         return {weight.data(), bias.data(), weight.shape(0), weight.shape(1), weight.shape(2)};
     }
@@ -155,7 +156,7 @@ private:
         if (images.ndim() != 4 || images.shape(1) != network.image_channels() || images.shape(2) == 0 ||
             images.shape(3) == 0) {
             throw py::value_error("images: expected (B, " + std::to_string(network.image_channels()) +
-                                  ", H, W) without empty sides");
+                                  ", H, W) without empty sides, got " + shape_of(images));
         }
         return {images.data(), images.shape(1), images.shape(2), images.shape(3)};
     }
@@ -293,7 +294,9 @@ inline void bind_network(py::module_& module) {
                          double shift_spread, double threshold, double nominal_size) {
                  if (basis.ndim() != 3 || basis.shape(2) != 2 || basis.shape(1) == 0 || variances.ndim() != 1 ||
                      variances.shape(0) + 4 != basis.shape(0) || radii.empty()) {
-                     throw py::value_error("expected a basis (4 + K, N, 2), variances (K,) and radii");
+                     throw py::value_error("basis: expected (4 + K, N, 2), with variances (K,) and some radii, got " +
+                                           shape_of(basis) + ", " + shape_of(variances) + " and " +
+                                           std::to_string(radii.size()) + " radii");
                  }
                  return lgcn::Fitter(basis.data(), variances.data(), basis.shape(0), basis.shape(1), radii,
                                      {certain, fallback, noise, peak_radius, largest_move, size_spread, shift_spread,

@@ -166,7 +166,7 @@ def _pixels(size: int) -> np.ndarray:
 
 def _relight(image: np.ndarray, augmentation: Augmentation, random: Generator) -> np.ndarray:
     if augmentation.blur and random.random() < 0.25:
-        image = _blurred(image, *random.uniform(0.3, max(augmentation.blur, 0.31), 2), random.uniform(0, np.pi))
+        image = blurred(image, *random.uniform(0.3, max(augmentation.blur, 0.31), 2), random.uniform(0, np.pi))
     image = image.astype(np.float32)
     if augmentation.contrast:
         gain = 1 + random.uniform(-1, 1) * augmentation.contrast
@@ -187,8 +187,9 @@ def _relight(image: np.ndarray, augmentation: Augmentation, random: Generator) -
     return image
 
 
-def _blurred(image: np.ndarray, along: float, across: float, angle: float) -> np.ndarray:
-    """A picture out of focus or in motion: a Gaussian with other standard deviations along a direction than across."""
+def blurred(image: np.ndarray, along: float, across: float, angle: float) -> np.ndarray:
+    """A picture out of focus or in motion: blurred by a Gaussian that is as wide along a direction (`angle`, radians,
+    clockwise on the screen from the x axis) and across it as given, in pixels."""
     radius = math.ceil(3 * max(along, across))
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     cos, sin = math.cos(angle), math.sin(angle)

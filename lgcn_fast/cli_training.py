@@ -41,6 +41,8 @@ def _run_prepare(options: argparse.Namespace) -> int:
         raise ValueError(f"faces: expected each set once, got some twice beside {', '.join(map(str, paths.values()))}")
     sets = {str(path): read_faces(path) for path in options.faces}
     sets |= {str(path): read_background(path) for path in options.background}
+    for name, members in sets.items():
+        print(f"{name}: {len(members)} {'faces' if Path(name) in options.faces else 'pictures'}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     count = write_cache(options.out, sets, options.color, lambda faces: tqdm(faces, "crops", disable=None))
     print(f"{options.out}: {count} crops, {options.out.stat().st_size / 1e6:.1f} MB")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgcn_fast.augmentation import FIXED_VARIANTS, NONE, Augmentation, augment
+from lgcn_fast.augmentation import FIXED_VARIANTS, NONE, Augmentation, augment, blurred
 from lgcn_fast.batches import AugmentedCrops, EpochBatches
 from lgcn_fast.crops import CropCache
 from lgcn_fast.datasets import is_validation
@@ -150,7 +150,9 @@ def test_crops_warp_faces_as_those_of_the_training_vary(random, labelled):
 def test_light_changes_pixels_only(random, color):
     image = random.integers(0, 256, (180, 180, 3) if color else (180, 180), np.uint8)
     points = random.uniform(60, 120, (4, 2)).astype(np.float32)
-    light = Augmentation(mirror=False, scale=0, rotation=0, contrast=0.5, blur=2, noise=30, occlusion=0.5)
+    light = Augmentation(
+        mirror=False, scale=0, rotation=0, contrast=0.5, blur=2, noise=30, occlusion=0.5, compression=90
+    )
     for _ in range(20):
         changed, moved = augment(image, points, BOX, 96, light, None, random)
         plain, expected = augment(image, points, BOX, 96, NONE, None, random)
@@ -158,6 +160,31 @@ def test_light_changes_pixels_only(random, color):
         assert changed.shape == plain.shape
         assert not np.array_equal(changed, plain)
         np.testing.assert_array_equal(moved, expected)
+
+
+def test_blur_spreads_along_its_direction_and_moves_nothing(random):
+    for _ in range(10):
+        along, across, angle = *random.uniform(1, 4, 2), random.uniform(0, np.pi)
+        spot = np.zeros((61, 61), np.float32)
+        spot[30, 30] = 1e4
+        changed = blurred(spot, along, across, angle)
+        places = np.stack(np.mgrid[-30:31, -30:31][::-1]).reshape(2, -1)
+        weights = changed.ravel() / changed.sum()
+        assert changed.sum() == pytest.approx(1e4, rel=1e-4)
+        np.testing.assert_allclose(places @ weights, 0, atol=1e-3)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        expected = turn @ np.diag([along**2, across**2]) @ turn.T
+        np.testing.assert_allclose(places * weights @ places.T, expected, atol=0.06 * max(along, across) ** 2)
+
+
+def test_compression_changes_little_in_one_picture_of_four(random):
+    picture = cv2.GaussianBlur(random.integers(0, 256, (180, 180, 3), np.uint8), (0, 0), 4)
+    plain = augment(picture, np.zeros((1, 2)), BOX, 96, NONE, None, random)[0].astype(float)
+    options = replace(NONE, compression=90)
+    changes = [augment(picture, np.zeros((1, 2)), BOX, 96, options, None, random)[0] - plain for _ in range(200)]
+    changed = [np.abs(change).mean() for change in changes if change.any()]
+    assert 25 < len(changed) < 80
+    assert 0.2 < np.mean(changed) < 8
 
 
 def test_missing_labels_stay_missing(random):

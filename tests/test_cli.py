@@ -233,6 +233,9 @@ def test_from_labels_to_report(tmp_path, faces, capsys):
     background.mkdir()
     cv2.imwrite(str(background / "b.jpg"), np.zeros((80, 60), np.uint8))
     assert main(["prepare", str(faces), "--background", str(background), "--out", str(cache)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == [f"{faces}: 11 faces", f"{background}: 1 pictures"]
+    assert printed[2].startswith(f"{cache}: {11 + BACKGROUND_CROPS} crops, ")
     train = ["train", str(cache), "--out", str(run), "--epochs", "2", "--share", f"{faces}=0.9", "--no-amp"]
     train += ["--warp", "0.5"]
     assert main([*train, "--time-budget", "1e-6"]) == 0

@@ -3,10 +3,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from networks import randomised
 
 import lgcn_fast
@@ -130,6 +132,26 @@ def test_light_of_a_level_is_that_of_a_face_around_each_pixel(random, color, dty
     found = detection._lit(level, 21)
     assert found.dtype == dtype
     np.testing.assert_allclose(found, (level * gain + offset).clip(0, 255), atol=0.51 if dtype == np.uint8 else 0.1)
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_hypotheses_stand_where_the_votes_are(stride, monkeypatch):
+    """Votes for a spot of light: they lie on a grid, so each is a bit beside it, but together not to one side."""
+
+    def votes(tiles, offsets, voters, every):
+        heatmaps = (torch.nn.functional.avg_pool2d(tiles.float(), stride).numpy() / 255 - 0.5).clip(0)
+        return np.ascontiguousarray(np.repeat(heatmaps[:, :, ::every, ::every], len(detection.SIZES), axis=1))
+
+    monkeypatch.setattr(detection, "_lit", lambda level, side: level)  # a spot with more contrast has no summit
+    engine = SimpleNamespace(config=LGCNConfig.finder(stride=stride), votes=votes, num_threads=1)
+    beside = []
+    for spot in zip(np.linspace(80, 90, 24), np.linspace(70, 90, 24), strict=True):
+        x, y = (np.exp(-((np.arange(length) - at) ** 2) / 50) for length, at in zip((170, 160), spot, strict=True))
+        photo = np.rint(80 + 170 * y[:, None] * x).astype(np.uint8)
+        boxes = detection.find_hypotheses(photo, engine, shape_for(None, 68), 40)
+        finest = boxes[boxes[:, 2].argmin()]
+        beside.append(finest[:2] + (finest[2:] - 1) / 2 - spot)
+    assert np.abs(np.mean(beside, axis=0)).max() < 0.2 * stride
 
 
 @pytest.mark.parametrize("size", [(33, 71), (60, 70)])
@@ -365,9 +387,9 @@ def test_labels_of_another_scheme_are_named(tmp_path):
 
 def test_wrong_ballots_are_named():
     heatmaps = np.zeros((1, 2, 4, 4), np.float32)
-    with pytest.raises(ValueError, match=r"offsets: expected \(S, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"offsets: expected \(S, 2, 2\), got \(1, 3, 2\)"):
         lgcn_fast_kernels.face_votes(heatmaps, np.zeros((1, 3, 2), int), [0])
-    with pytest.raises(ValueError, match="voters: expected landmarks from 0 to 1"):
+    with pytest.raises(ValueError, match="voters: expected landmarks from 0 to 1, got 2"):
         lgcn_fast_kernels.face_votes(heatmaps, np.zeros((1, 2, 2), int), [2])
     with pytest.raises(ValueError, match="step: expected at least 1, got 0"):
         lgcn_fast_kernels.face_votes(heatmaps, np.zeros((1, 2, 2), int), [0], step=0)

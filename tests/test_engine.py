@@ -179,6 +179,12 @@ def test_wrong_images_are_named():
             engine.heatmaps(torch.zeros(shape))
 
 
+def test_native_network_says_what_came():
+    network = native_network(fold(randomised(CONFIGS["plain"])), INSTRUCTION_SETS[0])
+    with pytest.raises(ValueError, match=r"images: expected \(B, 1, H, W\) without empty sides, got \(2, 3, 9, 9\)"):
+        network.heatmaps(np.zeros((2, 3, 9, 9), np.uint8), 1)
+
+
 def test_several_threads_at_once(demo_picture):
     engine = Engine(load_model("lgcn-nano"))
     image = torch.from_numpy(read_image(demo_picture))[None, None]

@@ -214,6 +214,14 @@ def test_wrong_shapes_are_named(model, shape):
         native(model, np.zeros(shape, np.float32))
 
 
+def test_native_fitter_says_what_came(model):
+    constants = fitting.fitter_constants(model)
+    constants["variances"] = constants["variances"][:-1]
+    shapes = r"got \(24, 68, 2\), \(19,\) and 2 radii"
+    with pytest.raises(ValueError, match=rf"basis: expected \(4 \+ K, N, 2\), with variances \(K,\) .*, {shapes}"):
+        lgcn_fast_kernels.Fitter(**constants)
+
+
 def test_rounds_are_those_of_the_paper():
     assert fitting.RADII == (None, 20, 7)
 
