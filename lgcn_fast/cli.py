@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from . import __version__, checkpoints
-from .checkpoints import load_card
+from .checkpoints import load_card, load_header, weights_path
 from .cli_photos import (
     add_detect,
     add_detection_options,
@@ -42,7 +42,7 @@ from .evaluation import evaluate, with_mean_shape
 from .export import FORMATS, export
 from .files import write_whole
 from .images import read_image, write_image
-from .loading import shape_for
+from .loading import packaged_shape, shape_for
 from .prediction import Landmarks, predict
 from .report import accuracy_table, put_into_readme, write_evaluation, write_report
 from .shipped import MEASURED, default_model, models
@@ -233,9 +233,12 @@ def _add_export(commands) -> None:
 
 def _run_export(options: argparse.Namespace) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    error = export(options.model or default_model("cpu"), options.out, options.format, options.shape)
+    model = options.model or default_model("cpu")
+    error = export(model, options.out, options.format, options.shape)
     size = options.out.stat().st_size / 1e6
-    print(f"{options.out}: {size:.1f} MB, heatmaps within {error:.1e} of the model's")
+    count = load_header(weights_path(model))[0].num_landmarks
+    fit = "" if options.shape or packaged_shape(count) else f", without a fit of {count} landmarks (--shape)"
+    print(f"{options.out}: {size:.1f} MB, heatmaps within {error:.1e} of the model's{fit}")
     return 0
 
 

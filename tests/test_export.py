@@ -144,11 +144,13 @@ def test_command(format, tmp_path, capsys):
     weights, path = tmp_path / "mine.safetensors", tmp_path / "new folder" / f"mine.{format}"
     save_model(weights, randomised(CONFIGS["nano"]), {})
     assert cli.main(["export", "--model", str(weights), "--format", format, "--out", str(path)]) == 0
-    assert "of the model's" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(" of the model's, without a fit of 3 landmarks (--shape)\n")
     model = load_model(weights)
     images = np.zeros((1, 1, 24, 24), np.uint8)
     with torch.inference_mode():
         expected = model(torch.from_numpy(images)).output.numpy()
     np.testing.assert_allclose(heatmaps_of(path, images), expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+    assert cli.main(["export", "--model", "lgcn-finder", "--format", format, "--out", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(" of the model's\n")
     assert cli.main(["export", "--model", "nothing", "--format", format, "--out", str(path)]) == 2
     assert "model: expected one of" in capsys.readouterr().err
