@@ -94,7 +94,7 @@ _SCENE = replace(
     _FAST,
     name="scene",
     batch_size=16,
-    augmentation=replace(_FAST.augmentation, scale=0.4, shift=0.1, blur=0.6, compression=0.0),
+    augmentation=replace(_FAST.augmentation, scale=0.4, shift=0.1, blur=2.0),
     muon_rate=6e-3,
 )
 

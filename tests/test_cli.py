@@ -18,7 +18,7 @@ from lgcn_fast import Landmarks, __version__, cli, cli_training, predict
 from lgcn_fast.checkpoints import load_card, model_names
 from lgcn_fast.cli import main
 from lgcn_fast.crops import BACKGROUND_CROPS
-from lgcn_fast.datasets import read_csv
+from lgcn_fast.datasets import is_validation, read_csv
 from lgcn_fast.images import read_image
 from lgcn_fast.shipped import default_model
 
@@ -297,6 +297,32 @@ def test_benchmark_of_the_network_takes_every_model(monkeypatch):
     assert set(results) == {"matrix_gflops", *model_names()}
     for name in model_names():
         assert {"eager PyTorch, fp32", "engine, fp32"} <= results[name].keys()
+
+
+@pytest.mark.slow
+def test_benchmark_of_robustness_on_one_face(tmp_path, demo_picture, monkeypatch, capsys):
+    """Labels that are the network's own points: no error with the labels' box, and more where the picture is worse."""
+    image = read_image(demo_picture)
+    points = predict(image, [[82, 70, 124, 124]], model="lgcn-nano", passes=2).points[0]
+    name = next(name for name in map(str, range(99)) if is_validation(name))
+    for folder in ("300w/afw", "300w/helen", "300w/lfpw/trainset", "infants/trainset"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(demo_picture, tmp_path / folder / f"{name}.jpg")
+        (tmp_path / folder / f"{name}.pts").write_text("\n".join(f"{x + 1} {y + 1}" for x, y in points))
+    script = Path(__file__).parents[1] / "benchmarks" / "robustness.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path), "--model", "lgcn-nano"])
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "3 faces, 2 photos, 1 infants" in printed
+    rows = {
+        cells[0].strip(): cells[1:] for line in printed.splitlines() if len(cells := line.strip("| ").split("|")) > 2
+    }
+    errors = {name: float(cells[0].split()[0]) for name, cells in rows.items() if "%" in cells[0]}
+    assert errors["around the labels"] < 1 < errors["0.8 times as large"]
+    assert errors["turned by 60 degrees"] > 1.5
+    assert errors["box of 60 pixels"] < errors["20 pixels"]
+    assert errors["out of focus, 1/80 of the box"] < errors["1/25"]
+    assert [cells.strip() for cells in rows["any_angle=True"]] == ["1"] * 6
 
 
 def test_benchmark_for_a_gpu_says_that_there_is_none():
