@@ -12,6 +12,9 @@ from .model import LGCN
 from .shape import ShapeModel
 from .shipped import default_model, lightest_model
 
+KEPT_ENGINES = 8
+"""Of files; those of networks are kept as long as these."""
+
 
 @lru_cache(maxsize=8)
 def packaged_shape(num_landmarks: int) -> ShapeModel | None:
@@ -85,20 +88,26 @@ def finder_for(finder: Engine | LGCN | Path | str | None, engine: Engine) -> Eng
     return found
 
 
-@lru_cache(maxsize=8)
-def _kept(path: Path, version: tuple[int, ...] | None, *options: str | int) -> Engine:
-    return Engine(path, *options)
-
-
 _loads: dict[object, RLock] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_loads.clear)  # whoever held them is not there
+_files: dict[tuple, tuple[tuple[int, ...] | None, Engine]] = {}
+"""Engines of files by path and options, with the version that was read; the last that was asked for comes last."""
 
 
 def _loaded(path: Path, version: tuple[int, ...] | None, *options: str | int) -> Engine:
-    """The engine of a file, built by the first of the threads that ask for it, while the others wait."""
-    with _loads.setdefault((str(path), options), RLock()):
-        return _kept(path, version, *options)
+    """The engine of a file, built by the first of the threads that ask for it, while the others wait. That of a former
+    version is given up."""
+    key = str(path), options
+    with _loads.setdefault(key, RLock()):
+        known = _files.pop(key, None)
+        if known is None or known[0] != version:
+            known = None  # its memory may be needed
+            known = version, Engine(path, *options)
+        _files[key] = known
+        for oldest in list(_files)[:-KEPT_ENGINES]:
+            _files.pop(oldest, None)
+        return known[1]
 
 
 _engines: WeakKeyDictionary[LGCN, tuple[list, dict[tuple, Engine]]] = WeakKeyDictionary()

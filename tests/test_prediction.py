@@ -1,6 +1,8 @@
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -12,7 +14,7 @@ import torch
 from PIL import Image  # (which matplotlib needs)
 
 import lgcn_fast
-from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model, predict, prediction
+from lgcn_fast import LGCN, Engine, LGCNConfig, ShapeModel, load_model, loading, predict, prediction
 from lgcn_fast.checkpoints import WEIGHTS, save_model
 from lgcn_fast.datasets import is_validation, read_300w
 from lgcn_fast.evaluation import evaluate, landmark_errors, summary
@@ -28,7 +30,7 @@ from lgcn_fast.images import (
     upright_boxes,
 )
 from lgcn_fast.inputs import as_images
-from lgcn_fast.loading import engine_for, shape_for
+from lgcn_fast.loading import KEPT_ENGINES, engine_for, shape_for
 from lgcn_fast.operators import gaussian_sum_banded
 from lgcn_fast.prediction import network_input
 from lgcn_fast.shipped import default_model, models
@@ -585,14 +587,28 @@ def test_another_file_in_the_place_of_one_is_read(tmp_path):
 
 
 def test_files_that_change_are_read_again(tmp_path, random):
-    path = tmp_path / "best.safetensors"
+    path, engines = tmp_path / "best.safetensors", []
     for filters in (8, 9):  # as training writes a better one
         save_model(path, LGCN(LGCNConfig.nano(filters=filters)), {})
         assert engine_for(path, "cpu", "fp32").config.filters == filters
+        engines.append(weakref.ref(engine_for(path, "cpu", "fp32")))
+    gc.collect()
+    assert [engine() is None for engine in engines] == [True, False]
     assert engine_for(path, "cpu", "fp32") is engine_for(path, "cpu", "fp32")
     for modes in (4, 5):
         ShapeModel.fit(random.normal(size=(20, 68, 2)), modes=modes).save(tmp_path / "shape.safetensors")
         assert len(shape_for(tmp_path / "shape.safetensors", 68).modes) == modes
+
+
+def test_the_last_engines_of_files_are_kept(monkeypatch):
+    monkeypatch.setattr(loading, "_files", {})
+    first = engine_for("lgcn-finder", "cpu", "fp32", 1)
+    others = [engine_for("lgcn-finder", "cpu", "fp32", threads) for threads in range(2, KEPT_ENGINES + 1)]
+    assert engine_for("lgcn-finder", "cpu", "fp32", 1) is first  # now the last that was asked for
+    engine_for("lgcn-finder", "cpu", "fp32", 0)
+    assert engine_for("lgcn-finder", "cpu", "fp32", 1) is first
+    assert engine_for("lgcn-finder", "cpu", "fp32", 3) is others[1]
+    assert engine_for("lgcn-finder", "cpu", "fp32", 2) is not others[0]
 
 
 def test_networks_in_any_state_of_torch(gray):
