@@ -40,3 +40,15 @@ def test_shifts_where_one_half_of_the_face_is_labelled(demo_picture):
     shifts = measured_shifts(CropCache([image] * 2, labels, boxes, sets, sets), load_model("lgcn-nano"))
     assert shifts["none"] == pytest.approx(0, abs=0.03)
     assert shifts["right"] == pytest.approx(0.025, abs=0.02)
+
+
+def test_faces_of_a_large_set_are_looked_at_from_first_to_last(demo_picture):
+    """Of 200 the last 120 have labels that were moved, and decide the median; of the first 128 the others would."""
+    image = crop(read_image(demo_picture), FACE, 48)
+    points = predict(image, model="lgcn-finder", fit=False).points[0]
+    labels = np.tile(points, (200, 1, 1)).astype(np.float32)
+    sets, boxes = np.full(200, "set"), np.tile(np.array([0, 0, 48, 48], np.float32), (200, 1))
+    plain = measured_shifts(CropCache([image] * 200, labels, boxes, sets, sets), load_model("lgcn-finder"))
+    labels[80:, :, 0] += 0.1 * 48
+    moved = measured_shifts(CropCache([image] * 200, labels, boxes, sets, sets), load_model("lgcn-finder"))
+    assert moved["set"] - plain["set"] > 0.05
