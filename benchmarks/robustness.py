@@ -17,7 +17,7 @@ from tqdm import tqdm
 import lgcn_fast
 from lgcn_fast.augmentation import blurred
 from lgcn_fast.datasets import Face, is_validation, read_faces
-from lgcn_fast.evaluation import landmark_errors
+from lgcn_fast.evaluation import FAILURE, landmark_errors
 from lgcn_fast.images import crop, face_box, middle, square_box, to_crop
 
 FOLDERS = ("afw", "helen", "lfpw/trainset")
@@ -25,7 +25,6 @@ AROUND, LARGEST = 2.0, 400
 """Side of what is cut out around a face over that of its box, and pixels of it at most."""
 PHOTO_FACE = 120
 """Side of a face box in the photos that `detect` gets, pixels."""
-FAILURE = 0.1
 
 
 @dataclass(frozen=True)
