@@ -19,6 +19,7 @@ from lgcn_fast.augmentation import blurred
 from lgcn_fast.datasets import Face, is_validation, read_faces
 from lgcn_fast.evaluation import FAILURE, landmark_errors
 from lgcn_fast.images import crop, face_box, middle, square_box, to_crop
+from lgcn_fast.multiface import LabelledPhoto, score_photo
 
 FOLDERS = ("afw", "helen", "lfpw/trainset")
 AROUND, LARGEST = 2.0, 400
@@ -165,9 +166,9 @@ def found(samples: list[Sample], model: str, **options: bool) -> str:
     count = 0
     for sample in tqdm(samples, leave=False, disable=None):
         smallest = min(0.75 * sample.box[2], 40)
-        points = lgcn_fast.detect(sample.image, smallest, model=model, **options).points
-        labels = np.repeat(sample.points[None], len(points), axis=0)
-        count += bool(len(points)) and landmark_errors(points, labels).min() < FAILURE
+        faces = lgcn_fast.detect(sample.image, smallest, model=model, **options)
+        score = score_photo(LabelledPhoto(Path(), sample.points[None]), faces, smallest)
+        count += int(score.errors[0] < FAILURE)
     return str(count)
 
 

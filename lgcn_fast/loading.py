@@ -100,14 +100,14 @@ def _loaded(path: Path, version: tuple[int, ...] | None, *options: str | int) ->
     version is given up."""
     key = str(path), options
     with _loads.setdefault(key, RLock()):
-        known = _files.pop(key, None)
-        if known is None or known[0] != version:
-            known = None  # its memory may be needed
-            known = version, Engine(path, *options)
-        _files[key] = known
+        found, engine = _files.pop(key, (None, None))
+        if engine is None or found != version:
+            engine = None  # its memory may be needed
+            engine = Engine(path, *options)
+        _files[key] = version, engine
         for oldest in list(_files)[:-KEPT_ENGINES]:
             _files.pop(oldest, None)
-        return known[1]
+        return engine
 
 
 _engines: WeakKeyDictionary[LGCN, tuple[list, dict[tuple, Engine]]] = WeakKeyDictionary()
