@@ -17,8 +17,8 @@
 
 namespace py = pybind11;
 
-// Without forcecast: another dtype is the caller's mistake, not something to copy silently. What lies at odd addresses,
-// as behind a header in a buffer, is copied.
+// Without forcecast: a dtype that would lose something is the caller's mistake, not something to copy silently. What lies
+// at odd addresses, as behind a header in a buffer, is copied.
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_>;
 using Heatmaps = Array<float>;

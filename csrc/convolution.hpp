@@ -29,7 +29,7 @@ struct Finish {
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) {
                 const Vector sum = load<Vector>(c + (i * kVectors + j) * kLanes) + offset[j];
-                put(out + i * channels + j * kLanes, sum > 0 && inside[i] ? sum : Vector{});
+                put(out + i * channels + j * kLanes, sum <= 0 || !inside[i] ? Vector{} : sum);  // NaN stays
             }
     }
 };

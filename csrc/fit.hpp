@@ -72,7 +72,7 @@ public:
     const std::vector<double>& constants() const { return constants_; }
     FitModel model() const { return FitModel(constants_.data(), landmarks_, parameters_, windows_); }
 
-    // What needs all pixels, in one pass over the heatmap.
+    // What needs all pixels of the heatmap.
     Evidence look(const Heatmap& map) const {
         const Peak peak = peak_centroid(map, 0);
         const auto threshold = static_cast<float>(model().options->threshold);

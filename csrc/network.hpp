@@ -118,7 +118,8 @@ private:
         Buffer<float> scratch;
     };
 
-    // So many (and all of a call), and bytes, are kept for the next images of their sizes: a pyramid has several.
+    // So many (and all of a call), and bytes, are kept for the next images of their sizes: a pyramid has several. The
+    // last is kept, however large.
     static constexpr std::size_t kIdle = 12, kIdleBytes = std::size_t{1} << 29;
 
     // What one image needs.
@@ -323,9 +324,7 @@ private:
         const float* first = map + y * step_ * w.width + x * step_;
         const bool inside = (y + 1) * step_ <= w.height && (x + count) * step_ <= w.width;
         if (step_ == 1 && count == kPanel) return first;
-        if (step_ == 1) {
-            std::copy_n(first, count, means);
-        } else if (step_ == 2 && inside) {
+        if (step_ == 2 && inside) {
             detail::halve(first, first + w.width, count, means);
         } else {
             for (std::int64_t i = 0; i < count; ++i) {

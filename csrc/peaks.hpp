@@ -82,7 +82,6 @@ inline std::int64_t first_maximum(const float* values, std::int64_t count) {
 // Larger than the neighbours before it (rows first), not smaller than those after it, of eight.
 inline bool is_local_maximum(const Heatmap& map, std::int64_t y, std::int64_t x) {
     const float value = map.at(y, x);
-    if (!(value > -INFINITY)) return false;
     for (std::int64_t j = std::max<std::int64_t>(y - 1, 0); j <= std::min(y + 1, map.height - 1); ++j)
         for (std::int64_t i = std::max<std::int64_t>(x - 1, 0); i <= std::min(x + 1, map.width - 1); ++i) {
             if (j == y && i == x) continue;

@@ -72,8 +72,12 @@ enum class Registers { bits128, bits256, bits512 };
 
 inline Registers widest_registers() {
 #ifdef LGCN_X86
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return Registers::bits512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Registers::bits256;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return Registers::bits512;
+    if (avx2) return Registers::bits256;
 #endif
     return Registers::bits128;
 }

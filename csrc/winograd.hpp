@@ -98,7 +98,7 @@ struct TileOutput {
                 transform_output<kOut>(lines + y, kOut, pixels);
                 for (std::int64_t x = 0; x < columns; ++x) {
                     const Vector sum = pixels[x] + offset;
-                    put(out + y * row + x * channels + c, sum > 0 ? sum : Vector{});
+                    put(out + y * row + x * channels + c, sum <= 0 ? Vector{} : sum);  // NaN stays
                 }
             }
         }

@@ -129,6 +129,8 @@ def load_model(model: Path | str) -> LGCN:
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape:
             raise ValueError(f"{path}: {name}: expected {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinite ones")
     weights = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
     uncounted = torch.zeros((), dtype=torch.int64, device="cpu")
     batches = {name: uncounted.clone() for name in network.state_dict().keys() - expected.keys()}

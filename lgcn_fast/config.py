@@ -1,6 +1,7 @@
 """The configuration of a network: one frozen dataclass, stored in the metadata of its weights file."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -66,6 +67,9 @@ class LGCNConfig:
             raise ValueError(f"kernel_size: expected an odd number of pixels, got {self.kernel_size}")
         if not self.sigmas or any(sigma <= 0 for sigma in self.sigmas):
             raise ValueError(f"sigmas: expected positive numbers, got {self.sigmas}")
+        for name in ("activation_scale", "blur_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a factor above 0, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout}")
         if self.input_size % self.shuffle:

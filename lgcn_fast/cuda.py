@@ -71,7 +71,7 @@ class CudaNetwork:
         """Heatmaps of a batch of images.
 
         Args:
-            images: (B, in_channels, H, W) pixel values 0..255, any dtype.
+            images: (B, in_channels, H, W) pixel values 0..255, any real dtype.
 
         Returns:
             (B, N, H, W) float32, contiguous; H and W of `config.heatmap_size`.

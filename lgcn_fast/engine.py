@@ -122,8 +122,8 @@ class Engine:
         """Heatmaps of a batch of images, as `LGCN.forward(images).output`; probabilities for cross-entropy networks.
 
         Args:
-            images: (B, in_channels, H, W) pixel values 0..255, any dtype, NumPy or torch, on any device. On a GPU uint8
-                images of `config.input_size` are fastest: they go through a CUDA graph.
+            images: (B, in_channels, H, W) pixel values 0..255, any real dtype, NumPy or torch, on any device. On a GPU
+                uint8 images of `config.input_size` are fastest: they go through a CUDA graph.
 
         Returns:
             torch (B, N, H, W) float32, contiguous, on the engine's device; H and W of `config.heatmap_size`. Column x

@@ -68,7 +68,7 @@ class PlainNetwork(nn.Module):
         """Heatmaps, as `Engine.heatmaps`: probabilities for cross-entropy networks.
 
         Args:
-            images: (B, in_channels, H, W) pixel values 0..255, any dtype.
+            images: (B, in_channels, H, W) pixel values 0..255, any real dtype.
 
         Returns:
             (B, N, H / stride, W / stride), rounded up, float32.

@@ -124,7 +124,7 @@ class LGCN(nn.Module):
         """Heatmaps of a batch of images of any size.
 
         Args:
-            images: (B, in_channels, H, W) pixel values 0..255, any dtype.
+            images: (B, in_channels, H, W) pixel values 0..255, any real dtype.
 
         Returns:
             `Heatmaps` of shape (B, N, H, W), with a stride (B, N, H / stride, W / stride), rounded up.
@@ -194,6 +194,8 @@ def check_images(images: Tensor, channels: int) -> None:
     """Raise ValueError where a batch is not what a network takes."""
     if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape:
         raise ValueError(f"images: expected (B, {channels}, H, W) without empty sides, got {tuple(images.shape)}")
+    if images.is_complex() or images.layout != torch.strided:
+        raise ValueError(f"images: expected real numbers in a dense tensor, got {images.dtype}, {images.layout}")
 
 
 def shuffled(x: Tensor, step: int) -> Tensor:

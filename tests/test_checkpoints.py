@@ -92,6 +92,7 @@ def rewritten(path, change):
             lambda t, m: t.update({"main.weight": torch.ones(3, 5, 1, 1)}),
             r"main.weight: expected \(3, 4, 1, 1\), got \(3, 5, 1, 1\)",
         ),
+        (lambda t, m: t["refine.bias"].fill_(torch.nan), "refine.bias: expected finite numbers"),
         (lambda t, m: m.pop("format"), "expected the weights of a model .* got None"),
         (lambda t, m: m.update(config=LGCNConfig(filters=8).to_json()), "expected"),
         (lambda t, m: m.update(config="{}]"), "expected a configuration in its metadata"),

@@ -28,6 +28,8 @@ def test_json_round_trip(config):
         ({"local_kernels": (3, 4)}, "local_kernels: expected odd"),
         ({"sigmas": (1.0, 0.0)}, "sigmas: expected positive"),
         ({"dropout": 1.0}, "dropout"),
+        ({"activation_scale": -0.1}, "activation_scale: expected a factor above 0, got -0.1"),
+        ({"blur_scale": float("nan")}, "blur_scale: expected a factor above 0, got nan"),
         ({"shuffle": 5}, "input_size: expected a multiple of shuffle=5, got 96"),
         ({"shuffle": 4, "stride": 3}, "stride: expected a divisor of shuffle=4, got 3"),
         ({"side_channels": -1}, "side_channels"),

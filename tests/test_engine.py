@@ -62,6 +62,15 @@ def test_every_instruction_set_is_the_model(name, instructions, random):
         )
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nan_is_not_hidden(name, instructions):
+    model = randomised(CONFIGS[name])
+    images = np.full((1, model.config.in_channels, 33, 30), np.nan, np.float32)
+    assert eager_output(model, torch.from_numpy(images)).isnan().all()
+    assert np.isnan(native_network(fold(model), instructions).heatmaps(images, 1)).all()
+
+
 def test_native_layers_must_fit_together():
     def layer(out: int, inputs: int, kernel: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((out, inputs, kernel, kernel), np.float32), np.zeros(out, np.float32)
@@ -177,6 +186,9 @@ def test_wrong_images_are_named():
     for shape in ((1, 3, 9, 9), (9, 9), (1, 1, 0, 9)):
         with pytest.raises(ValueError, match=r"images: expected \(B, 1, H, W\)"):
             engine.heatmaps(torch.zeros(shape))
+    for images in (torch.zeros(1, 1, 9, 9, dtype=torch.complex64), torch.zeros(1, 1, 9, 9).to_sparse()):
+        with pytest.raises(ValueError, match="images: expected real numbers in a dense tensor, got torch"):
+            engine.heatmaps(images)
 
 
 def test_native_network_says_what_came():
