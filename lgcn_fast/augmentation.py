@@ -182,9 +182,14 @@ def _relight(image: np.ndarray, augmentation: Augmentation, random: Generator) -
     image = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
     if augmentation.compression and random.random() < 0.25:
         quality = round(100 - random.uniform(0, augmentation.compression))
-        data = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, quality))[1]
-        image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+        data = cv2.imencode(".jpg", _colours_turned(image), (cv2.IMWRITE_JPEG_QUALITY, quality))[1]
+        image = _colours_turned(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
     return image
+
+
+def _colours_turned(image: np.ndarray) -> np.ndarray:
+    """RGB as OpenCV's BGR, and back; gray as it is."""
+    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
 
 
 def blurred(image: np.ndarray, along: float, across: float, angle: float) -> np.ndarray:

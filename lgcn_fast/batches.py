@@ -40,7 +40,7 @@ class AugmentedCrops(Dataset):
         cache = self.cache
         image, points = augment(
             cache.images[index], cache.points[index], cache.boxes[index],
-            self.size, self.augmentation, self.mirror_order, random, draw,
+            self.size, self.augmentation, self.mirror_order, random, draw + index,
             label_shift=self.label_shifts.get(str(cache.sets[index]), 0.0), shape=self.shape,
         )  # fmt: skip
         channels_first = image[None] if image.ndim == 2 else np.ascontiguousarray(image.transpose(2, 0, 1))

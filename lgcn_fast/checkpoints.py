@@ -102,11 +102,12 @@ def save_model(path: Path, model: LGCN, training: dict[str, Any]) -> None:
     save_tensors(path, tensors, metadata)
 
 
-def load_model(model: Path | str) -> LGCN:
+def load_model(model: Path | str, name: str = "model") -> LGCN:
     """Read a model that `save_model` wrote, in eval mode, fp32.
 
     Args:
         model: the name of a model in the package, or a path.
+        name: of the argument, for errors.
 
     Returns:
         The network, on the CPU.
@@ -114,7 +115,7 @@ def load_model(model: Path | str) -> LGCN:
     Raises:
         ValueError: an unknown name, another kind of file, or tensors that do not fit the configuration in its metadata.
     """
-    path = weights_path(model)
+    path = weights_path(model, name)
     tensors, metadata = load_tensors(path)
     _check_format(path, metadata)
     try:
@@ -126,11 +127,11 @@ def load_model(model: Path | str) -> LGCN:
     wrong = sorted(expected.keys() ^ tensors.keys())
     if wrong:
         raise ValueError(f"{path}: expected the tensors of its configuration, but it has or lacks {', '.join(wrong)}")
-    for name, tensor in expected.items():
-        if tensors[name].shape != tensor.shape:
-            raise ValueError(f"{path}: {name}: expected {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}")
-        if not tensors[name].isfinite().all():
-            raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinite ones")
+    for key, tensor in expected.items():
+        if tensors[key].shape != tensor.shape:
+            raise ValueError(f"{path}: {key}: expected {tuple(tensor.shape)}, got {tuple(tensors[key].shape)}")
+        if not tensors[key].isfinite().all():
+            raise ValueError(f"{path}: {key}: expected finite numbers, got NaN or infinite ones")
     weights = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
     uncounted = torch.zeros((), dtype=torch.int64, device="cpu")
     batches = {name: uncounted.clone() for name in network.state_dict().keys() - expected.keys()}
@@ -150,7 +151,7 @@ def load_start(model: Path | str, config: LGCNConfig) -> tuple[LGCN, bool]:
     Raises:
         ValueError: as `load_model`; or weights of another kind of network, or of one with more filters.
     """
-    start = load_model(model)
+    start = load_model(model, "init")
     wide = replace(start.config, filters=config.filters, dropout=config.dropout)
     same_landmarks = wide.num_landmarks == config.num_landmarks
     if not same_landmarks:
@@ -178,7 +179,7 @@ def load_teacher(model: Path | str, student: LGCNConfig) -> LGCN:
         ValueError: as `load_model`; or a model of other landmarks, colours or input size, with heatmaps coarser than
             the student's or that do not divide into them, or with outputs that are no "squared_error" heatmaps.
     """
-    teacher = load_model(model)
+    teacher = load_model(model, "teacher")
     for name in ("num_landmarks", "in_channels", "input_size"):
         expected, got = getattr(student, name), getattr(teacher.config, name)
         if expected != got:

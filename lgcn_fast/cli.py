@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 
 import cv2
@@ -44,7 +44,7 @@ from .files import write_whole
 from .images import read_image, write_image
 from .loading import packaged_shape, shape_for
 from .prediction import Landmarks, predict
-from .report import accuracy_table, put_into_readme, write_evaluation, write_report
+from .report import accuracy_table, around_markers, put_into_readme, write_evaluation, write_report
 from .shipped import MEASURED, default_model, models
 
 DEMO_BOX = (93, 79, 108, 108)
@@ -76,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     for add in (*predicting, *training, _add_export, _add_evaluate, _add_report, _add_bench):
         add(commands)
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         with _finished_when_terminated() if options.command in FINISHING else nullcontext():
             return options.run(options)
@@ -135,13 +137,13 @@ def _add_prediction_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_predict(options: argparse.Namespace) -> int:
-    options.out.mkdir(parents=True, exist_ok=True)
     options.files = list(dict.fromkeys(options.files))
     engine, found = engine_of(options), {}
     shape = shape_for(options.shape, engine.config.num_landmarks) if options.fit else None
     boxes = [options.box] if options.box else None
     if options.passes is None:
         options.passes = 1 if boxes else 2
+    options.out.mkdir(parents=True, exist_ok=True)
     taken = names_in(options.out, options.files)
 
     def find(image: np.ndarray) -> Landmarks:
@@ -232,11 +234,11 @@ def _add_export(commands) -> None:
 
 
 def _run_export(options: argparse.Namespace) -> int:
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     model = options.model or default_model("cpu")
+    count = load_header(weights_path(model))[0].num_landmarks
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     error = export(model, options.out, options.format, options.shape)
     size = options.out.stat().st_size / 1e6
-    count = load_header(weights_path(model))[0].num_landmarks
     fit = "" if options.shape or packaged_shape(count) else f", without a fit of {count} landmarks (--shape)"
     print(f"{options.out}: {size:.1f} MB, heatmaps within {error:.1e} of the model's{fit}")
     return 0
@@ -267,6 +269,7 @@ def _run_evaluate(options: argparse.Namespace) -> int:
         return run_multiface(options)
     faces = [face for path in options.faces for face in read_faces(path)]
     model = options.model or default_model(engine_device(options.device).type)
+    options.out.mkdir(parents=True, exist_ok=True)  # (rather an error now than after minutes)
     names = ("normalisation", "shape", "device", "precision", "ensemble")
     evaluations = evaluate(faces, model, **{name: getattr(options, name) for name in names})
     mean_shape = load_card(model).get("mean_shape")
@@ -291,6 +294,8 @@ def _add_report(commands) -> None:
 
 
 def _run_report(options: argparse.Namespace) -> int:
+    if options.readme:
+        around_markers(options.readme)  # (rather an error now than after minutes)
     table = accuracy_table(write_report(options.data, options.out, options.device))
     if options.readme:
         put_into_readme(options.readme, table)

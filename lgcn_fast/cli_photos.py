@@ -21,6 +21,8 @@ from .images import read_image, write_image
 from .loading import engine_for, finder_for, shape_for
 from .multiface import draw_score, read_photos, score_photos, summary
 
+LONGEST_STEM = 200
+"""Bytes of a picture's name that are of the photo's; file systems allow 255 in all."""
 Found = TypeVar("Found")
 
 
@@ -107,13 +109,13 @@ def _detector(options: argparse.Namespace) -> tuple[Callable[[np.ndarray], Faces
 
 
 def _run_detect(options: argparse.Namespace) -> int:
-    options.out.mkdir(parents=True, exist_ok=True)
     options.files = list(dict.fromkeys(options.files))
     numbers = options.out / "faces.json"
     _check_no_labels(numbers)
     found: dict[str, dict] = {}
     find, engine, finder = _detector(options)
     heatmap_of = partial(combined_heatmap, min_face=options.min_face, model=engine, finder=finder)
+    options.out.mkdir(parents=True, exist_ok=True)
     taken = names_in(options.out, options.files)
     taken |= {name.replace("_heatmap.png", "_faces.png") for name in taken}  # a heatmap is named like its drawing
     try:
@@ -175,7 +177,9 @@ def names_in(folder: Path, files: list[Path]) -> set[str]:
 
 def free_name(stem: str, kind: str, taken: set[str]) -> str:
     """Name of a picture, which is taken then: files of the same name in different folders must not overwrite each
-    other."""
+    other. Of a long name its beginning."""
+    if len(encoded := stem.encode(errors="surrogateescape")) > LONGEST_STEM:
+        stem = encoded[:LONGEST_STEM].decode(errors="ignore")
     name, number = f"{stem}_{kind}.png", 2
     while name in taken:
         name, number = f"{stem}_{number}_{kind}.png", number + 1
@@ -196,9 +200,10 @@ def _check_no_labels(path: Path) -> None:
 def run_multiface(options: argparse.Namespace) -> int:
     """Score `detect` on folders with `faces.json`."""
     photos = [photo for folder in options.faces for photo in read_photos(folder)]
-    scores = score_photos(photos, _detector(options)[0], options.min_face)
+    find = _detector(options)[0]
+    options.out.mkdir(parents=True, exist_ok=True)  # (rather an error now than after minutes)
+    scores = score_photos(photos, find, options.min_face)
     values = summary(scores)
-    options.out.mkdir(parents=True, exist_ok=True)
     taken = names_in(options.out, [photo.path for photo in photos])
     for score in scores:
         picture = free_name(score.photo.path.stem, "faces", taken)

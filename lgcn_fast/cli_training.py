@@ -1,7 +1,7 @@
 """The commands that train: `lgcn-fast prepare | train | fit-shape`."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from .config import LOSSES, LGCNConfig
 from .crops import read_cache, training_shapes, write_cache
 from .datasets import read_background, read_faces, read_shapes
+from .files import same_file
 from .recipes import RECIPES
 from .shape import ShapeModel
 from .training import Trainer
@@ -39,6 +40,7 @@ def _run_prepare(options: argparse.Namespace) -> int:
     paths = {path.resolve(): path for path in [*options.faces, *options.background]}
     if len(paths) < len(options.faces) + len(options.background):
         raise ValueError(f"faces: expected each set once, got some twice beside {', '.join(map(str, paths.values()))}")
+    _check_not_read(options.out, options.out, paths.values())
     sets = {str(path): read_faces(path) for path in options.faces}
     sets |= {str(path): read_background(path) for path in options.background}
     for name, members in sets.items():
@@ -147,6 +149,8 @@ def _run_fit_shape(options: argparse.Namespace) -> int:
     picture = options.out.with_suffix(".png")
     if options.out == picture:
         raise ValueError(f"--out: expected the .safetensors file, beside which the picture goes, got {options.out}")
+    for written in (options.out, picture):
+        _check_not_read(options.out, written, [options.cache, *options.shapes])
     shapes = training_shapes(read_cache(options.cache), options.sets)
     shapes = np.concatenate([shapes, *(read_shapes(path, shapes.shape[1]) for path in options.shapes)])
     model = ShapeModel.fit(shapes, options.modes)
@@ -155,6 +159,11 @@ def _run_fit_shape(options: argparse.Namespace) -> int:
     model.draw(picture)
     print(f"{options.out}: {len(model.modes)} modes of {(~np.isnan(shapes).any((1, 2))).sum()} shapes")
     return 0
+
+
+def _check_not_read(out: Path, written: Path, read: Iterable[Path]) -> None:
+    if any(same_file(written, path) for path in read):
+        raise ValueError(f"--out: expected another file than those that are read, got {out}")
 
 
 def _set_name(text: str) -> str:

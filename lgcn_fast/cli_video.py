@@ -17,9 +17,10 @@ from tqdm import tqdm
 from .cli_photos import add_engine_options, add_finder_option, add_model_options, add_style_option, as_json
 from .cli_training import add_command
 from .drawing import draw, write_text
+from .files import same_file
 from .loading import engine_for
 from .tracking import TrackedFaces, Tracker
-from .video import Frame, LinesWriter, VideoReader, VideoWriter, newest
+from .video import STANDARD_OUTPUT, Frame, LinesWriter, VideoReader, VideoWriter, newest
 
 WINDOW = "lgcn-fast"
 QUIT_KEYS = (27, ord("q"))
@@ -91,7 +92,7 @@ def _process(options: argparse.Namespace, reader: VideoReader, frames: Iterable[
     )
     latencies, start, code = array("d"), time.perf_counter(), 0
     # Behind numbers that go into a pipe nothing else may stand.
-    text = sys.stderr if options.json and _is_standard_output(options.json) else sys.stdout
+    text = sys.stderr if options.json and same_file(options.json, STANDARD_OUTPUT) else sys.stdout
     try:
         with ExitStack() as outputs:
             writer = outputs.enter_context(VideoWriter(options.out, reader.fps)) if options.out else None
@@ -130,18 +131,11 @@ def _close_windows() -> None:
         cv2.destroyAllWindows()
 
 
-def _is_standard_output(path: Path) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(1))
-    except OSError:  # no such file, or standard output is closed
-        return False
-
-
 def _check_options(options: argparse.Namespace) -> None:
     source = getattr(options, "file", None)
     for name in ("out", "json"):
         path = getattr(options, name)
-        if path and source and path.exists() and Path(source).exists() and path.samefile(source):
+        if path and source and same_file(path, source):
             raise ValueError(f"--{name}: expected another file than the input, got {path}")
     if str(options.json) == "-":
         raise ValueError("--json: expected a file (standard output is /dev/stdout), got -")

@@ -1,6 +1,7 @@
 """Readers of labelled faces: 300-W folders, CSV of points, Kaggle's facial keypoints; and of background pictures."""
 
 import csv
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -214,9 +215,23 @@ def read_shapes(path: Path, num_landmarks: int) -> np.ndarray:
 
 
 def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files in a folder or below. (Archives made on macOS have a file `._NAME` beside each.)"""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    return sorted(path for path in found if not path.is_dir() and not path.name.startswith("._"))
+    """Files in a folder or below, behind links too. (Archives made on macOS have a file `._NAME` beside each.)
+
+    Raises:
+        OSError: a folder that cannot be read.
+    """
+
+    def give_up(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=give_up, followlinks=True) if folder.is_dir() else ():
+        if (real := os.path.realpath(place)) in seen:  # links may lead in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(place, name) for name in names if not name.startswith("._")]
+    return sorted(path for path in found if path.suffix.lower() in suffixes)
 
 
 def group_of(stem: str) -> str:

@@ -58,6 +58,9 @@ def draw(
     styles = {style} if isinstance(style, str) else set(style)
     if not styles <= set(STYLES):
         raise ValueError(f"style: expected some of {', '.join(STYLES)}, got {', '.join(sorted(styles - set(STYLES)))}")
+    if isinstance(faces, list | tuple) and any(isinstance(face, Landmarks) for face in faces):
+        got = "a list of them (of some faces take `faces[faces.confidence > 0.6]`)"
+        raise ValueError(f"faces: expected what `predict` or `detect` gives, or points, got {got}")
     points = faces.points if isinstance(faces, Landmarks) else faces
     points = points.detach().cpu().double().numpy() if isinstance(points, Tensor) else np.array(points, np.float64)
     points = points[None] if points.ndim == 2 else points

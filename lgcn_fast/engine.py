@@ -199,6 +199,8 @@ class Engine:
             # Torch takes neither arrays that run backwards, foreign byte orders, nor, silently, what is read-only.
             images = images.copy() if min(images.strides, default=0) < 0 else images
             images = torch.from_numpy(np.require(images, images.dtype.newbyteorder("="), ["C", "W"]))
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images: expected an array or a tensor (B, C, H, W), got {type(images).__name__}")
         check_images(images, self.config.in_channels)
         return images
 

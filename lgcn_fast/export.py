@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .checkpoints import load_model
 from .config import LGCNConfig
-from .files import whole_file
+from .files import same_file, whole_file
 from .fitting import fitter_constants
 from .folding import ORIGIN, FoldedNetwork, Layer, fold
 from .loading import packaged_shape, shape_for
@@ -154,8 +154,7 @@ def export(
         raise ValueError(f"path: expected a file to write, got the folder {path}")
     if path.suffix.lower() in {f".{other}" for other in FORMATS if other != format}:
         raise ValueError(f"path: expected a name for the format {format!r}, got {path}")
-    if any(isinstance(source, Path | str) and path.exists() and Path(source).exists() and path.samefile(source)
-           for source in (model, shape)):  # fmt: skip
+    if any(isinstance(source, Path | str) and same_file(path, source) for source in (model, shape)):
         raise ValueError(f"path: expected another file than those that are read, got {path}")
     model = model if isinstance(model, LGCN) else load_model(model)
     count = model.config.num_landmarks
@@ -240,7 +239,7 @@ def _onnx_runtime(path: Path) -> Callable[[Tensor], Tensor]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["heatmaps"], {"images": images.numpy()})[0])
 
 

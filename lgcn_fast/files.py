@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_native_id
 
@@ -31,4 +31,13 @@ def whole_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # (of a name that is too long)
+            partial.unlink()
+
+
+def same_file(one: Path | str | int, other: Path | str | int) -> bool:
+    """Whether two paths, or open files by their descriptors, are one file that is there."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False

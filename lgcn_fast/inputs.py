@@ -101,6 +101,9 @@ def channels_last(batch: Array, name: str) -> Array:
         return batch[None]
     if 3 <= batch.ndim <= 4 and batch.shape[-1] == 4:
         raise ValueError(f"{name}: expected gray or RGB, got {tuple(batch.shape)}, as of RGBA (take image[..., :3])")
+    if batch.ndim == 3 and batch.shape[2] == 2:
+        got = f"{tuple(batch.shape)}, as of gray with alpha (take image[..., 0])"
+        raise ValueError(f"{name}: expected gray or RGB, got {got}")
     if batch.ndim == 3:
         return batch
     if batch.ndim == 4 and batch.shape[1] != 1 and batch.shape[3] in (1, 3):

@@ -14,6 +14,7 @@ from torch import Tensor
 from .augmentation import NONE
 from .batches import AugmentedCrops
 from .crops import CropCache
+from .datasets import is_validation
 from .engine import Engine
 from .heatmaps import to_heatmap
 from .landmarks import SCHEMES
@@ -32,12 +33,13 @@ def measured_shifts(cache: CropCache, model: LGCN) -> dict[str, float]:
         model: trained; what it sees in a picture and in its mirror image is averaged. It runs where it is.
 
     Returns:
-        By set, as a share of the face box's side; sets without labels are not in it.
+        By set, as a share of the face box's side; sets without labels, but for faces held out, are not in it.
     """
     size, stride = model.config.input_size, model.config.stride
     crops = AugmentedCrops(cache, NONE, size, 0)
     heatmaps, mirror = _heatmaps(model), list(SCHEMES[cache.num_landmarks].mirror)
-    labelled = ~np.isnan(cache.points).all((1, 2))
+    held_out = np.array([is_validation(group) for group in cache.groups])
+    labelled = ~np.isnan(cache.points).all((1, 2)) & ~held_out
     shifts = {}
     for name in np.unique(cache.sets[labelled]):
         faces = np.flatnonzero(labelled & (cache.sets == name))

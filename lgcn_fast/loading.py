@@ -35,6 +35,8 @@ def shape_for(shape: ShapeModel | Path | str | None, num_landmarks: int) -> Shap
         source = "`shape` or --shape, from `lgcn-fast fit-shape`"
         expected = f"the shape model of the {num_landmarks} landmarks ({source}), or fit=False of `predict`"
         raise ValueError(f"shape: expected {expected}, got none, and the package has none for them")
+    if not isinstance(shape, ShapeModel | Path | str):
+        raise ValueError(f"shape: expected a shape model or a path, got {type(shape).__name__}")
     found = shape if isinstance(shape, ShapeModel) else _loaded_shape(Path(shape), _version(Path(shape)))
     if found.num_landmarks != num_landmarks:
         expected, got = num_landmarks, found.num_landmarks

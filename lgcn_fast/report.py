@@ -227,12 +227,22 @@ def put_into_readme(readme: Path, table: str) -> None:
     Raises:
         ValueError: a file without them.
     """
+    before, after = around_markers(readme)
+    write_whole(readme, (before + table + after).encode())
+
+
+def around_markers(readme: Path) -> tuple[str, str]:
+    """A README up to the first of `MARKERS` and from the second one on, which are included.
+
+    Raises:
+        ValueError: a file without them.
+    """
     text = Path(readme).read_text(encoding="utf-8")
     before, opening, rest = text.partition(MARKERS[0])
     _, closing, after = rest.partition(MARKERS[1])
     if not closing:
         raise ValueError(f"{readme}: expected the lines {' and '.join(map(str.strip, MARKERS))}, got none")
-    write_whole(readme, (before + opening + table + closing + after).encode())
+    return before + opening, closing + after
 
 
 def _rounded(summaries: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

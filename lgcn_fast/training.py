@@ -36,7 +36,7 @@ from .config import LGCNConfig
 from .crops import CropCache, mean_shape
 from .datasets import is_validation
 from .evaluation import landmark_errors
-from .files import write_whole
+from .files import same_file, write_whole
 from .heatmaps import to_heatmap
 from .label_shifts import measured_shifts
 from .losses import distillation_loss, lgcn_loss, readable
@@ -77,8 +77,10 @@ class Trainer:
         """
         check_cache(cache, options)
         self.cache, self.options, self.folder = cache, options, Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._checkpoint = self.folder / "checkpoint.safetensors"
+        self._checkpoint, self._best_weights = (self.folder / f"{name}.safetensors" for name in ("checkpoint", "best"))
+        for name in ("init", "teacher"):
+            if (read := getattr(options, name)) and same_file(read, self._best_weights):
+                raise ValueError(f"{name}: expected other weights than those that the run writes, got {read}")
         self.device = checked_device(options.device)
         fast_in_bf16 = self.device.type == "cuda" or "bf16" in INSTRUCTIONS
         self.amp = fast_in_bf16 if options.amp is None else options.amp
@@ -114,7 +116,7 @@ class Trainer:
         self.validation = np.flatnonzero(validation & (shares > 0) & measurable)
         self.validation_shares = shares[self.validation]
         self.chosen = np.flatnonzero(~validation & (shares > 0))
-        groups = len(set(cache.groups[labelled].tolist()))
+        groups = len(set(cache.groups[labelled & (shares > 0)].tolist()))
         check_faces(int(labelled[self.chosen].sum()), len(self.validation), groups)
         recipe = options.recipe
         self.batches = EpochBatches(self.chosen, shares[self.chosen], recipe.batch_size, options.seed, recipe.repeats)
@@ -126,9 +128,7 @@ class Trainer:
             self._restore()
         elif trained := self.model if knows_landmarks else self.teacher:
             self.label_shifts = measured_shifts(cache, trained)
-        self.crops = AugmentedCrops(
-            cache, recipe.augmentation, options.config.input_size, options.seed, self.label_shifts
-        )
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     @cudnn_benchmark()
     def run(self, time_budget: float | None = None) -> bool:
@@ -183,10 +183,13 @@ class Trainer:
         return True
 
     def _loader(self) -> DataLoader:
-        workers = self.options.workers
+        options, workers = self.options, self.options.workers
+        crops = AugmentedCrops(
+            self.cache, options.recipe.augmentation, options.config.input_size, options.seed, self.label_shifts
+        )
         # (With a generator of its own it draws nothing from that of the dropout, which would differ in a resumed run.)
         return DataLoader(
-            self.crops, batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0,
+            crops, batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda", generator=torch.Generator(),
         )  # fmt: skip
 
@@ -218,7 +221,7 @@ class Trainer:
         self.log.append(dict(zip(COLUMNS, values, strict=True)))
         if error < self.best:
             self.best = error
-            save_model(self.folder / "best.safetensors", self.averaged, self.card())
+            save_model(self._best_weights, self.averaged, self.card())
         self._save()
         tqdm.write(f"{title}: loss {loss:.3f}, validation {error:.3f} % (best {self.best:.3f}), {speed:.1f} samples/s")
 

@@ -69,5 +69,5 @@ def check_faces(training: int, validation: int, groups: int) -> None:
             "outer eye corners are labelled, to validate with"
         )
         kinds = f"by their names of {groups} photos or persons: NAME_1 and NAME_12 belong together"
-        remedy = "with few faces, rename some or add more"
+        remedy = "with few faces, rename some or add more; sets of share 0 do not count"
         raise ValueError(f"cache: expected {expected}, got {training} and {validation} ({kinds}); {remedy}")

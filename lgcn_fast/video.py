@@ -13,6 +13,7 @@ import threading
 import time as clock
 from collections import deque
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -20,8 +21,11 @@ from typing import NamedTuple, Self
 import cv2
 import numpy as np
 
+from .files import same_file
 from .images import check_picture, silent_opencv, what_else_is
 
+STANDARD_OUTPUT = 1
+"""Its file descriptor."""
 DEFAULT_FPS = 30.0
 """Where a source does not say."""
 MOST_FPS = 1000
@@ -132,8 +136,9 @@ class VideoReader:
         # (Some containers say how long they are, not how many frames that makes, or how long their sound is.)
         expected = (1 - MISSING) * (self.frame_count or 0) - 1
         short = max(count, self._last * self.fps + 1) < expected and (not self._path or _is_cut(self._path))
-        if short or (self.frame_count and not count):
-            raise OSError(f"{self._name}: expected {self.frame_count} frames, got {count}: the file ends in the middle")
+        if short or not count:
+            expected = self.frame_count or "some"
+            raise OSError(f"{self._name}: expected {expected} frames, got {count}: the file ends in the middle")
 
 
 def _opencv_name(path: Path) -> str:
@@ -371,7 +376,9 @@ class LinesWriter:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("wb", buffering=0)
+        # (Opened anew, what the shell has sent there would be gone.)
+        standard = same_file(self.path, STANDARD_OUTPUT)
+        self._file = FileIO(os.dup(STANDARD_OUTPUT) if standard else self.path, "w")
 
     def __enter__(self) -> Self:
         return self
@@ -386,9 +393,8 @@ class LinesWriter:
             OSError: it could not be written.
         """
         line = (json.dumps(record) + "\n").encode()
-        before = self._file.tell() if self._file.seekable() else None
         written = self._file.write(line)
         if written < len(line):
-            if before is not None:
-                self._file.truncate(before)
+            if self._file.seekable():
+                self._file.truncate(self._file.tell() - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))

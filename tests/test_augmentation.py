@@ -187,6 +187,46 @@ def test_compression_changes_little_in_one_picture_of_four(random):
     assert 0.2 < np.mean(changed) < 8
 
 
+def test_compression_takes_colours_for_what_they_are(random):
+    """JPEG keeps brightness, to which green adds most and blue least, better than colour."""
+    picture = random.integers(0, 256, (180, 180, 3), np.uint8)
+    plain = augment(picture, np.zeros((1, 2)), BOX, 96, NONE, None, random)[0].astype(float)
+    options = replace(NONE, compression=90)
+    changes = [augment(picture, np.zeros((1, 2)), BOX, 96, options, None, random)[0] - plain for _ in range(40)]
+    red, green, blue = np.sqrt(np.mean(np.square([change for change in changes if change.any()]), axis=(0, 1, 2)))
+    assert green < red < blue
+
+
+def test_spoiled_pictures_are_as_many_as_they_should_be(random):
+    image = random.integers(50, 200, (180, 180), np.uint8)
+    plain = augment(image, np.zeros((1, 2)), BOX, 96, NONE, None, random)[0]
+    for name, share in (("blur", 0.25), ("occlusion", 0.5), ("noise", 0.25), ("compression", 0.25), ("contrast", 1.0)):
+        options = replace(NONE, **{name: {"occlusion": 0.4, "contrast": 0.3}.get(name, 50.0)})
+        views = [augment(image, np.zeros((1, 2)), BOX, 96, options, None, random)[0] for _ in range(200)]
+        assert np.mean([(view != plain).any() for view in views]) == pytest.approx(share, abs=0.12), name
+
+
+def test_crops_know_the_label_shifts_of_their_sets(random):
+    """Those of mirror images move by twice the shift, see `test_mirror_images_keep_the_shift_of_the_labels`."""
+    points = random.uniform(50, 130, (2, 68, 2)).astype(np.float32)
+    groups, images = np.array(["g"] * 2), [np.zeros((180, 180), np.uint8)] * 2
+    cache = CropCache(images, points, np.tile(BOX, (2, 1)), groups, np.array(["a", "b"]))
+    plain, moved = (
+        AugmentedCrops(cache, replace(NONE, mirror=True), 96, 0, shifts) for shifts in (None, {"a": 0.01, "b": -0.02})
+    )
+    for index, shift in ((0, 0.01), (1, -0.02)):
+        changes = {np.round((moved[draw, index][1] - plain[draw, index][1])[..., 0].mean(), 3) for draw in range(20)}
+        assert changes == {0, np.float32(round(2 * shift * 96, 3))}
+
+
+def test_faces_of_a_batch_are_different_variants_of_the_paper(random):
+    points = random.uniform(50, 130, (1, 68, 2)).astype(np.float32)
+    names, images = np.array(["g"] * FIXED_VARIANTS), [np.zeros((180, 180), np.uint8)] * FIXED_VARIANTS
+    cache = CropCache(images, np.tile(points, (len(names), 1, 1)), np.tile(BOX, (len(names), 1)), names, names)
+    crops = AugmentedCrops(cache, RECIPES["paper"].augmentation, 96, 0)
+    assert len({crops[0, index][1].numpy().tobytes() for index in range(FIXED_VARIANTS)}) == FIXED_VARIANTS
+
+
 def test_missing_labels_stay_missing(random):
     points = np.full((3, 2), np.nan, np.float32)
     _, moved = augment(np.zeros((180, 180), np.uint8), points, BOX, 96, Augmentation(), (0, 1, 2), random)

@@ -144,6 +144,42 @@ def test_numbers_of_files_whose_names_are_no_utf8(tmp_path, demo_picture):
     assert b"latin-\xfc.jpg," in (tmp_path / "landmarks.csv").read_bytes()
 
 
+@pytest.mark.parametrize(("command", "kind"), [("predict", "landmarks"), ("detect", "faces")])
+def test_long_names_are_cut(tmp_path, demo_picture, command, kind):
+    files = [tmp_path / name for name in ("名" * 80 + ".jpg", "a" * 250 + ".jpg")]
+    for file in files:
+        shutil.copy(demo_picture, file)
+    assert main([command, *map(str, files), "--out", str(tmp_path / "out")]) == 0
+    names = {f"{'名' * 66}_{kind}.png", f"{'a' * 200}_{kind}.png", f"{kind}.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_output_takes_names_that_are_no_text(tmp_path, faces):
+    strange = tmp_path / os.fsdecode(b"caf\xe9")
+    faces.rename(strange)
+    program = "import sys; from lgcn_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "prepare", strange, "--out", tmp_path / "c.npz"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    run = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert b"caf\\udce9: 11 faces" in run.stdout
+
+
+def test_what_is_read_is_not_written_over(tmp_path, faces, capsys):
+    for command in (["prepare", str(faces), "--out", str(faces)], ["fit-shape", str(faces), "--out", str(faces)]):
+        assert main(command) == 2
+        assert "--out: expected another file than those that are read, got" in capsys.readouterr().err
+    (tmp_path / "shape.png").write_text("a cache, of a strange name")
+    assert main(["fit-shape", str(tmp_path / "shape.png"), "--out", str(tmp_path / "shape.safetensors")]) == 2
+    assert (tmp_path / "shape.png").read_text() == "a cache, of a strange name"
+
+
+def test_nothing_is_left_where_weights_are_missing(tmp_path, demo_picture):
+    for command in ("predict", "detect"):
+        assert main([command, str(demo_picture), "--model", "lgcn-0", "--out", str(tmp_path / "out")]) == 2
+    assert main(["export", "--model", "lgcn-0", "--out", str(tmp_path / "out" / "a.onnx")]) == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_line_starts_without_matplotlib():
     """It takes half a second, and does not start where no folder can be written to."""
     code = "import sys, lgcn_fast.cli; assert 'matplotlib' not in sys.modules"

@@ -1,4 +1,5 @@
 import csv
+import errno
 import os
 import shutil
 from contextlib import suppress
@@ -205,6 +206,29 @@ def test_folders_and_shadows_of_files_are_no_pictures(tmp_path):
     picture(tmp_path / "a.jpg")
     assert [face.source.name for face in read_300w(tmp_path)] == ["a.jpg"]
     assert [face.source.name for face in read_background(tmp_path)] == ["a.jpg"]
+
+
+def test_folders_behind_links_are_read_once(tmp_path):
+    picture(tmp_path / "elsewhere" / "a.jpg")
+    picture(tmp_path / "set" / "b.jpg")
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "set")
+    assert [face.source.name for face in read_background(tmp_path / "set")] == ["b.jpg", "a.jpg"]
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    picture(tmp_path / "set" / "a.jpg")
+    (tmp_path / "set" / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="locked"):
+        read_background(tmp_path / "set")
 
 
 def test_shapes_without_pictures(tmp_path):

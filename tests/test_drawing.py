@@ -10,6 +10,9 @@ from lgcn_fast.drawing import LABEL_COLOR, LINE_COLOR, POINT_COLOR, STYLES, cont
 from lgcn_fast.images import read_image
 
 
+ONE = Landmarks(np.zeros((68, 2)), np.ones(68))
+
+
 @pytest.fixture
 def picture(demo_picture) -> np.ndarray:
     return read_image(demo_picture, color=True)
@@ -131,6 +134,7 @@ def test_points_may_be_tensors(picture, faces):
     [
         ((np.zeros((2, 8, 8, 3), np.uint8), np.zeros((1, 68, 2))), r"image: expected one image .*, got 2"),
         ((np.zeros((8, 8), np.uint8), np.zeros((1, 68, 3))), r"faces: expected points \(F, N, 2\) or \(N, 2\)"),
+        ((np.zeros((8, 8), np.uint8), [ONE]), r"faces: expected .*, got a list of them \(of some faces take"),
         ((np.zeros((8, 8), np.uint8), np.zeros((68, 2)), "dots"), "style: expected some of heatmaps, .*got dots"),
         ((np.zeros((8, 8), np.uint8), np.zeros((68, 2)), "confidence"), "style: expected faces with scores"),
     ],

@@ -186,6 +186,8 @@ def test_wrong_images_are_named():
     for shape in ((1, 3, 9, 9), (9, 9), (1, 1, 0, 9)):
         with pytest.raises(ValueError, match=r"images: expected \(B, 1, H, W\)"):
             engine.heatmaps(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"images: expected an array or a tensor .*, got list"):
+        engine.heatmaps([np.zeros((1, 9, 9))])
     for images in (torch.zeros(1, 1, 9, 9, dtype=torch.complex64), torch.zeros(1, 1, 9, 9).to_sparse()):
         with pytest.raises(ValueError, match="images: expected real numbers in a dense tensor, got torch"):
             engine.heatmaps(images)

@@ -3,6 +3,7 @@ import pytest
 
 from lgcn_fast import load_model, predict
 from lgcn_fast.crops import CropCache
+from lgcn_fast.datasets import is_validation
 from lgcn_fast.images import crop, read_image
 from lgcn_fast.label_shifts import measured_shifts
 
@@ -21,12 +22,27 @@ def test_shifts_of_labels_are_found_in_a_picture_and_its_mirror_image(demo_pictu
     labels[:2, :5] = np.nan
     boxes = np.tile(np.array([0, 0, 96, 96], np.float32), (4, 1))
     sets = np.array(["none", "right", "left", "background"])
+    assert not any(map(is_validation, sets))
     cache = CropCache([image] * 4, labels.astype(np.float32), boxes, sets, sets)
     shifts = measured_shifts(cache, load_model("lgcn-nano"))
     assert shifts.keys() == {"none", "right", "left"}
     assert shifts["none"] == pytest.approx(0, abs=0.015)
     assert shifts["right"] - shifts["none"] == pytest.approx(0.02, abs=0.002)
     assert shifts["left"] - shifts["none"] == pytest.approx(-0.03, abs=0.005)
+
+
+def test_shifts_are_measured_without_validation_faces(demo_picture):
+    image = crop(read_image(demo_picture), FACE, 48)
+    labels = np.tile(predict(image, model="lgcn-finder", fit=False).points[0], (40, 1, 1)).astype(np.float32)
+    groups, boxes = np.array([f"photo{i}" for i in range(40)]), np.tile(np.array([0, 0, 48, 48], np.float32), (40, 1))
+    held_out = np.array([is_validation(group) for group in groups])
+    labels[held_out, :, 0] = np.inf
+    assert held_out.any()
+    sets = np.where(held_out | (np.arange(40) < 20), "mixed", "plain")
+    sets[np.flatnonzero(held_out)[0]] = "held out"
+    shifts = measured_shifts(CropCache([image] * 40, labels, boxes, groups, sets), load_model("lgcn-finder"))
+    assert shifts.keys() == {"mixed", "plain"}
+    assert shifts["mixed"] == shifts["plain"]
 
 
 def test_shifts_where_one_half_of_the_face_is_labelled(demo_picture):

@@ -158,6 +158,7 @@ NAN_IMAGE = np.full((9, 9), np.nan, np.float32)
         (np.zeros((2, 9, 9, 4), np.uint8), r"batch: expected gray or RGB, got \(2, 9, 9, 4\), as of RGBA"),
         (np.zeros((9, 8, 4), np.uint8), r"batch: expected gray or RGB, got \(9, 8, 4\), as of RGBA"),
         (np.zeros(9, np.uint8), r"got \(9,\)"),
+        (np.zeros((9, 9, 2), np.uint8), r"expected gray or RGB, got \(9, 9, 2\), as of gray with alpha"),
         (np.zeros((9, 9), np.int64), "expected uint8 or floating point, got int64"),
         (np.zeros((9, 9), np.uint16), r"got uint16 \(its upper eight bits are \(image >> 8\)"),
         (Image.new("RGB", (9, 9)), r"got Image \(of it: np.asarray\(image.convert"),
@@ -433,6 +434,8 @@ def test_a_second_pass_puts_up_with_boxes_of_others(data):
 def test_what_is_no_model_is_named(gray):
     with pytest.raises(ValueError, match="model: expected a name, a path, a network or an engine, got ShippedModel"):
         predict(gray, model=models()[0])
+    with pytest.raises(ValueError, match="shape: expected a shape model or a path, got ndarray"):
+        predict(gray, shape=np.zeros((68, 2)))
 
 
 @pytest.mark.parametrize("kind", ["file", "network"])

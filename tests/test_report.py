@@ -97,6 +97,8 @@ def test_missing_data_and_markers_are_named(tmp_path, capsys):
     assert "testset: expected a folder with .pts files or a .csv file, got nothing there" in capsys.readouterr().err
     readme = tmp_path / "README.md"
     readme.write_text("<!-- accuracy -->\nno end\n")
+    assert main(["report", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--readme", str(readme)]) == 2
+    assert "README.md: expected the lines" in capsys.readouterr().err  # before all work
     with pytest.raises(ValueError, match=r"README.md: expected the lines <!-- accuracy --> and <!-- /accuracy -->"):
         put_into_readme(readme, "table")
 

@@ -391,12 +391,65 @@ def test_averages_forget_the_first_weights_soon(cache, tmp_path):
     assert torch.equal(first, weights)
 
 
+def test_weights_that_the_run_would_write_over_are_refused(cache, tmp_path):
+    save_model(tmp_path / "best.safetensors", randomised(CONFIG), {})
+    before = (tmp_path / "best.safetensors").read_bytes()
+    for name in ("init", "teacher"):
+        with pytest.raises(ValueError, match=f"{name}: expected other weights than those that the run writes"):
+            Trainer(cache, tmp_path, replace(OPTIONS, **{name: tmp_path / "best.safetensors"}))
+        with pytest.raises(ValueError, match=f"{name}: expected one of lgcn-"):
+            Trainer(cache, tmp_path / "run", replace(OPTIONS, **{name: tmp_path / "nothing"}))
+    assert (tmp_path / "best.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
+
+
+def test_a_planned_run_is_one_of_so_many_epochs(cache, tmp_path, monkeypatch):
+    """The steps that the plan is made of leave nothing behind."""
+    plan = Trainer._plan
+
+    def planned(self, *arguments):
+        plan(self, *arguments)
+        return 2
+
+    assert Trainer(cache, tmp_path / "asked for", replace(OPTIONS, epochs=2)).run()
+    monkeypatch.setattr(Trainer, "_plan", planned)
+    assert Trainer(cache, tmp_path / "planned", replace(OPTIONS, epochs=None)).run(time_budget=10)
+    assert_same_run(tmp_path / "asked for", tmp_path / "planned")
+
+
+def test_runs_draw_with_the_label_shifts_of_their_checkpoint(cache, tmp_path):
+    options = replace(OPTIONS, init=tmp_path / "start.safetensors")
+    save_model(options.init, randomised(CONFIG), {})
+    first = Trainer(cache, tmp_path / "run", options)
+    first.label_shifts = {"clean": 0.25}
+    first.run()
+    second = Trainer(cache, tmp_path / "run", options)
+    assert second._loader().dataset.label_shifts == second.label_shifts == {"clean": 0.25}
+
+
+@pytest.mark.parametrize(("clip", "largest"), [("clip_value", 0.1), ("clip_norm", 20.0)])
+def test_gradients_are_clipped(cache, tmp_path, monkeypatch, clip, largest):
+    recipe = RECIPES["paper" if clip == "clip_value" else "fast"]
+    assert getattr(recipe, clip) == largest
+    trainer, seen = Trainer(cache, tmp_path, replace(OPTIONS, recipe=recipe)), []
+    parameters = list(trainer.model.parameters())
+    monkeypatch.setattr(training, "lgcn_loss", lambda *_: 1e6 * sum(p.sum() for p in parameters))
+    step = trainer.optimiser.step
+    monkeypatch.setattr(trainer.optimiser, "step", lambda: [seen.extend(p.grad.clone() for p in parameters), step()])
+    trainer._update(*next(iter(trainer._loader())))
+    gradients = torch.cat([gradient.flatten() for gradient in seen])
+    size = gradients.abs().max() if clip == "clip_value" else gradients.norm()
+    assert float(size) == pytest.approx(largest, rel=1e-4)
+
+
 def test_caches_without_enough_faces_are_named(cache, tmp_path):
     validation = Trainer(cache, tmp_path / "run", OPTIONS).validation
     unlabelled = replace(cache, points=cache.points.copy())
     unlabelled.points[validation] = np.nan
     with pytest.raises(ValueError, match=r"cache: expected labelled faces to train on and others, .*, got 5\d and 0"):
         Trainer(unlabelled, tmp_path, OPTIONS)
+    with pytest.raises(ValueError, match=r"got 0 and 0 \(by their names of 0 .*; sets of share 0 do not count"):
+        Trainer(cache, tmp_path, replace(OPTIONS, shares={"clean": 0.0, "noisy": 0.0}))
     few = replace(cache, points=cache.points[:, :5])
     with pytest.raises(ValueError, match=r"num_landmarks: expected 15 or 68, or an entry in .*, got 5"):
         Trainer(few, tmp_path, replace(OPTIONS, config=replace(CONFIG, num_landmarks=5)))
@@ -465,6 +518,14 @@ def test_the_papers_epoch_has_every_fixed_variant_once():
     for batches.epoch in (0, 3):
         keys = [key for batch in batches for key in batch]
         assert sorted((draw % 18, index) for draw, index in keys) == [(d, i) for d in range(18) for i in range(10)]
+
+
+def test_no_draw_comes_twice():
+    """What an epoch draws of a face no other epoch draws: the augmentation goes by it."""
+    batches, seen = EpochBatches(np.arange(10), np.ones(10), batch_size=5, seed=0, repeats=3), []
+    for batches.epoch in range(4):
+        seen += [key for batch in batches for key in batch]
+    assert len(set(seen)) == len(seen) == 120
 
 
 def test_validation_groups_are_not_trained_on(cache, tmp_path):

@@ -276,6 +276,15 @@ def test_numbers_on_standard_output_are_all_that_is_there(clip):
     assert b"12 frames in" in run.stderr
 
 
+def test_numbers_follow_what_the_shell_has_written(tmp_path):
+    program = "from lgcn_fast.video import LinesWriter as W\nwith W('/dev/stdout') as out: out.write({'frame': 0})"
+    for mode in ("wb", "ab"):
+        with (tmp_path / "all.jsonl").open(mode) as file:
+            for _ in range(2):
+                subprocess.run([sys.executable, "-c", program], stdout=file, check=True)
+    assert (tmp_path / "all.jsonl").read_text() == '{"frame": 0}\n' * 4
+
+
 def test_video_without_standard_error(tmp_path, clip, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     assert main(["video", str(clip), "--json", str(tmp_path / "lines.jsonl")]) == 0
@@ -604,7 +613,7 @@ def test_sound_that_goes_on_is_no_damage(tmp_path, pictures, suffix):
             assert len(list(frames)) == len(pictures)
 
 
-def test_a_video_without_a_frame_is_damaged(tmp_path, pictures):
+def test_a_video_without_a_frame_is_damaged(tmp_path, pictures, monkeypatch):
     content = bytearray(write(tmp_path / "whole.mp4", pictures).read_bytes())
     start = content.find(b"mdat") + 4
     length = int.from_bytes(content[start - 8 : start - 4], "big") - 8
@@ -613,6 +622,10 @@ def test_a_video_without_a_frame_is_damaged(tmp_path, pictures):
     damaged.write_bytes(content)
     with VideoReader(damaged) as frames, pytest.raises(OSError, match="expected 12 frames, got 0"):
         list(frames)
+    with VideoReader(damaged) as frames:
+        monkeypatch.setattr(frames, "frame_count", None)  # as in streams that were recorded
+        with pytest.raises(OSError, match="expected some frames, got 0"):
+            list(frames)
 
 
 def test_readers_and_writers_say_that_they_were_closed(tmp_path, pictures, monkeypatch):
