@@ -9,7 +9,6 @@ from lgcn_fast import Faces, Landmarks, Tracker, draw
 from lgcn_fast.drawing import LABEL_COLOR, LINE_COLOR, POINT_COLOR, STYLES, contact_sheet
 from lgcn_fast.images import read_image
 
-
 ONE = Landmarks(np.zeros((68, 2)), np.ones(68))
 
 
