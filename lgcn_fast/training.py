@@ -99,7 +99,7 @@ class Trainer:
         self.model.to(self.device, memory_format=fastest_memory_format(self.device, options.config))
         self.teacher, self.teacher_digest = None, None
         if options.teacher:
-            self.teacher_digest = sha256(weights_path(options.teacher).read_bytes()).hexdigest()
+            self.teacher_digest = sha256(weights_path(options.teacher, "teacher").read_bytes()).hexdigest()
             self.teacher = load_teacher(options.teacher, options.config).to(self.device)
             self.teacher.kernel_convolution.operator = operator
         self.averaged = deepcopy(self.model)

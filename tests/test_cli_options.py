@@ -97,8 +97,8 @@ def test_landmarks_are_drawn_with_the_engine_that_found_them(stand_ins, monkeypa
 def test_export(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "export", stop_and_tell)
     out = tmp_path / "a.pt2"
-    assert call_made_by("export", "--model", "m", *SHAPE, "--format", "pt2", "--out", out)[0] == (
-        "m",
+    assert call_made_by("export", "--model", "lgcn-nano", *SHAPE, "--format", "pt2", "--out", out)[0] == (
+        "lgcn-nano",
         out,
         "pt2",
         Path("s"),
