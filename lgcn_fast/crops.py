@@ -53,6 +53,10 @@ class CropCache:
     def channels(self) -> int:
         return 1 if self.images[0].ndim == 2 else 3
 
+    def held_out(self) -> np.ndarray:
+        """Which crops are for validation, (M,) bool."""
+        return np.array([is_validation(group) for group in self.groups])
+
     def digest(self) -> str:
         """What tells it from others: a hash of all that is in it."""
         digest = sha256()
@@ -209,5 +213,4 @@ def training_shapes(cache: CropCache, sets: list[str] | None = None) -> np.ndarr
     known = sorted(set(cache.sets.tolist()))
     if sets is not None and not set(sets) <= set(known):
         raise ValueError(f"sets: expected some of {', '.join(known)}, got {', '.join(sets)}")
-    chosen = np.array([not is_validation(group) for group in cache.groups])
-    return cache.points[chosen & np.isin(cache.sets, known if sets is None else sets)]
+    return cache.points[~cache.held_out() & np.isin(cache.sets, known if sets is None else sets)]

@@ -225,7 +225,9 @@ def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
         raise error
 
     found, seen = [], set()
-    for place, folders, names in os.walk(folder, onerror=give_up, followlinks=True) if folder.is_dir() else ():
+    if not folder.is_dir():
+        return found
+    for place, folders, names in os.walk(folder, onerror=give_up, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # links may lead in a circle
             folders.clear()
             continue

@@ -14,7 +14,6 @@ from torch import Tensor
 from .augmentation import NONE
 from .batches import AugmentedCrops
 from .crops import CropCache
-from .datasets import is_validation
 from .engine import Engine
 from .heatmaps import to_heatmap
 from .landmarks import SCHEMES
@@ -38,8 +37,7 @@ def measured_shifts(cache: CropCache, model: LGCN) -> dict[str, float]:
     size, stride = model.config.input_size, model.config.stride
     crops = AugmentedCrops(cache, NONE, size, 0)
     heatmaps, mirror = _heatmaps(model), list(SCHEMES[cache.num_landmarks].mirror)
-    held_out = np.array([is_validation(group) for group in cache.groups])
-    labelled = ~np.isnan(cache.points).all((1, 2)) & ~held_out
+    labelled = ~np.isnan(cache.points).all((1, 2)) & ~cache.held_out()
     shifts = {}
     for name in np.unique(cache.sets[labelled]):
         faces = np.flatnonzero(labelled & (cache.sets == name))

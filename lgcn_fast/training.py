@@ -34,7 +34,6 @@ from .batches import AugmentedCrops, EpochBatches
 from .checkpoints import load_start, load_teacher, load_tensors, save_model, save_tensors, weights_path
 from .config import LGCNConfig
 from .crops import CropCache, mean_shape
-from .datasets import is_validation
 from .evaluation import landmark_errors
 from .files import same_file, write_whole
 from .heatmaps import to_heatmap
@@ -109,7 +108,7 @@ class Trainer:
             for model in (self.averaged, self.model)
         )
         self.optimiser = options.recipe.optimiser(self.model, torch.bfloat16 if self.amp else torch.float32)
-        validation = np.array([is_validation(group) for group in cache.groups])
+        validation = cache.held_out()
         shares = np.array([options.shares.get(name, 1.0) for name in cache.sets])
         labelled = ~np.isnan(cache.points).all((1, 2))
         measurable = np.isfinite(landmark_errors(cache.points, cache.points))
